@@ -1,0 +1,20 @@
+# itwin_test(<path without _test.cc> [DEPS targets...] [LABELS labels...] [TIMEOUT seconds])
+# One executable per test file: tests/<path>_test.cc becomes target <path with _>_test. The label defaults to
+# "unit". The test runs with ITWIN_BIN (built programs) and ITWIN_SOURCE (this tree) in its environment.
+function(itwin_test path)
+  cmake_parse_arguments(ARG "" "TIMEOUT" "DEPS;LABELS" ${ARGN})
+  string(REPLACE "/" "_" target ${path}_test)
+  add_executable(${target} ${CMAKE_SOURCE_DIR}/tests/${path}_test.cc)
+  set_target_properties(${target} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/tests)
+  target_include_directories(${target} PRIVATE ${CMAKE_SOURCE_DIR})
+  target_link_libraries(${target} PRIVATE itwin::warnings GTest::gtest_main GTest::gmock ${ARG_DEPS})
+  add_test(NAME ${path} COMMAND ${target})
+  if(NOT ARG_LABELS)
+    set(ARG_LABELS unit)
+  endif()
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 60)
+  endif()
+  set_tests_properties(${path} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT}
+    ENVIRONMENT "ITWIN_BIN=${CMAKE_BINARY_DIR}/bin;ITWIN_SOURCE=${CMAKE_SOURCE_DIR}")
+endfunction()

@@ -1,0 +1,13 @@
+# Warnings are errors in our code; generated code does not link this target.
+add_library(itwin_warnings INTERFACE)
+add_library(itwin::warnings ALIAS itwin_warnings)
+target_compile_options(itwin_warnings INTERFACE
+  -Wall -Wextra -Wshadow -Wnon-virtual-dtor -Wswitch-enum -Wno-unused-parameter -Werror)
+if(CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+  target_compile_options(itwin_warnings INTERFACE -Wthread-safety)
+endif()
+if(ITWIN_SANITIZE)
+  target_compile_options(itwin_warnings INTERFACE
+    -fsanitize=${ITWIN_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
+  target_link_options(itwin_warnings INTERFACE -fsanitize=${ITWIN_SANITIZE})
+endif()

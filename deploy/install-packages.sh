@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that a purpose needs, and only those that are missing.
+#   deploy/install-packages.sh build            what compiling needs (quickstart, test)
+#   deploy/install-packages.sh build test       also what the test suites need
+# Runs apt-get only when something is missing; uses sudo when not root.
+set -euo pipefail
+
+build_packages=(
+  build-essential cmake ninja-build ccache pkg-config ca-certificates git python3
+  libgrpc++-dev protobuf-compiler-grpc protobuf-compiler libprotobuf-dev
+  libssh-dev libsqlite3-dev libsqlitecpp-dev libssl-dev libspdlog-dev libfmt-dev libabsl-dev
+  libyaml-cpp-dev libcli11-dev nlohmann-json3-dev libsimdjson-dev libgtest-dev libgmock-dev
+  libbenchmark-dev libtorch-dev libopenblas0-pthread libopenblas-dev libopenmpi-dev openmpi-bin
+  libnetcdf-dev libhdf5-dev ferret-datasets
+)
+test_packages=(
+  sqlite3 python3-pytest python3-grpcio python3-protobuf python3-torch python3-numpy python3-pandas
+  python3-matplotlib python3-ipywidgets python3-ipykernel python3-setuptools python3-pip
+  python3-wheel jupyter-nbconvert jupyter-client zip curl openssl clang libclang-rt-14-dev
+  strace procps util-linux
+)
+
+wanted=()
+for purpose in "${@:-build}"; do
+  case "$purpose" in
+    build) wanted+=("${build_packages[@]}") ;;
+    test) wanted+=("${test_packages[@]}") ;;
+    *) echo "install-packages.sh: unknown purpose '$purpose'; known: build, test" >&2; exit 2 ;;
+  esac
+done
+
+# npm may come with a Node.js from elsewhere, which Debian's package would conflict with.
+if [[ " $* " == *" test "* ]] && ! command -v npm >/dev/null; then wanted+=(npm); fi
+
+missing=()
+for package in "${wanted[@]}"; do
+  status=$(dpkg-query -W -f='${Status}' "$package" 2>/dev/null || true)
+  [[ "$status" == "install ok installed" ]] || missing+=("$package")
+done
+if ((${#missing[@]} == 0)); then
+  echo "packages: all ${#wanted[@]} present"
+  exit 0
+fi
+
+as_root=()
+if ((EUID != 0)); then
+  command -v sudo >/dev/null || {
+    echo "packages: ${#missing[@]} are missing and this user is not root and has no sudo. As root, run:" >&2
+    echo "  apt-get update && apt-get install -y ${missing[*]}" >&2
+    exit 1
+  }
+  as_root=(sudo)
+fi
+echo "packages: installing ${#missing[@]} missing of ${#wanted[@]}: ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+"${as_root[@]}" apt-get update -q
+"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
