@@ -1,0 +1,58 @@
+// A model with its loss: what the training loop drives. Implementations hide whether it is a built-in network
+// or the user's TorchScript module.
+#pragma once
+
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "agent/worker/data/dataset.h"
+#include "agent/worker/spec/train_spec.h"
+
+namespace itwin::worker {
+
+struct StepOutput {
+  at::Tensor loss;  // scalar; mean over the samples of the batch
+  // Scalars by name, each a mean over the samples of the batch. A root mean square is given as its square,
+  // "mse" or "<name>_mse": the loop averages over all samples and ranks first and takes the root then ("rmse").
+  std::map<std::string, at::Tensor> metrics;
+};
+
+// Used by one thread.
+class Model {
+ public:
+  virtual ~Model() = default;
+
+  // Name and tensor, in an order that is the same on every rank. Tensors share storage with the model: the
+  // loop replaces the storage of each parameter once (set_data) and writes its gradient itself.
+  virtual std::vector<std::pair<std::string, at::Tensor>> parameters() = 0;
+  virtual std::vector<std::pair<std::string, at::Tensor>> buffers() = 0;
+
+  // Forward and loss, with gradient recording; metrics are detached. The caller runs backward.
+  virtual StepOutput TrainingStep(const Batch& batch) = 0;
+  // The same without gradient recording. Train(false) is the caller's to call.
+  virtual StepOutput EvaluationStep(const Batch& batch) = 0;
+  // The prediction alone, without gradient recording.
+  virtual at::Tensor Predict(const at::Tensor& input) = 0;
+
+  virtual void Train(bool training) = 0;
+
+  // Writes model.pt (TorchScript, where the source was TorchScript) and weights.safetensors into `dir`, which
+  // exists. Throws ResourceError when the disk is full.
+  virtual void Save(const std::filesystem::path& dir) = 0;
+
+  // One line for people: name, number of parameters.
+  virtual std::string description() = 0;
+};
+
+// Throws UserError for an unknown model, option or loss, a model that cannot be trained or that does not fit
+// the data's shapes. Built-in models are initialised from spec.seed alone.
+std::unique_ptr<Model> MakeModel(const TrainSpec& spec, const Dataset& dataset,
+                                 const std::filesystem::path& work_dir);
+
+}  // namespace itwin::worker
