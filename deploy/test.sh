@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Installs what is missing, builds everything and runs every test; can be run again.
+#   deploy/test.sh                 all: unit, contract, integration, end-to-end, Python, notebook, sanitizers
+#   deploy/test.sh --quick         without the sanitizer builds
+#   deploy/test.sh -R REGEX        only the tests whose name matches (passed to ctest)
+# Ends with ctest's own summary over all suites. Leaves nothing running.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source deploy/common.sh
+
+quick=0
+ctest_arguments=()
+while (($#)); do
+  case "$1" in
+    --quick) quick=1 ;;
+    -h | --help) usage_of "$0"; exit 0 ;;
+    -R | -L | -E) ctest_arguments+=("$1" "$2"); shift ;;
+    *) echo "test.sh: unknown option '$1'; see deploy/test.sh --help" >&2; exit 2 ;;
+  esac
+  shift
+done
+
+step "packages"
+deploy/install-packages.sh build test
+prepare_compiler_cache
+
+builds=(dev)
+((quick)) || builds+=(asan tsan)
+for preset in "${builds[@]}"; do
+  step "build: $preset"
+  run_logged "configure $preset" cmake --preset "$preset"
+  build_targets "$(build_directory "$preset")" all
+done
+
+step "tests"
+# One ctest over all builds, so that there is one summary.
+mkdir -p build/all
+{
+  for preset in "${builds[@]}"; do echo "subdirs(\"$PWD/$(build_directory "$preset")\")"; done
+} >build/all/CTestTestfile.cmake
+# Two at a time; tests that measure or load the machine ask to run alone.
+ctest --test-dir build/all --output-on-failure -j2 "${ctest_arguments[@]}"
