@@ -42,6 +42,10 @@ class Dataset {
 
   // Number of classes when the target is a class number (int64), else 0.
   virtual int64_t classes() const = 0;
+
+  // What was done to the arrays, with the statistics of the training split: what a user of the trained model must
+  // do to new data. Models write it beside their weights as preprocessing.json. Empty when nothing is known.
+  virtual nlohmann::json preprocessing() const { return nlohmann::json::object(); }
 };
 
 // Reads, splits and transforms. The drawing of fractions depends on the seed alone. Throws UserError for a

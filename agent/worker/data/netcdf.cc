@@ -1,0 +1,270 @@
+#include "agent/worker/data/netcdf.h"
+
+#include <netcdf.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <limits>
+#include <optional>
+#include <string_view>
+#include <system_error>
+#include <utility>
+
+#include "agent/worker/error.h"
+#include "agent/worker/data/nearest_name.h"
+
+namespace itwin::worker {
+namespace {
+
+constexpr size_t kMaxListedNames = 40;  // in an error
+
+struct Variable {
+  int id = 0;
+  std::string name;
+  nc_type type = NC_NAT;
+  std::vector<std::string> dimensions;
+  std::vector<int64_t> shape;
+};
+
+class File {
+ public:
+  explicit File(const std::filesystem::path& path) : path_(path.string()) {
+    const int result = nc_open(path.c_str(), NC_NOWRITE, &id_);
+    if (result != NC_NOERR) {
+      throw UserError("train.data.netcdf: cannot read " + path_ + " as NetCDF: " + nc_strerror(result));
+    }
+  }
+  ~File() { nc_close(id_); }
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+
+  void Check(int result, const std::string& doing) const {
+    if (result != NC_NOERR) {
+      throw UserError("train.data.netcdf: " + path_ + ", " + doing + ": " + nc_strerror(result) +
+                      "; the file may be cut off or damaged");
+    }
+  }
+
+  std::vector<Variable> List() const {
+    int count = 0;
+    Check(nc_inq_nvars(id_, &count), "its list of variables");
+    std::vector<Variable> variables;
+    for (int v = 0; v < count; ++v) {
+      Variable variable;
+      variable.id = v;
+      char name[NC_MAX_NAME + 1] = {};
+      int dimension_count = 0;
+      int dimension_ids[NC_MAX_VAR_DIMS] = {};
+      Check(nc_inq_var(id_, v, name, &variable.type, &dimension_count, dimension_ids, nullptr),
+            "a variable's header");
+      variable.name = name;
+      for (int d = 0; d < dimension_count; ++d) {
+        size_t length = 0;
+        Check(nc_inq_dim(id_, dimension_ids[d], name, &length), "a dimension's header");
+        variable.dimensions.emplace_back(name);
+        variable.shape.push_back(static_cast<int64_t>(length));
+      }
+      variables.push_back(std::move(variable));
+    }
+    return variables;
+  }
+
+  // A numeric attribute's first value, if the variable has one of that name.
+  std::optional<double> Number(const Variable& variable, const char* name) const {
+    nc_type type = NC_NAT;
+    size_t length = 0;
+    if (nc_inq_att(id_, variable.id, name, &type, &length) != NC_NOERR || length != 1 ||
+        type == NC_CHAR || type == NC_STRING) {
+      return std::nullopt;
+    }
+    double value = 0;
+    Check(nc_get_att_double(id_, variable.id, name, &value), std::string("attribute ") + name);
+    return value;
+  }
+
+  void Read(const Variable& variable, std::vector<float>* cells) const {
+    // Values beyond float's range become infinite and are reported as NC_ERANGE; that is no reason to stop.
+    const int result = nc_get_var_float(id_, variable.id, cells->data());
+    if (result != NC_ERANGE) Check(result, "variable " + variable.name);
+  }
+
+ private:
+  int id_ = -1;
+  const std::string path_;
+};
+
+std::string NamesText(const std::vector<Variable>& variables) {
+  std::string text;
+  size_t shown = 0;
+  for (const Variable& variable : variables) {
+    if (shown == kMaxListedNames) return text + ", …";
+    text += (shown++ == 0 ? "" : ", ") + variable.name + ShapeText(variable.shape);
+  }
+  return text;
+}
+
+std::string DimensionsText(const Variable& variable) {
+  std::string text = variable.name + " (";
+  for (size_t d = 0; d < variable.shape.size(); ++d) {
+    text += (d == 0 ? "" : ", ") + variable.dimensions[d] + " " + std::to_string(variable.shape[d]);
+  }
+  return text + ")";
+}
+
+size_t TypeBytes(nc_type type) {
+  switch (type) {
+    case NC_SHORT:
+    case NC_USHORT:
+      return 2;
+    case NC_INT:
+    case NC_UINT:
+    case NC_FLOAT:
+      return 4;
+    case NC_INT64:
+    case NC_UINT64:
+    case NC_DOUBLE:
+      return 8;
+    default:
+      return 1;
+  }
+}
+
+bool IsNumeric(const Variable& variable) {
+  return variable.type != NC_CHAR && variable.type != NC_STRING && variable.type <= NC_UINT64;
+}
+
+std::vector<Variable> Select(const std::vector<Variable>& all, const std::vector<std::string>& names,
+                             const std::string& path) {
+  std::vector<Variable> selected;
+  if (names.empty()) {
+    const Variable* largest = nullptr;
+    int64_t largest_cells = 0;
+    for (const Variable& variable : all) {
+      if (!IsNumeric(variable) || variable.shape.size() < 2) continue;
+      int64_t cells = 1;
+      for (const int64_t length : variable.shape) {
+        cells = length > 0 && cells > std::numeric_limits<int64_t>::max() / length
+                    ? std::numeric_limits<int64_t>::max()
+                    : cells * length;
+      }
+      if (cells > largest_cells) {
+        largest = &variable;
+        largest_cells = cells;
+      }
+    }
+    if (largest == nullptr) {
+      throw UserError("train.data.netcdf: " + path + " has no numeric variable of two or more dimensions");
+    }
+    for (const Variable& variable : all) {
+      if (IsNumeric(variable) && variable.shape == largest->shape) selected.push_back(variable);
+    }
+    return selected;
+  }
+  std::vector<std::string> known;
+  for (const Variable& variable : all) known.push_back(variable.name);
+  for (const std::string& name : names) {
+    const auto found = std::find(known.begin(), known.end(), name);
+    if (found == known.end()) {
+      throw UserError("train.data.variables: no variable \"" + name + "\" in " + path +
+                      NearestHint(name, known) + "; it has " + NamesText(all));
+    }
+    const Variable& variable = all[static_cast<size_t>(found - known.begin())];
+    if (!IsNumeric(variable)) {
+      throw UserError("train.data.variables: \"" + name + "\" in " + path + " is not numeric");
+    }
+    if (variable.shape.empty()) {
+      throw UserError("train.data.variables: \"" + name + "\" in " + path +
+                      " is a single number; its first dimension must be the samples");
+    }
+    if (!selected.empty() && variable.shape != selected.front().shape) {
+      throw UserError("train.data.variables: " + DimensionsText(selected.front()) + " and " +
+                      DimensionsText(variable) + " have different shapes and cannot be stacked");
+    }
+    selected.push_back(variable);
+  }
+  return selected;
+}
+
+// A header may lie. The classic format is not compressed, so its variables fit into the file (the library reads
+// what is missing as zeros, without an error); for NetCDF-4 the bound is the machine's memory.
+void CheckBelievable(const std::filesystem::path& path, const std::vector<Variable>& all,
+                     const std::vector<Variable>& selected) {
+  char magic[3] = {};
+  std::ifstream(path, std::ios::binary).read(magic, sizeof(magic));
+  const bool classic = std::string_view(magic, sizeof(magic)) == "CDF";
+  std::error_code error;
+  const uint64_t file_bytes = std::filesystem::file_size(path, error);
+  double needed = 0;
+  for (const Variable& variable : classic ? all : selected) {
+    double bytes = classic ? static_cast<double>(TypeBytes(variable.type)) : sizeof(float);
+    for (const int64_t length : variable.shape) bytes *= static_cast<double>(length);
+    needed += bytes;
+  }
+  const auto has = [&](const std::string& bytes, const char* of) {
+    return "train.data.netcdf: " + path.string() + ": its variables need " +
+           std::to_string(static_cast<uint64_t>(std::min(needed, 1e18))) + " bytes but " + of + " has " + bytes;
+  };
+  if (classic && needed > static_cast<double>(file_bytes)) {
+    throw UserError(has(std::to_string(file_bytes), "the file") + "; it is cut off or damaged");
+  }
+  const double memory = static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
+  if (!classic && needed > memory) {
+    throw ResourceError(has(std::to_string(static_cast<uint64_t>(memory)), "this machine") +
+                        " of memory; pick fewer variables, or the file is damaged");
+  }
+}
+
+}  // namespace
+
+NetcdfField ReadNetcdf(const std::filesystem::path& path, const std::vector<std::string>& variables) {
+  const File file(path);
+  const std::vector<Variable> all = file.List();
+  const std::vector<Variable> selected = Select(all, variables, path.string());
+  const std::vector<int64_t>& shape = selected.front().shape;
+  CheckBelievable(path, all, selected);
+  std::vector<int64_t> stacked = shape;
+  stacked.insert(stacked.begin() + 1, static_cast<int64_t>(selected.size()));
+  const size_t bytes = CheckedBytes(stacked, ElementType::kFloat32, "train.data.netcdf: " + path.string());
+
+  NetcdfField result;
+  std::vector<std::byte> field(bytes);
+  const auto samples = static_cast<size_t>(shape[0]);
+  const size_t total = bytes / sizeof(float) / selected.size();  // cells of one variable
+  const size_t cells = samples == 0 ? 0 : total / samples;       // of one sample
+  std::vector<float> values(total);
+  for (size_t channel = 0; channel < selected.size(); ++channel) {
+    const Variable& variable = selected[channel];
+    file.Read(variable, &values);
+    // Compared in float, as the cells are: -99.9 in a float file is not the double -99.9.
+    std::vector<float> missing;
+    for (const char* name : {"_FillValue", "missing_value"}) {
+      if (const auto value = file.Number(variable, name)) missing.push_back(static_cast<float>(*value));
+    }
+    if (variable.type == NC_FLOAT || variable.type == NC_DOUBLE) {
+      missing.push_back(static_cast<float>(NC_FILL_FLOAT));  // never written
+    }
+    const double scale = file.Number(variable, "scale_factor").value_or(1.0);
+    const double offset = file.Number(variable, "add_offset").value_or(0.0);
+    const bool packed = scale != 1.0 || offset != 0.0;
+    for (float& value : values) {
+      if (std::isnan(value) || std::find(missing.begin(), missing.end(), value) != missing.end()) {
+        value = std::numeric_limits<float>::quiet_NaN();
+        ++result.missing_cells;
+      } else if (packed) {
+        value = static_cast<float>(value * scale + offset);
+      }
+    }
+    for (size_t sample = 0; sample < samples; ++sample) {
+      std::memcpy(field.data() + (sample * selected.size() + channel) * cells * sizeof(float),
+                  values.data() + sample * cells, cells * sizeof(float));
+    }
+    result.variables.push_back(variable.name);
+  }
+  result.field = OwnedArray(ElementType::kFloat32, std::move(stacked), std::move(field));
+  return result;
+}
+
+}  // namespace itwin::worker
