@@ -43,7 +43,8 @@ class Model {
   virtual void Train(bool training) = 0;
 
   // Writes model.pt (TorchScript, where the source was TorchScript) and weights.safetensors into `dir`, which
-  // exists. Throws ResourceError when the disk is full.
+  // exists. Throws ResourceError when the disk is full. The parameters are views into large flat buffers by then,
+  // and TorchScript's writer stores the whole buffer behind each view: save a copy with compact tensors.
   virtual void Save(const std::filesystem::path& dir) = 0;
 
   // One line for people: name, number of parameters.

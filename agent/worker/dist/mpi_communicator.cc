@@ -1,0 +1,254 @@
+#include "agent/worker/dist/mpi_communicator.h"
+
+#define OMPI_SKIP_MPICXX 1
+#define MPICH_SKIP_MPICXX 1
+#include <mpi.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdlib>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <thread>
+
+#include "agent/worker/error.h"
+
+namespace itwin::worker {
+namespace {
+
+// MPI counts are int; longer buffers go in pieces.
+constexpr int64_t kMaxElementsPerCall = 1 << 28;
+
+MPI_Datatype TypeOf(ElementType type) {
+  switch (type) {
+    case ElementType::kByte: return MPI_BYTE;
+    case ElementType::kInt64: return MPI_INT64_T;
+    case ElementType::kFloat32: return MPI_FLOAT;
+    case ElementType::kFloat64: return MPI_DOUBLE;
+  }
+  return MPI_DATATYPE_NULL;
+}
+
+void Check(int code, const char* call) {
+  if (code == MPI_SUCCESS) return;
+  char text[MPI_MAX_ERROR_STRING];
+  int length = 0;
+  MPI_Error_string(code, text, &length);
+  throw AppError(std::string(call) + ": " + std::string(text, length));
+}
+
+template <typename F>
+void InPieces(Buffer buffer, F f) {
+  const int64_t element = buffer.count > 0 ? SizeInBytes(buffer) / buffer.count : 1;
+  for (int64_t done = 0; done < buffer.count; done += kMaxElementsPerCall) {
+    const int count = static_cast<int>(std::min(kMaxElementsPerCall, buffer.count - done));
+    f(static_cast<char*>(buffer.data) + done * element, count);
+  }
+}
+
+void BlockingAllReduce(MPI_Comm comm, Buffer buffer, Reduction reduction) {
+  InPieces(buffer, [&](void* data, int count) {
+    Check(MPI_Allreduce(MPI_IN_PLACE, data, count, TypeOf(buffer.type),
+                        reduction == Reduction::kSum ? MPI_SUM : MPI_MAX, comm),
+          "MPI_Allreduce");
+  });
+}
+
+void BlockingBroadcast(MPI_Comm comm, Buffer buffer, int root) {
+  InPieces(buffer, [&](void* data, int count) {
+    Check(MPI_Bcast(data, count, TypeOf(buffer.type), root, comm), "MPI_Bcast");
+  });
+}
+
+void BlockingAllGather(MPI_Comm comm, Buffer mine, Buffer all) {
+  if (mine.count > kMaxElementsPerCall) throw AppError("AllGather of a buffer that is too long");
+  Check(MPI_Allgather(mine.data, static_cast<int>(mine.count), TypeOf(mine.type), all.data,
+                      static_cast<int>(mine.count), TypeOf(all.type), comm),
+        "MPI_Allgather");
+}
+
+class Done : public Work {
+ public:
+  void Wait() override {}
+};
+
+// Shared by both kinds: owns a duplicate of MPI_COMM_WORLD.
+class MpiBase : public Communicator {
+ public:
+  MpiBase() {
+    Check(MPI_Comm_dup(MPI_COMM_WORLD, &comm_), "MPI_Comm_dup");
+    MPI_Comm_rank(comm_, &rank_);
+    MPI_Comm_size(comm_, &size_);
+  }
+  ~MpiBase() override { MPI_Comm_free(&comm_); }
+
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  std::unique_ptr<Work> AllReduce(Buffer buffer, Reduction reduction) override {
+    return Start([=, this] { BlockingAllReduce(comm_, buffer, reduction); });
+  }
+  std::unique_ptr<Work> Broadcast(Buffer buffer, int root) override {
+    return Start([=, this] { BlockingBroadcast(comm_, buffer, root); });
+  }
+  std::unique_ptr<Work> AllGather(Buffer mine, Buffer all) override {
+    return Start([=, this] { BlockingAllGather(comm_, mine, all); });
+  }
+  std::unique_ptr<Work> Barrier() override {
+    return Start([this] { Check(MPI_Barrier(comm_), "MPI_Barrier"); });
+  }
+
+ protected:
+  virtual std::unique_ptr<Work> Start(std::function<void()> collective) = 0;
+
+ private:
+  MPI_Comm comm_ = MPI_COMM_NULL;
+  int rank_ = 0;
+  int size_ = 1;
+};
+
+class DirectMpiCommunicator : public MpiBase {
+  std::unique_ptr<Work> Start(std::function<void()> collective) override {
+    collective();
+    return std::make_unique<Done>();
+  }
+};
+
+class ThreadedMpiCommunicator : public MpiBase {
+ public:
+  ThreadedMpiCommunicator() : thread_([this] { Run(); }) {}
+  ~ThreadedMpiCommunicator() override {
+    {
+      std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    started_.notify_one();
+    thread_.join();
+  }
+
+ private:
+  struct State {
+    std::function<void()> collective;
+    bool done = false;
+    std::exception_ptr error;
+  };
+  class Queued : public Work {
+   public:
+    Queued(ThreadedMpiCommunicator& owner, std::shared_ptr<State> state)
+        : owner_(owner), state_(std::move(state)) {}
+    void Wait() override {
+      std::unique_lock lock(owner_.mutex_);
+      owner_.finished_.wait(lock, [&] { return state_->done; });
+      if (state_->error) std::rethrow_exception(state_->error);
+    }
+
+   private:
+    ThreadedMpiCommunicator& owner_;
+    std::shared_ptr<State> state_;
+  };
+
+  std::unique_ptr<Work> Start(std::function<void()> collective) override {
+    auto state = std::make_shared<State>();
+    state->collective = std::move(collective);
+    {
+      std::lock_guard lock(mutex_);
+      queue_.push_back(state);
+    }
+    started_.notify_one();
+    return std::make_unique<Queued>(*this, state);
+  }
+
+  void Run() {
+    std::unique_lock lock(mutex_);
+    while (true) {
+      started_.wait(lock, [&] { return stopping_ || !queue_.empty(); });
+      if (queue_.empty()) return;
+      std::shared_ptr<State> state = queue_.front();
+      queue_.pop_front();
+      lock.unlock();
+      std::exception_ptr error;
+      try {
+        state->collective();
+      } catch (...) {
+        error = std::current_exception();
+      }
+      lock.lock();
+      state->error = error;
+      state->done = true;
+      finished_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable started_, finished_;
+  std::deque<std::shared_ptr<State>> queue_;  // bounded by the caller: it waits for a step's buckets
+  bool stopping_ = false;
+  std::thread thread_;  // last: it uses all of the above
+};
+
+int TasksOfLauncher() {
+  for (const char* name : {"SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}) {
+    if (const char* value = std::getenv(name)) return std::max(1, std::atoi(value));
+  }
+  return 1;
+}
+
+}  // namespace
+
+bool MpiWorld::Launched() {
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "SLURM_STEP_NUM_TASKS"}) {
+    if (std::getenv(name) != nullptr) return true;
+  }
+  return false;
+}
+
+MpiWorld::MpiWorld() {
+  int provided = 0;
+  MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &provided);
+  if (provided < MPI_THREAD_MULTIPLE) {
+    throw UserError(
+        "this MPI was built without MPI_THREAD_MULTIPLE, which the worker needs for its communication "
+        "thread; load an Open MPI of version 4 or later");
+  }
+  const int tasks = TasksOfLauncher();
+  if (tasks > 1 && size() == 1) {
+    throw UserError("the launcher started " + std::to_string(tasks) +
+                    " tasks, but MPI sees only one; start with `srun --mpi=pmix` or with mpirun of the "
+                    "MPI that the worker was built with");
+  }
+}
+
+MpiWorld::~MpiWorld() {
+  int finalized = 0;
+  MPI_Finalized(&finalized);
+  if (!finalized) MPI_Finalize();
+}
+
+int MpiWorld::rank() const {
+  int rank = 0;
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  return rank;
+}
+
+int MpiWorld::size() const {
+  int size = 1;
+  MPI_Comm_size(MPI_COMM_WORLD, &size);
+  return size;
+}
+
+std::unique_ptr<Communicator> MpiWorld::MakeThreaded() {
+  return std::make_unique<ThreadedMpiCommunicator>();
+}
+std::unique_ptr<Communicator> MpiWorld::MakeDirect() {
+  return std::make_unique<DirectMpiCommunicator>();
+}
+
+void MpiWorld::Abort(int exit_code) {
+  int initialized = 0, finalized = 0;
+  MPI_Initialized(&initialized);
+  MPI_Finalized(&finalized);
+  if (initialized && !finalized) MPI_Abort(MPI_COMM_WORLD, exit_code);
+  std::_Exit(exit_code);
+}
+
+}  // namespace itwin::worker
