@@ -1,0 +1,23 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "absl/strings/string_view.h"
+#include "itwin/v1/sites.pb.h"
+
+namespace itwin::server {
+
+// The sites this gateway is configured with and how they are. Thread-safe; answers from memory.
+class SiteDirectory {
+ public:
+  virtual ~SiteDirectory() = default;
+  // In the order of the configuration.
+  virtual std::vector<v1::Site> ListSites() const = 0;
+  virtual bool Exists(absl::string_view name) const = 0;
+};
+
+// The configured name nearest to `name` (edit distance), for "did you mean"; empty when none is near.
+std::string NearestSite(const SiteDirectory& sites, absl::string_view name);
+
+}  // namespace itwin::server
