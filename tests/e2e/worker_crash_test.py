@@ -1,0 +1,70 @@
+"""A rank of a real training run dies: the job fails or goes on with a documented attempt, and its numbers stay right."""
+import signal
+
+from bad_input_test import submit_training, train
+from harness import jobs_pb2, processes, wait_for
+
+
+def long_training(w, **changes):
+    document = train(epochs=100000, checkpoint={"every_epochs": 50}, **changes)
+    job = submit_training(w, document)
+    wait_for("points", lambda: len(w.points(job).get(1, [])) > 100, 60)
+    return job
+
+
+def ranks(job):
+    return processes("itwin-worker", job)
+
+
+def test_one_rank_killed(world):
+    w = world()
+    job = long_training(w)
+    pids = sorted(p for p in ranks(job) if not processes_mpirun(p))
+    assert len(pids) >= 2, pids
+    w.signal_all(pids[-1:], signal.SIGKILL)
+    end = w.wait_final(job)
+    assert end.state == jobs_pb2.JOB_STATE_FAILED
+    assert end.failure in (jobs_pb2.FAILURE_CLASS_APP, jobs_pb2.FAILURE_CLASS_RESOURCE), end
+    assert "signal" in end.reason.lower() or "kill" in end.reason.lower(), end.reason
+    assert not ranks(job)
+    w.check_exactly_once(job)
+
+
+def processes_mpirun(pid):
+    with open(f"/proc/{pid}/cmdline", "rb") as line:
+        return line.read().split(b"\0")[0].endswith((b"mpirun", b"itwin-agent"))
+
+
+def test_retry_goes_on_from_the_checkpoint(world):
+    w = world()
+    job = long_training(w)
+    wait_for("a checkpoint", lambda: list(w.attempt_directory(job, 1).glob("checkpoints/step-*/manifest.json")), 60)
+    pids = sorted(p for p in ranks(job) if not processes_mpirun(p))
+    w.signal_all(pids[:1], signal.SIGKILL)
+    w.wait_final(job)
+    again = w.jobs.RetryJob(jobs_pb2.RetryJobRequest(job=job, request_id="again"), timeout=30).job.id
+    wait_for("points of the retry", lambda: w.points(again).get(1), 60)
+    first = min(step for _, step, _ in w.points(again)[1])
+    assert first > 50, "it began anew instead of going on"
+    w.jobs.CancelJob(jobs_pb2.CancelJobRequest(job=again))
+    assert w.wait_final(again).state == jobs_pb2.JOB_STATE_CANCELLED
+    w.check_exactly_once(again)
+
+
+def test_wall_limit_saves_and_goes_on(world):
+    """Three wall limits long, and the weights are those of one long run."""
+    w = world()
+    # Validation of many epochs of a fixed number of steps: long enough for several limits of two seconds.
+    document = train(epochs=4000, batch=4)
+    limited = dict(document, resources={"ranks_per_node": 2, "time": "4s"})
+    one = submit_training(w, document)
+    end_one = w.wait_final(one, 240)
+    chain = submit_training(w, limited)
+    end_chain = w.wait_final(chain, 240)
+    assert end_one.state == end_chain.state == jobs_pb2.JOB_STATE_SUCCEEDED, end_chain.reason
+    assert end_one.attempt == 1 and end_chain.attempt >= 2
+    assert end_one.summary["test/rmse"] == end_chain.summary["test/rmse"]
+    w.check_exactly_once(chain)
+    outputs = [{o.path: o.sha256 for o in w.jobs.ListOutputs(jobs_pb2.ListOutputsRequest(job=j)).outputs}
+               for j in (one, chain)]
+    assert outputs[0]["weights.safetensors"] == outputs[1]["weights.safetensors"]
