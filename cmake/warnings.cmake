@@ -10,4 +10,10 @@ if(ITWIN_SANITIZE)
   target_compile_options(itwin_warnings INTERFACE
     -fsanitize=${ITWIN_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
   target_link_options(itwin_warnings INTERFACE -fsanitize=${ITWIN_SANITIZE})
+  if(ITWIN_SANITIZE MATCHES "thread")
+    # Debian's absl was built without the sanitizer: tell it about absl::Mutex.
+    add_library(itwin_tsan_absl STATIC ${CMAKE_SOURCE_DIR}/tests/testing/tsan_absl_mutex.cc)
+    target_compile_options(itwin_tsan_absl PRIVATE -fsanitize=thread)
+    target_link_options(itwin_warnings INTERFACE -Wl,--whole-archive $<TARGET_FILE:itwin_tsan_absl> -Wl,--no-whole-archive)
+  endif()
 endif()
