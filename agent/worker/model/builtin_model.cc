@@ -1,0 +1,99 @@
+#include "agent/worker/model/builtin_model.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/jit/serialization/pickle.h>
+
+#include <optional>
+#include <utility>
+
+#include "agent/worker/checkpoint/durable_file.h"
+#include "agent/worker/checkpoint/safetensors.h"
+#include "agent/worker/model/loss.h"
+#include "agent/worker/model/network.h"
+
+namespace itwin::worker {
+namespace {
+
+class BuiltinModel : public Model {
+ public:
+  BuiltinModel(std::string name, SampleForm form, std::unique_ptr<Network> network, Loss loss,
+               nlohmann::json preprocessing)
+      : name_(std::move(name)),
+        form_(std::move(form)),
+        network_(std::move(network)),
+        loss_(std::move(loss)),
+        preprocessing_(std::move(preprocessing)) {}
+
+  std::vector<std::pair<std::string, at::Tensor>> parameters() override { return network_->parameters(); }
+  std::vector<std::pair<std::string, at::Tensor>> buffers() override { return network_->buffers(); }
+
+  StepOutput TrainingStep(const Batch& batch) override {
+    return loss_(Forward(batch.at("input")), batch.at("target"));
+  }
+  StepOutput EvaluationStep(const Batch& batch) override {
+    const at::NoGradGuard no_grad;
+    return TrainingStep(batch);
+  }
+  at::Tensor Predict(const at::Tensor& input) override {
+    const at::NoGradGuard no_grad;
+    return Forward(input);
+  }
+
+  void Train(bool training) override { network_->Train(training); }
+
+  void Save(const std::filesystem::path& dir) override {
+    NamedTensors weights = parameters();
+    for (auto& buffer : buffers()) weights.push_back(std::move(buffer));
+    c10::Dict<std::string, at::Tensor> dictionary;
+    for (auto& [name, tensor] : weights) {
+      tensor = tensor.detach().to(at::kCPU).clone();  // of its own storage: the loop keeps all in one
+      dictionary.insert(name, tensor);
+    }
+    WriteSafetensors(dir / "weights.safetensors", weights, {{"format", "pt"}, {"builtin", name_}});
+    const std::vector<char> pickled = torch::jit::pickle_save(dictionary);
+    WriteFileDurably(dir / "weights.pt", {pickled.data(), pickled.size()});
+    const nlohmann::json description = {{"format", 1},
+                                        {"builtin", name_},
+                                        {"options", network_->options()},
+                                        {"loss", loss_.name()},
+                                        {"metrics", loss_.metrics()},
+                                        {"input_shape", form_.input},
+                                        {"target_shape", form_.target},
+                                        {"classes", form_.classes}};
+    WriteFileDurably(dir / "model.json", description.dump(2) + "\n");
+    WriteFileDurably(dir / "preprocessing.json", preprocessing_.dump(2) + "\n");
+  }
+
+  std::string description() override {
+    int64_t elements = 0;
+    for (const auto& [name, tensor] : parameters()) elements += tensor.numel();
+    return name_ + ", " + std::to_string(elements) + " parameters";
+  }
+
+ private:
+  // The loss nll wants logarithms of probabilities; networks put out scores.
+  at::Tensor Forward(const at::Tensor& input) {
+    const at::Tensor output = network_->Forward(input);
+    return loss_.name() == "nll" ? at::log_softmax(output, 1) : output;
+  }
+
+  const std::string name_;
+  const SampleForm form_;
+  const std::unique_ptr<Network> network_;
+  const Loss loss_;
+  const nlohmann::json preprocessing_;
+};
+
+}  // namespace
+
+std::unique_ptr<Model> MakeBuiltinModel(const TrainSpec& spec, const Dataset& dataset) {
+  const auto shapes = dataset.sample_shapes();
+  const Loss loss(spec.loss, spec.metrics);
+  // Class numbers matter only to losses that read them as such: integers can also be regressed on.
+  const SampleForm form{shapes.at("input"), shapes.at("target"), loss.classifies() ? dataset.classes() : 0};
+  auto network = MakeNetwork(spec.model.builtin, spec.model.options, form, spec.seed);
+  return std::make_unique<BuiltinModel>(spec.model.builtin, form, std::move(network), loss,
+                                        dataset.preprocessing());
+}
+
+}  // namespace itwin::worker

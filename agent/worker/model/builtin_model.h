@@ -1,0 +1,14 @@
+// A built-in network with a named loss.
+#pragma once
+
+#include <memory>
+
+#include "agent/worker/model/model.h"
+
+namespace itwin::worker {
+
+// See MakeModel. Saves weights.safetensors, weights.pt (a plain dictionary for Python's torch.load), model.json (the
+// architecture with every option) and preprocessing.json.
+std::unique_ptr<Model> MakeBuiltinModel(const TrainSpec& spec, const Dataset& dataset);
+
+}  // namespace itwin::worker

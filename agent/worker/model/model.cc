@@ -1,0 +1,48 @@
+#include "agent/worker/model/model.h"
+
+#include <ATen/ATen.h>
+
+#include "agent/worker/data/array.h"
+#include "agent/worker/error.h"
+#include "agent/worker/model/builtin_model.h"
+#include "agent/worker/model/torchscript_model.h"
+
+namespace itwin::worker {
+namespace {
+
+// One sample through the model, so that what does not fit is told at once and as the user's matter.
+void TryOneSample(Model* model, const Dataset& dataset) {
+  const Batch batch = dataset.Gather(Split::kTrain, {0});
+  model->Train(false);
+  try {
+    model->EvaluationStep(batch);
+  } catch (const WorkerError&) {
+    throw;
+  } catch (const std::exception& error) {
+    const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
+    std::string reason = torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
+    constexpr size_t kMaxReasonBytes = 1500;
+    if (reason.size() > kMaxReasonBytes) {  // the end of a TorchScript error says what happened
+      reason = "… " + reason.substr(reason.size() - kMaxReasonBytes);
+    }
+    std::string shapes;
+    for (const auto& [name, tensor] : batch) {
+      shapes += (shapes.empty() ? "" : ", ") + name + " " + ShapeText(tensor.sizes().slice(1).vec());
+    }
+    throw UserError("train.model: " + model->description() + " does not run on a sample of the data (" + shapes +
+                    "): " + reason);
+  }
+  model->Train(true);
+}
+
+}  // namespace
+
+std::unique_ptr<Model> MakeModel(const TrainSpec& spec, const Dataset& dataset,
+                                 const std::filesystem::path& work_dir) {
+  auto model = spec.model.torchscript.empty() ? MakeBuiltinModel(spec, dataset)
+                                              : MakeTorchScriptModel(spec, dataset, work_dir);
+  TryOneSample(model.get(), dataset);
+  return model;
+}
+
+}  // namespace itwin::worker

@@ -1,0 +1,453 @@
+#include "agent/worker/model/network.h"
+
+#include <torch/nn.h>
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+#include <utility>
+
+#include "agent/worker/data/array.h"
+#include "agent/worker/data/nearest_name.h"
+#include "agent/worker/error.h"
+#include "agent/worker/model/options.h"
+
+namespace itwin::worker {
+namespace {
+
+namespace nn = torch::nn;
+
+constexpr int64_t kMaxWidth = 16384;  // channels or features of a layer
+constexpr int64_t kMaxClasses = 1000000;
+constexpr int64_t kSmallImage = 64;  // up to this many rows, resnet18 keeps the resolution in its first layer
+
+class Net : public nn::Module {
+ public:
+  virtual at::Tensor Forward(const at::Tensor& input) = 0;
+};
+
+WorkerError DoesNotFit(const std::string& model, const SampleForm& form, const std::string& needs) {
+  return UserError("train.model.builtin: " + model + " does not fit the data, whose samples have input " +
+                   ShapeText(form.input) + " and target " + ShapeText(form.target) +
+                   (form.classes > 0 ? " (class numbers)" : "") + "; it needs " + needs);
+}
+
+int64_t Elements(const std::vector<int64_t>& shape) {
+  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+}
+
+// What a network with one vector of outputs per sample puts out.
+struct VectorOutput {
+  int64_t size = 0;
+  std::vector<int64_t> shape;  // per sample; empty: [size]
+
+  at::Tensor Shaped(const at::Tensor& output) const {
+    if (shape.size() < 2) return output;
+    std::vector<int64_t> full = shape;
+    full.insert(full.begin(), output.size(0));
+    return output.view(full);
+  }
+};
+
+VectorOutput OutputFor(const std::string& model, const SampleForm& form, OptionReader* options) {
+  const int64_t given = options->Int("classes", form.classes, 0, kMaxClasses);
+  if (form.classes == 0) {
+    if (given != 0) {
+      throw UserError(OptionReader::Path("classes") + ": the target holds floats, not class numbers, so there are none");
+    }
+    return {Elements(form.target), form.target};
+  }
+  if (given < form.classes) {
+    throw UserError(OptionReader::Path("classes") + ": " + std::to_string(given) + " is too few; the data have " +
+                    std::to_string(form.classes) + " classes");
+  }
+  if (Elements(form.target) != 1) throw DoesNotFit(model, form, "one class number per sample");
+  return {given, {}};
+}
+
+void CheckChannels(const std::string& model, const SampleForm& form, OptionReader* options) {
+  const int64_t channels = options->Int("channels", form.input[0], 1, kMaxWidth);
+  if (channels != form.input[0]) {
+    throw DoesNotFit(model, form, std::to_string(channels) + " input channels, as " +
+                                      OptionReader::Path("channels") + " says");
+  }
+}
+
+// ---- mlp ---------------------------------------------------------------------------------------------------
+
+class Mlp : public Net {
+ public:
+  Mlp(const SampleForm& form, OptionReader* options) : output_(OutputFor("mlp", form, options)) {
+    const auto hidden = options->Ints("hidden", {128}, 0, 32, 1, kMaxWidth);
+    const double dropout = options->Number("dropout", 0, 0, 0.95);
+    int64_t features = Elements(form.input);
+    for (const int64_t width : hidden) {
+      layers_->push_back(nn::Linear(features, width));
+      layers_->push_back(nn::ReLU(nn::ReLUOptions(true)));
+      if (dropout > 0) layers_->push_back(nn::Dropout(dropout));
+      features = width;
+    }
+    layers_->push_back(nn::Linear(features, output_.size));
+    register_module("layers", layers_);
+  }
+  at::Tensor Forward(const at::Tensor& input) override {
+    return output_.Shaped(layers_->forward(input.flatten(1)));
+  }
+
+ private:
+  const VectorOutput output_;
+  nn::Sequential layers_;
+};
+
+// ---- cnn ---------------------------------------------------------------------------------------------------
+
+class Cnn : public Net {
+ public:
+  Cnn(const SampleForm& form, OptionReader* options) {
+    if (form.input.size() != 3) throw DoesNotFit("cnn", form, "input [channels, rows, columns]");
+    output_ = OutputFor("cnn", form, options);
+    const auto widths = options->Ints("channels", {16, 32}, 1, 8, 1, kMaxWidth);
+    const int64_t hidden = options->Int("hidden", 128, 1, kMaxWidth);
+    const double dropout = options->Number("dropout", 0.25, 0, 0.95);
+    int64_t channels = form.input[0], rows = form.input[1], columns = form.input[2];
+    for (const int64_t width : widths) {
+      features_->push_back(nn::Conv2d(nn::Conv2dOptions(channels, width, 3).padding(1)));
+      features_->push_back(nn::MaxPool2d(2));  // before the ReLU: the same result on a quarter of the cells
+      features_->push_back(nn::ReLU(nn::ReLUOptions(true)));
+      channels = width;
+      rows /= 2;
+      columns /= 2;
+    }
+    if (rows < 1 || columns < 1) {
+      throw DoesNotFit("cnn", form, "at least " + std::to_string(int64_t{1} << widths.size()) +
+                                        " rows and columns for its " + std::to_string(widths.size()) +
+                                        " layers; name fewer in " + OptionReader::Path("channels"));
+    }
+    classifier_->push_back(nn::Linear(channels * rows * columns, hidden));
+    classifier_->push_back(nn::ReLU(nn::ReLUOptions(true)));
+    if (dropout > 0) classifier_->push_back(nn::Dropout(dropout));
+    classifier_->push_back(nn::Linear(hidden, output_.size));
+    register_module("features", features_);
+    register_module("classifier", classifier_);
+  }
+  at::Tensor Forward(const at::Tensor& input) override {
+    return output_.Shaped(classifier_->forward(features_->forward(input).flatten(1)));
+  }
+
+ private:
+  VectorOutput output_;
+  nn::Sequential features_, classifier_;
+};
+
+// ---- resnet18: the names of torchvision's, so that weights can go either way -----------------------------------
+
+nn::Conv2d BareConv(int64_t in, int64_t out, int64_t kernel, int64_t stride) {
+  return nn::Conv2d(nn::Conv2dOptions(in, out, kernel).stride(stride).padding(kernel / 2).bias(false));
+}
+
+class ResidualBlockImpl : public nn::Module {
+ public:
+  ResidualBlockImpl(int64_t in, int64_t out, int64_t stride)
+      : conv1_(register_module("conv1", BareConv(in, out, 3, stride))),
+        bn1_(register_module("bn1", nn::BatchNorm2d(out))),
+        conv2_(register_module("conv2", BareConv(out, out, 3, 1))),
+        bn2_(register_module("bn2", nn::BatchNorm2d(out))) {
+    if (stride != 1 || in != out) {
+      downsample_ = register_module("downsample", nn::Sequential(BareConv(in, out, 1, stride), nn::BatchNorm2d(out)));
+    }
+  }
+  at::Tensor forward(const at::Tensor& x) {
+    const at::Tensor y = bn2_(conv2_(bn1_(conv1_(x)).relu_()));
+    return (y + (downsample_.is_empty() ? x : downsample_->forward(x))).relu_();
+  }
+
+ private:
+  nn::Conv2d conv1_;
+  nn::BatchNorm2d bn1_;
+  nn::Conv2d conv2_;
+  nn::BatchNorm2d bn2_;
+  nn::Sequential downsample_{nullptr};
+};
+TORCH_MODULE(ResidualBlock);
+
+class ResNet18 : public Net {
+ public:
+  ResNet18(const SampleForm& form, OptionReader* options) {
+    if (form.input.size() != 3) throw DoesNotFit("resnet18", form, "input [channels, rows, columns]");
+    CheckChannels("resnet18", form, options);
+    output_ = OutputFor("resnet18", form, options);
+    small_ = options->Bool("small_images", std::max(form.input[1], form.input[2]) <= kSmallImage);
+    const int64_t width = options->Int("width", 64, 1, kMaxWidth / 8);
+    conv1_ = register_module("conv1", small_ ? BareConv(form.input[0], width, 3, 1)
+                                             : BareConv(form.input[0], width, 7, 2));
+    bn1_ = register_module("bn1", nn::BatchNorm2d(width));
+    int64_t in = width;
+    for (int stage = 0; stage < 4; ++stage) {
+      const int64_t out = width << stage;
+      nn::Sequential blocks(ResidualBlock(in, out, stage == 0 ? 1 : 2), ResidualBlock(out, out, 1));
+      stages_.push_back(register_module("layer" + std::to_string(stage + 1), blocks));
+      in = out;
+    }
+    fc_ = register_module("fc", nn::Linear(in, output_.size));
+    for (const auto& module : modules(/*include_self=*/false)) {
+      if (auto* conv = module->as<nn::Conv2d>()) {
+        nn::init::kaiming_normal_(conv->weight, 0, torch::kFanOut, torch::kReLU);
+      }
+    }
+  }
+  at::Tensor Forward(const at::Tensor& input) override {
+    at::Tensor x = bn1_(conv1_(input)).relu_();
+    if (!small_) x = at::max_pool2d(x, 3, 2, 1);
+    for (auto& stage : stages_) x = stage->forward(x);
+    return output_.Shaped(fc_(at::adaptive_avg_pool2d(x, {1, 1}).flatten(1)));
+  }
+
+ private:
+  VectorOutput output_;
+  bool small_ = false;
+  nn::Conv2d conv1_{nullptr};
+  nn::BatchNorm2d bn1_{nullptr};
+  std::vector<nn::Sequential> stages_;
+  nn::Linear fc_{nullptr};
+};
+
+// ---- unet ----------------------------------------------------------------------------------------------------
+
+// Two convolutions with group norm, which unlike batch norm does not depend on how samples are shared among ranks.
+nn::Sequential DoubleConv(int64_t in, int64_t out) {
+  const auto norm = [out] { return nn::GroupNorm(nn::GroupNormOptions(std::gcd(int64_t{8}, out), out)); };
+  return nn::Sequential(BareConv(in, out, 3, 1), norm(), nn::ReLU(nn::ReLUOptions(true)), BareConv(out, out, 3, 1),
+                        norm(), nn::ReLU(nn::ReLUOptions(true)));
+}
+
+class UNet : public Net {
+ public:
+  UNet(const SampleForm& form, OptionReader* options) {
+    const bool labels = form.classes > 0;
+    const size_t target_rank = labels ? 2 : 3;
+    if (form.input.size() != 3 || form.target.size() != target_rank ||
+        !std::equal(form.input.begin() + 1, form.input.end(), form.target.end() - 2)) {
+      throw DoesNotFit("unet", form, "input [channels, rows, columns] and a target of the same rows and columns");
+    }
+    CheckChannels("unet", form, options);
+    int64_t outputs = form.target[0];
+    const int64_t classes = options->Int("classes", form.classes, 0, kMaxClasses);
+    if (classes < form.classes || (classes > 0 && !labels)) {
+      throw UserError(OptionReader::Path("classes") + ": " + std::to_string(classes) + " does not fit; the data have " +
+                      std::to_string(form.classes) + " classes");
+    }
+    if (labels) outputs = classes;
+    const int64_t base = options->Int("base", 16, 1, 1024);
+    const int64_t depth = options->Int("depth", 3, 1, 8);
+    const int64_t multiple = int64_t{1} << depth;
+    if (form.input[1] % multiple != 0 || form.input[2] % multiple != 0) {
+      throw DoesNotFit("unet", form, "rows and columns that are multiples of " + std::to_string(multiple) +
+                                         "; crop them or set " + OptionReader::Path("depth") + " lower than " +
+                                         std::to_string(depth));
+    }
+    int64_t in = form.input[0];
+    for (int64_t level = 0; level <= depth; ++level) {
+      const int64_t out = base << level;
+      down_.push_back(register_module("down" + std::to_string(level), DoubleConv(in, out)));
+      in = out;
+    }
+    for (int64_t level = depth; level-- > 0;) {
+      const int64_t out = base << level;
+      grow_.push_back(register_module("grow" + std::to_string(level),
+                                      nn::ConvTranspose2d(nn::ConvTranspose2dOptions(2 * out, out, 2).stride(2))));
+      up_.push_back(register_module("up" + std::to_string(level), DoubleConv(2 * out, out)));
+    }
+    head_ = register_module("head", nn::Conv2d(base, outputs, 1));
+  }
+  at::Tensor Forward(const at::Tensor& input) override {
+    std::vector<at::Tensor> levels;
+    at::Tensor x = input;
+    for (size_t level = 0; level < down_.size(); ++level) {
+      if (level > 0) x = at::max_pool2d(x, 2);
+      x = down_[level]->forward(x);
+      levels.push_back(x);
+    }
+    levels.pop_back();
+    for (size_t i = 0; i < up_.size(); ++i) {
+      x = up_[i]->forward(at::cat({levels.back(), grow_[i](x)}, 1));
+      levels.pop_back();
+    }
+    return head_(x);
+  }
+
+ private:
+  std::vector<nn::Sequential> down_, up_;
+  std::vector<nn::ConvTranspose2d> grow_;
+  nn::Conv2d head_{nullptr};
+};
+
+// ---- lstm ----------------------------------------------------------------------------------------------------
+
+class Lstm : public Net {
+ public:
+  Lstm(const SampleForm& form, OptionReader* options) {
+    if (form.input.empty()) {
+      throw DoesNotFit("lstm", form, "input [steps] or [steps, features…], as the transform window makes it");
+    }
+    output_ = OutputFor("lstm", form, options);
+    const int64_t features = Elements({form.input.begin() + 1, form.input.end()});
+    const int64_t hidden = options->Int("hidden", 64, 1, kMaxWidth);
+    const int64_t layers = options->Int("layers", 1, 1, 16);
+    const double dropout = options->Number("dropout", 0, 0, 0.95);
+    if (dropout > 0 && layers == 1) {
+      throw UserError(OptionReader::Path("dropout") + ": works between layers; set " + OptionReader::Path("layers") +
+                      " to 2 or more, or leave dropout out");
+    }
+    lstm_ = register_module(
+        "lstm", nn::LSTM(nn::LSTMOptions(features, hidden).num_layers(layers).dropout(dropout).batch_first(true)));
+    head_ = register_module("head", nn::Linear(hidden, output_.size));
+  }
+  at::Tensor Forward(const at::Tensor& input) override {
+    const at::Tensor series = input.dim() == 2 ? input.unsqueeze(2) : input.flatten(2);
+    const at::Tensor outputs = std::get<0>(lstm_->forward(series));
+    return output_.Shaped(head_(outputs.select(1, -1)));
+  }
+
+ private:
+  VectorOutput output_;
+  nn::LSTM lstm_{nullptr};
+  nn::Linear head_{nullptr};
+};
+
+// ---- downscale -------------------------------------------------------------------------------------------------
+
+// Super-resolution of a field: convolutions see the bilinear interpolation beside learned position channels (relief,
+// coasts, storm tracks) and correct it. With `conserve`, the correction leaves each coarse cell's mean as it was.
+class Downscale : public Net {
+ public:
+  Downscale(const SampleForm& form, OptionReader* options) {
+    if (form.input.size() != 3 || form.target.size() != 3 || form.input[0] != form.target[0] ||
+        form.target[1] % form.input[1] != 0 || form.target[2] % form.input[2] != 0 ||
+        form.target[1] / form.input[1] != form.target[2] / form.input[2]) {
+      throw DoesNotFit("downscale", form, "input [channels, rows, columns] and a target of the same channels with a "
+                                          "whole multiple of rows and columns, as the transform coarsen makes them");
+    }
+    factor_ = form.target[1] / form.input[1];
+    if (const int64_t given = options->Int("factor", factor_, 1, 1024); given != factor_) {
+      throw DoesNotFit("downscale", form, "a factor of " + std::to_string(given) + ", as " +
+                                              OptionReader::Path("factor") + " says, where the data have " +
+                                              std::to_string(factor_));
+    }
+    channels_ = form.input[0];
+    rows_ = form.target[1];
+    columns_ = form.target[2];
+    const auto hidden = options->Ints("hidden", {32, 32}, 1, 16, 1, 1024);
+    std::vector<int64_t> default_kernels(hidden.size() + 1, 3);
+    default_kernels[0] = 5;
+    const auto kernels =
+        options->Ints("kernels", default_kernels, hidden.size() + 1, hidden.size() + 1, 1, 31);
+    position_channels_ = options->Int("position_channels", 8, 0, 256);
+    conserve_ = options->Bool("conserve", true);
+    for (const int64_t kernel : kernels) {
+      if (kernel % 2 == 0) {
+        throw UserError(OptionReader::Path("kernels") + ": " + std::to_string(kernel) + " is even; sizes must be odd");
+      }
+    }
+    if (position_channels_ > 0) {
+      position_ = register_parameter("position",
+                                     at::randn({1, position_channels_, rows_, columns_}, at::kFloat).mul_(0.1));
+    }
+    int64_t in = channels_ + position_channels_;
+    for (size_t i = 0; i < kernels.size(); ++i) {
+      const int64_t out = i < hidden.size() ? hidden[i] : channels_;
+      convolutions_.push_back(
+          register_module("conv" + std::to_string(i + 1),
+                          nn::Conv2d(nn::Conv2dOptions(in, out, kernels[i]).padding(kernels[i] / 2))));
+      in = out;
+    }
+  }
+  at::Tensor Forward(const at::Tensor& input) override {
+    const at::Tensor smooth = at::upsample_bilinear2d(input, {rows_, columns_}, /*align_corners=*/false);
+    at::Tensor x = FirstLayer(smooth);
+    for (size_t i = 1; i < convolutions_.size(); ++i) x = convolutions_[i](x.relu_());
+    x = x + smooth;
+    if (!conserve_) return x;
+    return x + at::upsample_nearest2d(input - at::avg_pool2d(x, {factor_, factor_}), {rows_, columns_});
+  }
+
+ private:
+  // The convolution of [smooth, position]. It is linear, and the position is the same for every sample: its part is
+  // computed once per batch.
+  at::Tensor FirstLayer(const at::Tensor& smooth) {
+    auto& conv = convolutions_.front();
+    if (position_channels_ == 0) return conv(smooth);
+    const int64_t padding = conv->weight.size(2) / 2;
+    const at::Tensor of_field =
+        at::conv2d(smooth, conv->weight.narrow(1, 0, channels_), {}, 1, padding);
+    const at::Tensor of_position =
+        at::conv2d(position_, conv->weight.narrow(1, channels_, position_channels_), conv->bias, 1, padding);
+    return of_field + of_position;
+  }
+
+  int64_t factor_ = 1, channels_ = 0, rows_ = 0, columns_ = 0, position_channels_ = 0;
+  bool conserve_ = true;
+  at::Tensor position_;
+  std::vector<nn::Conv2d> convolutions_;
+};
+
+// ----------------------------------------------------------------------------------------------------------------
+
+class TorchNetwork : public Network {
+ public:
+  TorchNetwork(std::shared_ptr<Net> net, nlohmann::json options)
+      : net_(std::move(net)), options_(std::move(options)) {}
+
+  at::Tensor Forward(const at::Tensor& input) override {
+    return net_->Forward(input.is_floating_point() ? input : input.to(at::kFloat));
+  }
+  std::vector<std::pair<std::string, at::Tensor>> parameters() override { return Pairs(net_->named_parameters()); }
+  std::vector<std::pair<std::string, at::Tensor>> buffers() override { return Pairs(net_->named_buffers()); }
+  void Train(bool training) override { net_->train(training); }
+  const nlohmann::json& options() const override { return options_; }
+
+ private:
+  static std::vector<std::pair<std::string, at::Tensor>> Pairs(
+      const torch::OrderedDict<std::string, at::Tensor>& tensors) {
+    std::vector<std::pair<std::string, at::Tensor>> pairs;
+    for (const auto& tensor : tensors) pairs.emplace_back(tensor.key(), tensor.value());
+    return pairs;
+  }
+
+  const std::shared_ptr<Net> net_;
+  const nlohmann::json options_;
+};
+
+template <typename T>
+std::shared_ptr<Net> Make(const SampleForm& form, OptionReader* options) {
+  return std::make_shared<T>(form, options);
+}
+
+using Maker = std::shared_ptr<Net> (*)(const SampleForm&, OptionReader*);
+constexpr std::pair<const char*, Maker> kNetworks[] = {
+    {"mlp", Make<Mlp>},   {"cnn", Make<Cnn>},   {"resnet18", Make<ResNet18>},
+    {"unet", Make<UNet>}, {"lstm", Make<Lstm>}, {"downscale", Make<Downscale>},
+};
+
+}  // namespace
+
+std::vector<std::string> NetworkNames() {
+  std::vector<std::string> names;
+  for (const auto& [name, maker] : kNetworks) names.emplace_back(name);
+  return names;
+}
+
+std::unique_ptr<Network> MakeNetwork(const std::string& name, const nlohmann::json& options, const SampleForm& form,
+                                     uint64_t seed) {
+  for (const auto& [known, make] : kNetworks) {
+    if (name != known) continue;
+    OptionReader reader(name, options);
+    torch::manual_seed(seed);
+    auto net = make(form, &reader);
+    reader.Finish();
+    return std::make_unique<TorchNetwork>(std::move(net), reader.resolved());
+  }
+  throw UserError("train.model.builtin: no built-in model \"" + name + "\"" + NearestHint(name, NetworkNames()) +
+                  " (there are: " + JoinNames(NetworkNames()) + ")");
+}
+
+}  // namespace itwin::worker

@@ -1,0 +1,315 @@
+#include "agent/worker/model/torchscript_model.h"
+
+#include <torch/csrc/jit/passes/inliner.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
+#include <torch/csrc/jit/serialization/export.h>
+#include <torch/script.h>
+#include <torch/version.h>
+
+#include <optional>
+#include <set>
+#include <utility>
+
+#include "agent/worker/checkpoint/durable_file.h"
+#include "agent/worker/checkpoint/safetensors.h"
+#include "agent/worker/error.h"
+#include "agent/worker/model/loss.h"
+
+namespace itwin::worker {
+namespace {
+
+constexpr size_t kMaxReasonBytes = 1000;  // of a message of LibTorch that is handed on
+
+// LibTorch's message without its backtrace.
+std::string ReasonOf(const std::exception& error) {
+  std::string reason;
+  if (const auto* torch_error = dynamic_cast<const c10::Error*>(&error)) {
+    reason = torch_error->what_without_backtrace();
+  } else {
+    reason = error.what();
+  }
+  while (!reason.empty() && (reason.back() == '\n' || reason.back() == ' ')) reason.pop_back();
+  while (!reason.empty() && reason.front() == '\n') reason.erase(0, 1);
+  if (reason.size() > kMaxReasonBytes) reason = reason.substr(0, kMaxReasonBytes) + " …";
+  return reason;
+}
+
+torch::jit::Module Load(const std::filesystem::path& path) {
+  const std::string field = "train.model.torchscript: " + path.filename().string();
+  try {
+    return torch::jit::load(path.string(), at::kCPU);
+  } catch (const std::exception& error) {
+    const std::string reason = ReasonOf(error);
+    constexpr std::string_view kUnknown = "Unknown builtin op: ";
+    if (const size_t at = reason.find(kUnknown); at != std::string::npos) {
+      std::string name = reason.substr(at + kUnknown.size());
+      name = name.substr(0, name.find_first_of(" \n"));
+      while (!name.empty() && name.back() == '.') name.pop_back();
+      throw UserError(field + " uses the operator " + name + ", which LibTorch " TORCH_VERSION
+                      " of this site does not have; write it with older operators, or use a site with a newer LibTorch");
+    }
+    throw UserError(field + " is not a TorchScript module that can be loaded; write it by "
+                            "torch.jit.script(model).save(\"" +
+                    path.filename().string() + "\"). LibTorch says: " + reason);
+  }
+}
+
+// The constant value of an operator's argument, if it has an argument of that name and the value is fixed.
+std::optional<torch::jit::IValue> ConstantArgument(const torch::jit::Node* node, const char* name) {
+  const c10::FunctionSchema* schema = node->maybeSchema();
+  if (schema == nullptr) return std::nullopt;
+  const auto index = schema->argumentIndexWithName(name);
+  if (!index || static_cast<size_t>(*index) >= node->inputs().size()) return std::nullopt;
+  return torch::jit::toIValue(node->input(static_cast<size_t>(*index)));
+}
+
+// The first operator whose training flag is a constant where it matters: it would not obey train() and eval().
+const torch::jit::Node* FindFixedTrainingFlag(const torch::jit::Block* block) {
+  for (const torch::jit::Node* node : block->nodes()) {
+    const std::string name = node->kind().toQualString();
+    const bool norm = name == "aten::batch_norm" || name == "aten::_batch_norm_impl_index" ||
+                      name == "aten::native_batch_norm" || name == "aten::cudnn_batch_norm";
+    const bool dropout = name.starts_with("aten::") && name.find("dropout") != std::string::npos;
+    const bool recurrent = name == "aten::lstm" || name == "aten::gru" || name == "aten::rnn_tanh" ||
+                           name == "aten::rnn_relu";
+    if (norm || dropout || recurrent) {
+      bool fixed = false;
+      for (const char* flag : {"train", "training"}) fixed = fixed || ConstantArgument(node, flag).has_value();
+      if (!norm) {  // without effect where nothing is dropped
+        const auto share = ConstantArgument(node, recurrent ? "dropout" : "p");
+        if (share && share->isDouble() && share->toDouble() == 0) fixed = false;
+      }
+      if (fixed) return node;
+    }
+    for (const torch::jit::Block* inner : node->blocks()) {
+      if (const torch::jit::Node* found = FindFixedTrainingFlag(inner)) return found;
+    }
+  }
+  return nullptr;
+}
+
+void RefuseFixedTrainingFlags(const torch::jit::Module& module, const std::string& field) {
+  for (const auto& method : module.get_methods()) {
+    const auto graph = method.graph()->copy();
+    torch::jit::Inline(*graph);
+    if (const torch::jit::Node* node = FindFixedTrainingFlag(graph->block())) {
+      const std::string name = node->kind().toUnqualString();
+      throw UserError(field + ": " + name + " in \"" + method.name() +
+                      "\" has a fixed training flag, so it would behave the same in training and in evaluation. "
+                      "The module was traced (torch.jit.trace), or calls the function without "
+                      "training=self.training; export it with torch.jit.script and the module forms "
+                      "(nn.Dropout, nn.BatchNorm2d)");
+    }
+  }
+}
+
+bool TakesBatchGivesLossAndMetrics(const torch::jit::Method& method) {
+  const c10::FunctionSchema& schema = method.function().getSchema();
+  return schema.arguments().size() == 2 &&
+         schema.arguments()[1].type()->str() == "Dict(str, Tensor)" && schema.returns().size() == 1 &&
+         schema.returns()[0].type()->str() == "(Tensor, Dict(str, Tensor))";
+}
+
+std::string SchemaText(const torch::jit::Method& method) {
+  const c10::FunctionSchema& schema = method.function().getSchema();
+  std::string text = "(self";
+  for (size_t i = 1; i < schema.arguments().size(); ++i) text += ", " + schema.arguments()[i].type()->annotation_str();
+  text += ") -> ";
+  return text + (schema.returns().empty() ? "None" : schema.returns()[0].type()->annotation_str());
+}
+
+class TorchScriptModel : public Model {
+ public:
+  TorchScriptModel(std::string file, torch::jit::Module module, std::optional<Loss> loss, nlohmann::json preprocessing)
+      : file_(std::move(file)),
+        module_(std::move(module)),
+        loss_(std::move(loss)),
+        preprocessing_(std::move(preprocessing)) {}
+
+  std::vector<std::pair<std::string, at::Tensor>> parameters() override {
+    return Distinct(module_.named_parameters(/*recurse=*/true), /*trainable_only=*/true);
+  }
+  std::vector<std::pair<std::string, at::Tensor>> buffers() override {
+    auto buffers = Distinct(module_.named_buffers(/*recurse=*/true), false);
+    std::erase_if(buffers, [](const auto& buffer) { return !buffer.second.defined(); });
+    return buffers;
+  }
+
+  StepOutput TrainingStep(const Batch& batch) override { return Step("training_step", batch); }
+  StepOutput EvaluationStep(const Batch& batch) override {
+    const at::NoGradGuard no_grad;
+    return Step(module_.find_method("evaluation_step") ? "evaluation_step" : "training_step", batch);
+  }
+  at::Tensor Predict(const at::Tensor& input) override {
+    const at::NoGradGuard no_grad;
+    return Forward(input);
+  }
+
+  void Train(bool training) override { module_.train(training); }
+
+  void Save(const std::filesystem::path& dir) override {
+    NamedTensors weights;
+    std::vector<std::pair<at::Tensor, at::Tensor>> originals;  // tensor, what it held
+    const at::NoGradGuard no_grad;
+    const auto add = [&](const std::string& name, const at::Tensor& tensor) {
+      if (!tensor.defined()) return;
+      // A tensor of the loop's one big storage would be written with all of it.
+      if (tensor.storage().nbytes() > tensor.nbytes()) {
+        originals.emplace_back(tensor, tensor.detach());
+        tensor.set_data(tensor.detach().clone());
+      }
+      weights.emplace_back(name, tensor.detach().to(at::kCPU).contiguous());
+    };
+    const auto restore = [&] {
+      for (auto& [tensor, original] : originals) tensor.set_data(original);
+    };
+    for (const auto& parameter : module_.named_parameters(true)) add(parameter.name, parameter.value);
+    for (const auto& buffer : module_.named_buffers(true)) add(buffer.name, buffer.value);
+    try {
+      WriteScript(dir / "model.pt");
+      restore();
+    } catch (...) {
+      restore();
+      throw;
+    }
+    WriteSafetensors(dir / "weights.safetensors", weights, {{"format", "pt"}});
+    WriteFileDurably(dir / "preprocessing.json", preprocessing_.dump(2) + "\n");
+  }
+
+  std::string description() override {
+    int64_t elements = 0;
+    for (const auto& [name, tensor] : parameters()) elements += tensor.numel();
+    return file_ + " (TorchScript), " + std::to_string(elements) + " parameters";
+  }
+
+ private:
+  // Tied tensors have several names; the first stands for all.
+  template <typename List>
+  static std::vector<std::pair<std::string, at::Tensor>> Distinct(const List& list, bool trainable_only) {
+    std::vector<std::pair<std::string, at::Tensor>> pairs;
+    std::set<const void*> seen;
+    for (const auto& entry : list) {
+      if (trainable_only && !entry.value.requires_grad()) continue;
+      if (entry.value.defined() && !seen.insert(entry.value.unsafeGetTensorImpl()).second) continue;
+      pairs.emplace_back(entry.name, entry.value);
+    }
+    return pairs;
+  }
+
+  at::Tensor Forward(const at::Tensor& input) {
+    const torch::jit::IValue output = module_.forward({input});
+    if (!output.isTensor()) {
+      throw UserError("train.model.torchscript: forward(input) of " + file_ + " gives " + output.tagKind() +
+                      ", not a tensor; give the module a training_step that returns the loss");
+    }
+    return output.toTensor();
+  }
+
+  StepOutput Step(const char* method, const Batch& batch) {
+    if (loss_) return (*loss_)(Forward(batch.at("input")), batch.at("target"));
+    c10::Dict<std::string, at::Tensor> arrays;
+    for (const auto& [name, tensor] : batch) arrays.insert(name, tensor);
+    const auto result = module_.get_method(method)({arrays}).toTuple();
+    StepOutput output;
+    output.loss = Scalar(result->elements()[0].toTensor(), method, "loss");
+    for (const auto& entry : result->elements()[1].toGenericDict()) {
+      const std::string name = entry.key().toStringRef();
+      output.metrics[name] = Scalar(entry.value().toTensor().detach(), method, name);
+    }
+    return output;
+  }
+
+  at::Tensor Scalar(const at::Tensor& tensor, const char* method, const std::string& name) const {
+    if (tensor.numel() != 1) {
+      throw UserError("train.model.torchscript: " + std::string(method) + " of " + file_ + " gives \"" + name +
+                      "\" with " + std::to_string(tensor.numel()) +
+                      " elements; it must be one number, the mean over the batch's samples");
+    }
+    return tensor.dim() == 0 ? tensor : tensor.reshape({});
+  }
+
+  void WriteScript(const std::filesystem::path& path) {
+    OutputFile file(path);
+    std::exception_ptr failure;
+    try {
+      // LibTorch hides why a write fails, so the writing is ours and the first failure is kept.
+      module_.train(false);
+      torch::jit::ExportModule(module_, [&](const void* data, size_t size) -> size_t {
+        try {
+          file.Write(data, size);
+          return size;
+        } catch (...) {
+          failure = std::current_exception();
+          return 0;
+        }
+      });
+    } catch (const c10::Error&) {
+      if (failure) std::rethrow_exception(failure);
+      throw;
+    }
+    if (failure) std::rethrow_exception(failure);
+    file.SyncAndClose();
+  }
+
+  const std::string file_;
+  torch::jit::Module module_;
+  const std::optional<Loss> loss_;
+  const nlohmann::json preprocessing_;
+};
+
+}  // namespace
+
+std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset& dataset,
+                                            const std::filesystem::path& work_dir) {
+  // The optimising executor hands all gradients over at the very end of backward, and hangs in some versions.
+  torch::jit::getProfilingMode() = false;
+  const std::filesystem::path path = ResolveFile(spec.model.torchscript, work_dir, "train.model.torchscript");
+  const std::string field = "train.model.torchscript: " + path.filename().string();
+  if (spec.model.options.is_object() && !spec.model.options.empty()) {
+    throw UserError("train.model.options: are for built-in models; a TorchScript module brings its own");
+  }
+  torch::jit::Module module = Load(path);
+  const auto parameters = module.parameters(true);
+  if (parameters.size() == 0) {
+    throw UserError(field + " has no parameters, so there is nothing to train; was it frozen (torch.jit.freeze)? "
+                            "Export it with torch.jit.script(model).save(…) alone");
+  }
+  bool trainable = false;
+  for (const at::Tensor& parameter : parameters) trainable = trainable || parameter.requires_grad();
+  if (!trainable) {
+    throw UserError(field + ": no parameter requires a gradient, so there is nothing to train");
+  }
+  std::optional<Loss> loss;
+  if (const auto training_step = module.find_method("training_step")) {
+    if (!spec.loss.empty() || !spec.metrics.empty()) {
+      throw UserError(std::string("train.") + (spec.loss.empty() ? "metrics" : "loss") + ": " +
+                      path.filename().string() + " brings its own loss and metrics by its training_step; leave this out");
+    }
+    for (const char* name : {"training_step", "evaluation_step"}) {
+      const auto method = module.find_method(name);
+      if (method && !TakesBatchGivesLossAndMetrics(*method)) {
+        throw UserError(field + ": " + name + " is " + SchemaText(*method) +
+                        "; it must be (self, batch: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, Tensor]], the loss "
+                        "and the metrics");
+      }
+    }
+  } else {
+    if (!module.find_method("forward")) {
+      throw UserError(field + " has neither a training_step nor a forward; mark training_step with @torch.jit.export");
+    }
+    const torch::jit::Method forward = module.get_method("forward");
+    if (forward.function().getSchema().arguments().size() < 2) {
+      throw UserError(field + ": forward is " + SchemaText(forward) + "; it must take the input");
+    }
+    if (spec.loss.empty()) {
+      throw UserError("train.loss: is not given, and " + path.filename().string() +
+                      " has no training_step of its own; name a loss, or mark training_step with @torch.jit.export");
+    }
+    loss.emplace(spec.loss, spec.metrics);
+  }
+  RefuseFixedTrainingFlags(module, field);
+  return std::make_unique<TorchScriptModel>(path.filename().string(), std::move(module), std::move(loss),
+                                            dataset.preprocessing());
+}
+
+}  // namespace itwin::worker
