@@ -43,7 +43,7 @@ JobId JobId::Random() { return JobId(RandomHex(kJobIdDigits / 2)); }
 absl::StatusOr<AttemptKey> AttemptKey::Parse(absl::string_view text) {
   const size_t dash = text.find('-');
   int number = 0;
-  if (dash != absl::string_view::npos && text.size() - dash <= 7 && text[dash + 1] != '0' &&
+  if (dash != absl::string_view::npos && text.size() - dash <= 7 && dash + 1 < text.size() && text[dash + 1] != '0' &&
       absl::SimpleAtoi(text.substr(dash + 1), &number) && number >= 1 && number <= kMaxAttempt) {
     absl::StatusOr<JobId> job = JobId::Parse(text.substr(0, dash));
     // SimpleAtoi takes signs and spaces; the key has one spelling only.

@@ -1,0 +1,657 @@
+#include "common/spec/validate.h"
+
+#include <google/protobuf/descriptor.h>
+#include <google/protobuf/message.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <set>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
+#include "absl/time/time.h"
+#include "common/files.h"
+#include "common/sha256.h"
+#include "common/spec/file_references.h"
+#include "common/spec/nearest_name.h"
+#include "common/spec/spec_document.h"
+
+namespace itwin {
+namespace {
+
+using google::protobuf::FieldDescriptor;
+using google::protobuf::Message;
+using google::protobuf::Reflection;
+using google::protobuf::Value;
+
+// Limits of spec.proto.
+constexpr size_t kMaxSpecBytes = size_t{1} << 20;
+constexpr int kMaxNameCharacters = 128;
+constexpr int kMaxEnvEntries = 256;
+constexpr size_t kMaxEnvBytes = size_t{64} << 10;
+constexpr int kMaxLabels = 64;
+constexpr int kMaxLabelCharacters = 63;
+constexpr int kMaxInputs = 10'000;
+constexpr int64_t kMaxWallSeconds = int64_t{30} * 24 * 3600;
+// Beyond any machine there is: a typing error.
+constexpr int64_t kMaxNodes = 100'000;
+constexpr int64_t kMaxPerNode = 4'096;
+constexpr int64_t kMaxMemoryMib = int64_t{1} << 30;
+constexpr int64_t kMaxRetries = 1'000'000;
+constexpr int kMaxArguments = 4'096;
+constexpr size_t kMaxArgumentBytes = size_t{128} << 10;  // Linux's limit of one argument
+constexpr int kMaxListedNames = 10'000;
+constexpr int64_t kMaxEpochs = 1'000'000'000;
+constexpr int kMaxTransforms = 64;
+constexpr int kMaxDimensions = 16;
+constexpr int64_t kMaxElements = int64_t{1} << 40;
+constexpr size_t kMaxReferenceBytes = 4'096;
+constexpr int kMaxOptionDepth = 16;
+constexpr size_t kMaxShown = 60;
+
+std::string Quoted(absl::string_view text) {
+  return absl::StrCat("'", absl::Utf8SafeCEscape(text.substr(0, kMaxShown)), text.size() > kMaxShown ? "..." : "", "'");
+}
+
+std::string NumberText(double value) {
+  if (value == std::floor(value) && std::abs(value) < 1e15) return absl::StrCat(static_cast<int64_t>(value));
+  return absl::StrCat(value);
+}
+
+int Characters(absl::string_view utf8) {
+  return static_cast<int>(std::count_if(utf8.begin(), utf8.end(), [](char c) { return (c & 0xc0) != 0x80; }));
+}
+
+bool HasControl(absl::string_view text) {
+  return std::any_of(text.begin(), text.end(), [](char c) { return absl::ascii_iscntrl(static_cast<unsigned char>(c)); });
+}
+
+bool IsEnvName(absl::string_view name) {
+  if (name.empty() || absl::ascii_isdigit(static_cast<unsigned char>(name[0]))) return false;
+  return std::all_of(name.begin(), name.end(),
+                     [](char c) { return absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '_'; });
+}
+
+class Checker {
+ public:
+  absl::Status Check(const v1::JobSpec& spec) {
+    if (spec.ByteSizeLong() > kMaxSpecBytes) {
+      return absl::InvalidArgumentError(absl::StrCat("the spec has ", spec.ByteSizeLong(), " bytes; the limit is ",
+                                                     kMaxSpecBytes, " (data belong in files that the spec names)"));
+    }
+    CheckTexts(spec, "");
+    if (!problems_.empty()) return status();  // what follows shows texts
+
+    if (!spec.name().empty()) CheckName(spec.name());
+    CheckSite(spec.site());
+    CheckResources(spec.resources());
+    switch (spec.kind_case()) {
+      case v1::JobSpec::kTrain: CheckTrain(spec.train(), spec.resources()); break;
+      case v1::JobSpec::kCommand: CheckCommand(spec.command()); break;
+      case v1::JobSpec::KIND_NOT_SET:
+        Report("train", "is missing; a job needs either `train` or `command`");
+        break;
+    }
+    CheckEnv(spec);
+    CheckInputs(spec);
+    CheckRetry(spec.retry());
+    CheckLabels(spec);
+    CheckReferences(spec);
+    return status();
+  }
+
+ private:
+  void Report(absl::string_view path, absl::string_view what) {
+    ++total_;
+    if (problems_.size() < static_cast<size_t>(kMaxProblems)) problems_.push_back(absl::StrCat(path, ": ", what));
+  }
+  absl::Status status() const {
+    if (problems_.empty()) return absl::OkStatus();
+    std::string more;
+    if (total_ > problems_.size()) more = absl::StrCat("\n... and ", total_ - problems_.size(), " more");
+    return absl::InvalidArgumentError(absl::StrCat(absl::StrJoin(problems_, "\n"), more));
+  }
+
+  void Range(absl::string_view path, int64_t value, int64_t min, int64_t max) {
+    if (value >= min && value <= max) return;
+    Report(path, absl::StrCat(value, " is out of range; use a whole number from ", min, " to ", max));
+  }
+  void Above(absl::string_view path, double value, double bound) {
+    if (std::isfinite(value) && value > bound) return;
+    Report(path, absl::StrCat(NumberText(value), " is out of range; use a number above ", NumberText(bound)));
+  }
+  void AtLeast(absl::string_view path, double value, double bound) {
+    if (std::isfinite(value) && value >= bound) return;
+    Report(path, absl::StrCat(NumberText(value), " is out of range; use a number from ", NumberText(bound)));
+  }
+  void Fraction(absl::string_view path, double value) {  // 0 <= value < 1
+    if (std::isfinite(value) && value >= 0 && value < 1) return;
+    Report(path, absl::StrCat(NumberText(value), " is out of range; use a number from 0 to below 1"));
+  }
+  void OneOf(absl::string_view path, const std::string& name, const std::vector<std::string>& known) {
+    if (std::find(known.begin(), known.end(), name) != known.end()) return;
+    Report(path, absl::StrCat(Quoted(name), " is unknown; ", UnknownNameHint(name, known)));
+  }
+
+  // All strings of the spec: valid UTF-8 without NUL. Free-form options: finite numbers, bounded depth.
+  void CheckTexts(const Message& message, const std::string& prefix) {
+    if (const auto* options = dynamic_cast<const google::protobuf::Struct*>(&message)) {
+      Value value;
+      *value.mutable_struct_value() = *options;
+      CheckOption(value, prefix, 0);
+      return;
+    }
+    const Reflection* reflection = message.GetReflection();
+    std::vector<const FieldDescriptor*> fields;
+    reflection->ListFields(message, &fields);
+    for (const FieldDescriptor* field : fields) {
+      const std::string path = prefix.empty() ? field->name() : absl::StrCat(prefix, ".", field->name());
+      const int count = field->is_repeated() ? reflection->FieldSize(message, field) : 1;
+      for (int i = 0; i < count; ++i) {
+        const std::string at = field->is_repeated() && !field->is_map() ? absl::StrCat(path, "[", i, "]") : path;
+        if (field->cpp_type() == FieldDescriptor::CPPTYPE_MESSAGE) {
+          CheckTexts(field->is_repeated() ? reflection->GetRepeatedMessage(message, field, i)
+                                          : reflection->GetMessage(message, field),
+                     at);
+        } else if (field->cpp_type() == FieldDescriptor::CPPTYPE_STRING) {
+          CheckText(field->is_repeated() ? reflection->GetRepeatedString(message, field, i)
+                                         : reflection->GetString(message, field),
+                    at);
+        }
+      }
+    }
+  }
+  void CheckText(const std::string& text, const std::string& path) {
+    if (!IsValidUtf8(text)) Report(path, "is not valid UTF-8");
+    if (text.find('\0') != std::string::npos) Report(path, "contains a NUL character; remove it");
+  }
+  void CheckOption(const Value& value, const std::string& path, int depth) {
+    if (depth > kMaxOptionDepth) {
+      return Report(path, absl::StrCat("is nested deeper than ", kMaxOptionDepth, " levels"));
+    }
+    switch (value.kind_case()) {
+      case Value::kNumberValue:
+        if (!std::isfinite(value.number_value())) Report(path, "is not a finite number");
+        return;
+      case Value::kStringValue:
+        return CheckText(value.string_value(), path);
+      case Value::kListValue:
+        for (int i = 0; i < value.list_value().values_size(); ++i) {
+          CheckOption(value.list_value().values(i), absl::StrCat(path, "[", i, "]"), depth + 1);
+        }
+        return;
+      case Value::kStructValue:
+        for (const auto& [key, item] : value.struct_value().fields()) {
+          CheckText(key, path);
+          CheckOption(item, absl::StrCat(path, ".", absl::Utf8SafeCEscape(key.substr(0, kMaxShown))), depth + 1);
+        }
+        return;
+      case Value::kNullValue:
+      case Value::kBoolValue:
+        return;
+      case Value::KIND_NOT_SET:
+        Report(path, "has no value");
+        return;
+    }
+  }
+
+  void CheckName(const std::string& name) {
+    if (Characters(name) > kMaxNameCharacters) {
+      Report("name", absl::StrCat("has ", Characters(name), " characters; use at most ", kMaxNameCharacters));
+    }
+    if (HasControl(name)) Report("name", "has a control character; use plain text in one line");
+  }
+
+  void CheckSite(const std::string& site) {
+    const bool good = site.size() <= 64 && std::all_of(site.begin(), site.end(), [](char c) {
+                        return absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '-' || c == '.';
+                      });
+    if (!good) {
+      Report("site", absl::StrCat(Quoted(site), " is no site's name; use letters, digits, '-', '_' and '.', or 'any'"));
+    }
+  }
+
+  void CheckResources(const v1::Resources& resources) {
+    Range("resources.nodes", resources.nodes(), 0, kMaxNodes);
+    Range("resources.ranks_per_node", resources.ranks_per_node(), 0, kMaxPerNode);
+    Range("resources.cpus_per_rank", resources.cpus_per_rank(), 0, kMaxPerNode);
+    Range("resources.gpus_per_node", resources.gpus_per_node(), 0, kMaxPerNode);
+    Range("resources.memory_mib_per_node", resources.memory_mib_per_node(), 0, kMaxMemoryMib);
+    if (resources.has_time()) {
+      const google::protobuf::Duration& time = resources.time();
+      const bool whole = time.nanos() >= 0 && time.nanos() < 1'000'000'000;
+      if (!whole || time.seconds() < 1 || time.seconds() > kMaxWallSeconds ||
+          (time.seconds() == kMaxWallSeconds && time.nanos() > 0)) {
+        const std::string shown = std::abs(static_cast<double>(time.seconds())) < 1e12
+                                      ? absl::FormatDuration(absl::Seconds(time.seconds()))
+                                      : absl::StrCat(time.seconds(), "s");
+        Report("resources.time", absl::StrCat(shown, " is out of range; use 1s to 720h (30 days)"));
+      }
+    }
+  }
+
+  void CheckEnv(const v1::JobSpec& spec) {
+    if (spec.env_size() > kMaxEnvEntries) {
+      Report("env", absl::StrCat("has ", spec.env_size(), " entries; use at most ", kMaxEnvEntries));
+    }
+    size_t bytes = 0;
+    const std::map<std::string, std::string> sorted(spec.env().begin(), spec.env().end());
+    for (const auto& [key, value] : sorted) {
+      bytes += key.size() + value.size();
+      if (!IsEnvName(key)) {
+        Report("env", absl::StrCat(Quoted(key),
+                                   " is not a name of a variable; use letters, digits and '_', not first a digit"));
+      } else if (absl::StartsWith(key, "ITWIN_")) {
+        Report(absl::StrCat("env.", key), "names that begin with ITWIN_ belong to the service; use another name");
+      }
+    }
+    if (bytes > kMaxEnvBytes) {
+      Report("env", absl::StrCat("has ", bytes, " bytes in all; use at most ", kMaxEnvBytes, " (put data in a file)"));
+    }
+  }
+
+  void CheckInputs(const v1::JobSpec& spec) {
+    if (spec.inputs_size() > kMaxInputs) {
+      return Report("inputs", absl::StrCat("has ", spec.inputs_size(), " files; use at most ", kMaxInputs,
+                                           " (pack them into one archive)"));
+    }
+    std::map<std::string, int> seen;
+    for (int i = 0; i < spec.inputs_size(); ++i) {
+      const v1::InputFile& input = spec.inputs(i);
+      const std::string at = absl::StrCat("inputs[", i, "]");
+      if (absl::Status good = CheckRelativePath(input.path()); !good.ok()) {
+        Report(absl::StrCat(at, ".path"), good.message());
+      } else if (const auto [first, fresh] = seen.emplace(input.path(), i); !fresh) {
+        Report(absl::StrCat(at, ".path"),
+               absl::StrCat(Quoted(input.path()), " is also inputs[", first->second, "]; give each file its own path"));
+      }
+      if (!IsSha256Hex(input.sha256())) {
+        Report(absl::StrCat(at, ".sha256"), absl::StrCat(Quoted(input.sha256()), " is not 64 lower-case hex digits"));
+      }
+    }
+    for (const auto& [path, index] : seen) {
+      for (size_t slash = path.find('/'); slash != std::string::npos; slash = path.find('/', slash + 1)) {
+        const auto parent = seen.find(path.substr(0, slash));
+        if (parent == seen.end()) continue;
+        Report(absl::StrCat("inputs[", index, "].path"),
+               absl::StrCat(Quoted(path), " lies below inputs[", parent->second, "], which is a file"));
+        break;
+      }
+    }
+  }
+
+  void CheckRetry(const v1::RetryPolicy& retry) {
+    if (retry.has_infra()) Range("retry.infra", retry.infra(), 0, kMaxRetries);
+    if (retry.has_preempted()) Range("retry.preempted", retry.preempted(), 0, kMaxRetries);
+    if (retry.has_app()) Range("retry.app", retry.app(), 0, kMaxRetries);
+  }
+
+  void CheckLabels(const v1::JobSpec& spec) {
+    if (spec.labels_size() > kMaxLabels) {
+      Report("labels", absl::StrCat("has ", spec.labels_size(), " entries; use at most ", kMaxLabels));
+    }
+    const std::map<std::string, std::string> sorted(spec.labels().begin(), spec.labels().end());
+    for (const auto& [key, value] : sorted) {
+      if (key.empty()) Report("labels", "has an empty key; name it");
+      for (const std::string* text : {&key, &value}) {
+        if (Characters(*text) > kMaxLabelCharacters) {
+          Report("labels", absl::StrCat(Quoted(*text), " has ", Characters(*text), " characters; use at most ",
+                                        kMaxLabelCharacters));
+        } else if (HasControl(*text)) {
+          Report("labels", absl::StrCat(Quoted(*text), " has a control character; use plain text"));
+        }
+      }
+    }
+  }
+
+  void CheckReferences(const v1::JobSpec& spec) {
+    for (const v1::FileReference& reference : FileReferences(spec)) {
+      const std::string& value = reference.value();
+      if (value.empty()) {
+        Report(reference.field(), "names no file; give a path, \"sha256:<hex>\" or \"site:<path>\"");
+      } else if (value.size() > kMaxReferenceBytes || HasControl(value)) {
+        Report(reference.field(), absl::StrCat(Quoted(value), " is no path (too long, or with control characters)"));
+      } else if (PlaceOf(value) == FilePlace::kSite && !absl::StartsWith(value, "site:/")) {
+        Report(reference.field(), absl::StrCat(Quoted(value), " needs an absolute path after 'site:'"));
+      } else if (PlaceOf(value) == FilePlace::kArtifact && !IsSha256Hex(absl::StripPrefix(value, "sha256:"))) {
+        Report(reference.field(), absl::StrCat(Quoted(value), " needs 64 lower-case hex digits after 'sha256:'"));
+      }
+    }
+  }
+
+  void CheckCommand(const v1::CommandSpec& command) {
+    if (command.argv_size() == 0) return Report("command.argv", "is empty; give the program and its arguments as a list");
+    if (command.argv(0).empty()) Report("command.argv[0]", "is empty; it is the program to run");
+    if (command.argv_size() > kMaxArguments) {
+      Report("command.argv", absl::StrCat("has ", command.argv_size(), " arguments; use at most ", kMaxArguments));
+    }
+    for (int i = 0; i < command.argv_size(); ++i) {
+      if (command.argv(i).size() > kMaxArgumentBytes) {
+        Report(absl::StrCat("command.argv[", i, "]"),
+               absl::StrCat("has ", command.argv(i).size(), " bytes; use at most ", kMaxArgumentBytes));
+      }
+    }
+    std::map<std::string, int> names;
+    for (int i = 0; i < command.files_size(); ++i) {
+      const std::string& file = command.files(i);
+      if (file.empty() || PlaceOf(file) != FilePlace::kLocal) continue;
+      const std::string at = absl::StrCat("command.files[", i, "]");
+      const std::string name = file.substr(file.rfind('/') + 1);
+      if (name.empty() || name == "." || name == "..") {
+        Report(at, absl::StrCat(Quoted(file), " is a directory; name files"));
+      } else if (const auto [first, fresh] = names.emplace(name, i); !fresh) {
+        Report(at, absl::StrCat(Quoted(name), " is also the name of command.files[", first->second,
+                                "]; files are placed under their base name, so rename one"));
+      }
+    }
+  }
+
+  void CheckTrain(const v1::TrainSpec& train, const v1::Resources& resources) {
+    switch (train.model().source_case()) {
+      case v1::Model::kTorchscript: break;
+      case v1::Model::kBuiltin: OneOf("train.model.builtin", train.model().builtin(), BuiltinModels()); break;
+      case v1::Model::SOURCE_NOT_SET:
+        Report("train.model", "is missing; give {torchscript: <file>} or {builtin: <name>}");
+        break;
+    }
+    if (train.model().source_case() == v1::Model::kTorchscript && train.model().options().fields_size() > 0) {
+      Report("train.model.options", "belongs to built-in models; a TorchScript module is complete as it is");
+    }
+    CheckData(train.data());
+    if (!train.loss().empty()) OneOf("train.loss", train.loss(), LossNames());
+    std::set<std::string> metrics;
+    for (int i = 0; i < train.metrics_size(); ++i) {
+      const std::string at = absl::StrCat("train.metrics[", i, "]");
+      OneOf(at, train.metrics(i), MetricNames());
+      if (!metrics.insert(train.metrics(i)).second) Report(at, absl::StrCat(Quoted(train.metrics(i)), " is given twice"));
+    }
+    CheckOptimizer(train);
+    Range("train.batch", train.batch(), 0, std::numeric_limits<int32_t>::max());
+    Range("train.epochs", train.epochs(), 0, kMaxEpochs);
+    Range("train.steps", train.steps(), 0, std::numeric_limits<int64_t>::max());
+    const int64_t ranks = std::max<int64_t>(1, resources.nodes()) * std::max<int64_t>(1, resources.ranks_per_node());
+    if (!train.strategy().empty()) {
+      OneOf("train.strategy", train.strategy(), StrategyNames());
+      if (train.strategy() == "single" && ranks > 1) {
+        Report("train.strategy", absl::StrCat("'single' uses one rank but `resources` asks for ", ranks,
+                                              "; use 'ddp' or one rank"));
+      }
+    }
+    if (train.batch() > 0 && ranks > train.batch()) {
+      Report("train.batch", absl::StrCat(train.batch(), " samples cannot be shared by ", ranks,
+                                         " ranks; use a batch of at least one sample per rank"));
+    }
+    AtLeast("train.ddp.bucket_mb", train.ddp().bucket_mb(), 0);
+    AtLeast("train.ddp.first_bucket_mb", train.ddp().first_bucket_mb(), 0);
+    Range("train.validate_every", train.validate_every(), 0, kMaxEpochs);
+    Range("train.checkpoint.every_epochs", train.checkpoint().every_epochs(), 0, kMaxEpochs);
+    Range("train.checkpoint.keep", train.checkpoint().keep(), 0, 10'000);
+    AtLeast("train.clip_norm", train.clip_norm(), 0);
+  }
+
+  void CheckAdam(const std::string& at, const v1::Adam& adam) {
+    if (adam.has_lr()) Above(absl::StrCat(at, ".lr"), adam.lr(), 0);
+    if (adam.has_beta1()) Fraction(absl::StrCat(at, ".beta1"), adam.beta1());
+    if (adam.has_beta2()) Fraction(absl::StrCat(at, ".beta2"), adam.beta2());
+    if (adam.has_eps()) Above(absl::StrCat(at, ".eps"), adam.eps(), 0);
+    if (adam.has_weight_decay()) AtLeast(absl::StrCat(at, ".weight_decay"), adam.weight_decay(), 0);
+  }
+
+  void CheckOptimizer(const v1::TrainSpec& train) {
+    const v1::Optimizer& optimizer = train.optimizer();
+    switch (optimizer.kind_case()) {
+      case v1::Optimizer::kSgd: {
+        const v1::Sgd& sgd = optimizer.sgd();
+        if (sgd.has_lr()) Above("train.optimizer.sgd.lr", sgd.lr(), 0);
+        AtLeast("train.optimizer.sgd.momentum", sgd.momentum(), 0);
+        AtLeast("train.optimizer.sgd.weight_decay", sgd.weight_decay(), 0);
+        AtLeast("train.optimizer.sgd.dampening", sgd.dampening(), 0);
+        if (sgd.nesterov() && (!(sgd.momentum() > 0) || sgd.dampening() != 0)) {
+          Report("train.optimizer.sgd.nesterov", "needs a momentum above 0 and no dampening");
+        }
+        return;
+      }
+      case v1::Optimizer::kAdam: return CheckAdam("train.optimizer.adam", optimizer.adam());
+      case v1::Optimizer::kAdamw: return CheckAdam("train.optimizer.adamw", optimizer.adamw());
+      case v1::Optimizer::kRmsprop: {
+        const v1::RmsProp& rmsprop = optimizer.rmsprop();
+        if (rmsprop.has_lr()) Above("train.optimizer.rmsprop.lr", rmsprop.lr(), 0);
+        if (rmsprop.has_alpha()) Fraction("train.optimizer.rmsprop.alpha", rmsprop.alpha());
+        if (rmsprop.has_eps()) Above("train.optimizer.rmsprop.eps", rmsprop.eps(), 0);
+        AtLeast("train.optimizer.rmsprop.weight_decay", rmsprop.weight_decay(), 0);
+        AtLeast("train.optimizer.rmsprop.momentum", rmsprop.momentum(), 0);
+        return;
+      }
+      case v1::Optimizer::KIND_NOT_SET:
+        if (train.has_optimizer()) Report("train.optimizer", "names no optimizer; use one of sgd, adam, adamw, rmsprop");
+        return;
+    }
+  }
+
+  void Required(absl::string_view path, const std::string& text) {
+    if (text.empty()) Report(path, "is missing; name a file");
+  }
+  template <typename List>
+  void Names(const std::string& path, const List& names) {
+    if (names.size() > kMaxListedNames) return Report(path, absl::StrCat("has more than ", kMaxListedNames, " names"));
+    std::set<std::string> seen;
+    for (int i = 0; i < names.size(); ++i) {
+      const std::string at = absl::StrCat(path, "[", i, "]");
+      if (names.Get(i).empty()) Report(at, "is empty; name it");
+      if (!seen.insert(names.Get(i)).second) Report(at, absl::StrCat(Quoted(names.Get(i)), " is given twice"));
+    }
+  }
+  template <typename List>
+  void Shape(const std::string& path, const List& shape) {
+    if (shape.size() > kMaxDimensions) {
+      return Report(path, absl::StrCat("has ", shape.size(), " dimensions; use at most ", kMaxDimensions));
+    }
+    double elements = 1;
+    for (int i = 0; i < shape.size(); ++i) {
+      Range(absl::StrCat(path, "[", i, "]"), shape.Get(i), 1, kMaxElements);
+      elements *= static_cast<double>(shape.Get(i));
+    }
+    if (elements > static_cast<double>(kMaxElements)) Report(path, "has too many elements; check the sizes");
+  }
+
+  void CheckData(const v1::Data& data) {
+    switch (data.source_case()) {
+      case v1::Data::kNetcdf:
+        if (data.variables_size() == 0) {
+          Report("train.data.variables", "is missing; list the variables of the NetCDF file to use, such as [UWND, VWND]");
+        }
+        break;
+      case v1::Data::kIdx: {
+        const v1::IdxFiles& idx = data.idx();
+        Required("train.data.idx.train_images", idx.train_images());
+        Required("train.data.idx.train_labels", idx.train_labels());
+        if (idx.test_images().empty() != idx.test_labels().empty()) {
+          Report(idx.test_images().empty() ? "train.data.idx.test_images" : "train.data.idx.test_labels",
+                 "is missing; the test images and labels come as a pair");
+        }
+        break;
+      }
+      case v1::Data::kNpz: break;
+      case v1::Data::kNpy:
+        Required("train.data.npy.input", data.npy().input());
+        Required("train.data.npy.target", data.npy().target());
+        break;
+      case v1::Data::kCsv: {
+        const v1::CsvFile& csv = data.csv();
+        Required("train.data.csv.path", csv.path());
+        if (csv.inputs_size() == 0) Report("train.data.csv.inputs", "is missing; list the columns that go in");
+        if (csv.targets_size() == 0) Report("train.data.csv.targets", "is missing; list the columns to predict");
+        Names("train.data.csv.inputs", csv.inputs());
+        Names("train.data.csv.targets", csv.targets());
+        if (csv.target_is_class() && csv.targets_size() > 1) {
+          Report("train.data.csv.targets", "has several columns; with target_is_class there is one");
+        }
+        break;
+      }
+      case v1::Data::kSynthetic: {
+        const v1::SyntheticData& synthetic = data.synthetic();
+        Range("train.data.synthetic.samples", synthetic.samples(), 1, kMaxElements);
+        if (synthetic.input_shape_size() == 0) Report("train.data.synthetic.input_shape", "is missing; such as [32]");
+        Shape("train.data.synthetic.input_shape", synthetic.input_shape());
+        Shape("train.data.synthetic.target_shape", synthetic.target_shape());
+        if (synthetic.classes() == 1) Report("train.data.synthetic.classes", "1 is out of range; use 0 or at least 2");
+        Range("train.data.synthetic.classes", synthetic.classes(), 0, 1'000'000'000);
+        break;
+      }
+      case v1::Data::SOURCE_NOT_SET:
+        Report("train.data", "is missing; give one of netcdf, idx, npz, npy, csv, synthetic");
+        break;
+    }
+    if (data.variables_size() > 0 && data.source_case() != v1::Data::kNetcdf &&
+        data.source_case() != v1::Data::SOURCE_NOT_SET) {
+      Report("train.data.variables", "belongs to netcdf data; remove it");
+    }
+    Names("train.data.variables", data.variables());
+    CheckSplit(data.split());
+    CheckTransforms(data);
+  }
+
+  void CheckSplit(const v1::Split& split) {
+    struct Part {
+      const char* name;
+      std::pair<int64_t, int64_t> range;
+    };
+    std::vector<Part> parts;
+    const std::pair<const char*, const std::string*> texts[] = {
+        {"train", &split.train()}, {"validation", &split.validation()}, {"test", &split.test()}};
+    for (const auto& [name, text] : texts) {
+      if (text->empty()) continue;
+      const std::string at = absl::StrCat("train.data.split.", name);
+      absl::StatusOr<std::pair<int64_t, int64_t>> range = ParseIndexRange(*text);
+      if (!range.ok()) {
+        Report(at, range.status().message());
+        continue;
+      }
+      for (const Part& other : parts) {
+        if (range->first < other.range.second && other.range.first < range->second) {
+          Report(at, absl::StrCat(*text, " overlaps ", other.name, " ", other.range.first, "..", other.range.second,
+                                  "; a sample belongs to one of them"));
+        }
+      }
+      parts.push_back({name, *range});
+    }
+    Fraction("train.data.split.validation_fraction", split.validation_fraction());
+    Fraction("train.data.split.test_fraction", split.test_fraction());
+    if (split.validation_fraction() + split.test_fraction() >= 1) {
+      Report("train.data.split", "validation_fraction and test_fraction leave nothing to train on; their sum must be below 1");
+    }
+    if (!split.validation().empty() && split.validation_fraction() != 0) {
+      Report("train.data.split.validation_fraction", "is given beside a validation range; keep one");
+    }
+    if (!split.test().empty() && split.test_fraction() != 0) {
+      Report("train.data.split.test_fraction", "is given beside a test range; keep one");
+    }
+  }
+
+  void CheckTransforms(const v1::Data& data) {
+    if (data.transforms_size() > kMaxTransforms) {
+      return Report("train.data.transforms", absl::StrCat("has ", data.transforms_size(), "; use at most ", kMaxTransforms));
+    }
+    for (int i = 0; i < data.transforms_size(); ++i) {
+      const v1::Transform& transform = data.transforms(i);
+      const std::string at = absl::StrCat("train.data.transforms[", i, "]");
+      switch (transform.kind_case()) {
+        case v1::Transform::kStandardize:
+          Names(at + ".standardize.arrays", transform.standardize().arrays());
+          break;
+        case v1::Transform::kScale:
+          Names(at + ".scale.arrays", transform.scale().arrays());
+          if (!std::isfinite(transform.scale().multiply())) Report(at + ".scale.multiply", "is not a finite number");
+          if (!std::isfinite(transform.scale().add())) Report(at + ".scale.add", "is not a finite number");
+          if (transform.scale().multiply() == 0 && transform.scale().add() == 0) {
+            Report(at + ".scale", "changes nothing; give multiply, add or both");
+          }
+          break;
+        case v1::Transform::kCrop:
+          if (transform.crop().sizes_size() == 0) Report(at + ".crop.sizes", "is missing; such as [72, 144]");
+          Shape(at + ".crop.sizes", transform.crop().sizes());
+          break;
+        case v1::Transform::kCoarsen: {
+          Range(at + ".coarsen.factor", transform.coarsen().factor(), 2, 4'096);
+          for (int j = 0; j < transform.coarsen().baselines_size(); ++j) {
+            OneOf(absl::StrCat(at, ".coarsen.baselines[", j, "]"), transform.coarsen().baselines(j),
+                  {"bilinear", "bicubic"});
+          }
+          Names(at + ".coarsen.baselines", transform.coarsen().baselines());
+          break;
+        }
+        case v1::Transform::kFillMissing:
+          if (transform.fill_missing().has_value() && !std::isfinite(transform.fill_missing().value())) {
+            Report(at + ".fill_missing.value", "is not a finite number");
+          }
+          break;
+        case v1::Transform::kWindow:
+          Range(at + ".window.length", transform.window().length(), 1, 1'000'000);
+          Range(at + ".window.horizon", transform.window().horizon(), 1, 1'000'000);
+          break;
+        case v1::Transform::kReshape:
+          if (transform.reshape().array().empty()) Report(at + ".reshape.array", "is missing; name the array");
+          if (transform.reshape().shape_size() == 0) Report(at + ".reshape.shape", "is missing; such as [1, 28, 28]");
+          Shape(at + ".reshape.shape", transform.reshape().shape());
+          break;
+        case v1::Transform::KIND_NOT_SET:
+          Report(at, "is empty; use one of standardize, scale, crop, coarsen, fill_missing, window, reshape");
+          break;
+      }
+    }
+  }
+
+  std::vector<std::string> problems_;
+  size_t total_ = 0;
+};
+
+}  // namespace
+
+absl::Status ValidateSpec(const v1::JobSpec& spec) { return Checker().Check(spec); }
+
+absl::StatusOr<std::pair<int64_t, int64_t>> ParseIndexRange(absl::string_view text) {
+  const auto wrong = [&](absl::string_view why) {
+    return absl::InvalidArgumentError(absl::StrCat(Quoted(text), " is not a range", why,
+                                                   "; write first..last, such as 0..108 (108 itself is not in it)"));
+  };
+  const std::vector<absl::string_view> ends = absl::StrSplit(text, "..");
+  int64_t bounds[2] = {0, 0};
+  if (ends.size() != 2) return wrong("");
+  for (int i = 0; i < 2; ++i) {
+    const bool digits = !ends[i].empty() && std::all_of(ends[i].begin(), ends[i].end(), [](char c) {
+      return absl::ascii_isdigit(static_cast<unsigned char>(c));
+    });
+    if (!digits || !absl::SimpleAtoi(ends[i], &bounds[i])) return wrong("");
+  }
+  if (bounds[0] >= bounds[1]) return wrong(" with samples in it");
+  return std::make_pair(bounds[0], bounds[1]);
+}
+
+const std::vector<std::string>& BuiltinModels() {
+  static const auto* const kNames =
+      new std::vector<std::string>{"mlp", "cnn", "resnet18", "unet", "lstm", "downscale"};
+  return *kNames;
+}
+const std::vector<std::string>& LossNames() {
+  static const auto* const kNames =
+      new std::vector<std::string>{"mse", "l1", "huber", "cross_entropy", "bce_logits", "nll"};
+  return *kNames;
+}
+const std::vector<std::string>& MetricNames() {
+  static const auto* const kNames = new std::vector<std::string>{"accuracy", "mse", "rmse", "mae"};
+  return *kNames;
+}
+const std::vector<std::string>& StrategyNames() {
+  static const auto* const kNames = new std::vector<std::string>{"single", "ddp"};
+  return *kNames;
+}
+
+}  // namespace itwin
