@@ -1,0 +1,261 @@
+"""The gateway: submit jobs, find them again, see the sites."""
+
+import datetime
+import os
+import tempfile
+import typing
+import uuid
+
+from google.protobuf import json_format
+
+from itwin import artifacts, config, render, spec as specs, states
+from itwin.connection import Connection
+from itwin.errors import SpecError, VersionError
+from itwin.job import Job
+from itwin.v1 import jobs_pb2, sites_pb2, spec_pb2
+from itwin.version import API
+
+CONNECT_SECONDS = 15.0  # how long connect() waits for a gateway that is just starting
+PAGE = 500
+
+
+class Version(typing.NamedTuple):
+    """Of the gateway."""
+    version: str
+    api: int
+    started: datetime.datetime
+
+
+class Site(typing.NamedTuple):
+    """A cluster. `slots` is 0 where the scheduler decides."""
+    name: str
+    state: str
+    reason: str
+    scheduler: str
+    slots: int
+    slots_in_use: int
+    live_jobs: int
+    agent_version: str
+    host: str
+
+
+def connect(endpoint=None, token=None, ca=None, insecure=False):
+    """Connects to a gateway and checks that it answers, is who it should be, and accepts the token.
+
+    endpoint  "host:port"; else ITWIN_ENDPOINT, else `endpoint` in the configuration file
+    token     the token, or the path (os.PathLike) of its file; else ITWIN_TOKEN_FILE or ITWIN_TOKEN, else `token_file`
+    ca        PEM text or a path; else ITWIN_CA_FILE, else `ca_file`, else the system's certificates
+    insecure  without TLS, to this machine only
+
+    The configuration file is $ITWIN_CONFIG or ~/.config/itwin/config.yaml.
+    """
+    connection = Connection(config.load(endpoint, token, ca, insecure))
+    try:
+        gateway = Gateway(connection)
+        version = gateway.version(patience=CONNECT_SECONDS)
+        if version.api != API:
+            newer = "this package" if version.api > API else "the gateway"
+            raise VersionError(f"the gateway at {connection.endpoint} ({version.version}) speaks contract {version.api}, this "
+                               f"package {API}; update {newer}.")
+        return gateway
+    except BaseException:
+        connection.close()
+        raise
+
+
+class Gateway:
+    """Made by connect(). Thread-safe; a call waits and repeats for about a minute while the gateway restarts."""
+
+    def __init__(self, connection):
+        self._connection = connection
+
+    @property
+    def endpoint(self):
+        return self._connection.endpoint
+
+    def close(self):
+        self._connection.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __repr__(self):
+        return f"<itwin.Gateway {self.endpoint}>"
+
+    # ---- submitting ----------------------------------------------------------------------------------------------
+
+    def submit(self, spec=None, *, name=None, site=None, model=None, loss=None, metrics=None, data=None, target=None,
+               split=None, transforms=None, optimizer=None, batch=None, epochs=None, steps=None, ranks=None, nodes=None,
+               ranks_per_node=None, time=None, resources=None, seed=None, strategy=None, clip_norm=None, validate_every=None,
+               checkpoint=None, env=None, inputs=None, labels=None, retry=None, set=(), check=True, progress=None):
+        """Submits a job and returns it, durable, before it starts.
+
+        spec       path of a job.yaml (or .json), its text, or a dict; the keywords are laid over it
+        set        ["train.epochs=5", …]: as `itwin submit --set`
+        model      torch.nn.Module (scripted, and tried for one step on the first samples unless check=False), path of a
+                   TorchScript file, name of a built-in model, or the spec's dict
+        loss       mse, l1, huber, cross_entropy, bce_logits, nll, or the torch module or function of those; none when the
+                   module has its own training_step(self, input, target)
+        data       path, (inputs, targets), {"input": …, "target": …}, torch Dataset, pandas DataFrame with target=, or a dict
+        split      {"train": "0..108", "test": "108..132"} or {"test_fraction": 0.2}
+        optimizer  torch.optim.Optimizer, {"adam": {"lr": 1e-3}} or a name
+        batch      samples per step over all ranks together
+        ranks      MPI processes; with nodes, spread over them
+        time       wall-time limit of one attempt: "30m", seconds or timedelta
+        inputs     more files for the working directory: paths, or {name there: path here}
+
+        Raises SpecError (ModelError, DataError, OptimizerError) naming the field and what would be right.
+        """
+        with tempfile.TemporaryDirectory(prefix="itwin-") as directory:
+            train = specs.train(
+                directory, model=model, loss=loss, data=data, target=target, split=split, transforms=transforms,
+                optimizer=optimizer, check=check, metrics=None if metrics is None else _list(metrics), batch=batch, epochs=epochs,
+                steps=steps, seed=seed, strategy=strategy, clip_norm=clip_norm, validate_every=validate_every,
+                checkpoint=checkpoint)
+            change = self._common(name, site, env, labels, retry,
+                                  specs.resources(ranks, nodes, ranks_per_node, time, resources))
+            if train:
+                change["train"] = train
+            if spec is None and not train:
+                raise SpecError("nothing to run: give a spec, or at least model= and data=.")
+            return self._submit(spec, change, inputs, set, progress)
+
+    def command(self, argv, *, files=(), mpi=False, ranks=None, nodes=None, ranks_per_node=None, time=None, resources=None,
+                name=None, site=None, env=None, inputs=None, labels=None, retry=None, set=(), progress=None):
+        """Submits any program: argv runs in the working directory, without a shell; with mpi=True once per rank.
+
+        `files` are uploaded into the working directory under their own names. See docs/worker-contract.md for what the program
+        finds in its environment.
+        """
+        if isinstance(argv, str) or not argv:
+            raise SpecError("argv is a list: gw.command(['python3', 'train.py', '--epochs', '5'], files=['train.py']).")
+        files = [files] if isinstance(files, (str, os.PathLike)) else files
+        command = {"argv": [os.fspath(part) if isinstance(part, os.PathLike) else str(part) for part in argv],
+                   "files": [os.fspath(path) for path in files]}
+        if mpi:
+            command["mpi"] = True
+        elif ranks is not None and ranks > 1:
+            raise SpecError(f"ranks={ranks} without mpi=True: a program that is not launched by MPI runs once.")
+        change = self._common(name, site, env, labels, retry,
+                              specs.resources(ranks, nodes, ranks_per_node, time, resources))
+        change["command"] = command
+        return self._submit(None, change, inputs, set, progress)
+
+    def validate(self, spec, set=()):
+        """Checks a document as submit() would and returns the spec it means, as a dict. Nothing is stored or uploaded."""
+        text, _ = specs.read(spec)
+        return json_format.MessageToDict(self._validate(set, document=text).spec, preserving_proto_field_name=True)
+
+    @staticmethod
+    def _common(name, site, env, labels, retry, resources):
+        change = {"name": name, "site": site, "retry": retry, "resources": resources or None,
+                  "env": None if env is None else {str(k): str(v) for k, v in env.items()},
+                  "labels": None if labels is None else {str(k): str(v) for k, v in labels.items()}}
+        return {key: value for key, value in change.items() if value is not None}
+
+    def _submit(self, spec, change, inputs, overrides, progress):
+        if spec is None:
+            base = os.getcwd()
+            checked = self._validate(overrides, document=specs.to_text(change))
+        else:
+            text, base = specs.read(spec)
+            checked = self._validate(overrides, document=text)
+            if change:
+                checked = self._validate((), spec=_to_spec(specs.merge(checked.spec, change)))
+        job_spec = checked.spec
+        self._attach_files(job_spec, checked.files, base, inputs, progress)
+        request = jobs_pb2.SubmitJobRequest(request_id=uuid.uuid4().hex, spec=job_spec)
+        response = self._connection.call("Jobs", "SubmitJob", request, "submit the job")
+        return Job(self._connection, response.job)
+
+    def _validate(self, overrides, **source):
+        overrides = [overrides] if isinstance(overrides, str) else list(overrides)
+        request = jobs_pb2.ValidateJobRequest(overrides=overrides, **source)
+        return self._connection.call("Jobs", "ValidateJob", request)
+
+    def _attach_files(self, job_spec, references, base, inputs, progress):
+        """Uploads every local file that the spec names and lists it under `inputs`, where the spec then points."""
+        files = specs.local_files(references, base)
+        extra = specs.input_paths(inputs) if inputs else {}
+        hashes = artifacts.upload(self._connection, {path: None for _, _, path in files} | {p: None for p in extra.values()},
+                                  progress)
+        directory = specs.WorkingDirectory(job_spec.inputs)
+        for name, path in extra.items():
+            directory.add_as(name, hashes[path], path, "inputs")
+        for field, value, path in files:
+            if field.startswith("command."):
+                name = directory.add_as(path.name, hashes[path], path, field)
+            else:
+                name = directory.add(value, hashes[path], path)
+            if name != value:
+                specs.set_field(job_spec, field, name)
+        job_spec.inputs.extend(directory.added)
+
+    # ---- looking -------------------------------------------------------------------------------------------------
+
+    def job(self, prefix):
+        """The job with that id, or the only one whose id begins so (at least 4 characters)."""
+        message = self._connection.call("Jobs", "GetJob", jobs_pb2.GetJobRequest(job=str(prefix)), "find the job")
+        return Job(self._connection, message)
+
+    def jobs(self, state=None, *, site=None, name=None, labels=None, live=False, limit=50):
+        """Jobs, newest first, as a list that a notebook shows as a table (`.to_frame()` for pandas). `name` is a part of it."""
+        wanted = [] if state is None else _list(state)
+        try:
+            numbers = [states.number(text) for text in wanted]
+        except ValueError as error:
+            raise SpecError(str(error)) from None
+        found, token = [], ""
+        while len(found) < limit:
+            response = self._connection.call("Jobs", "ListJobs", jobs_pb2.ListJobsRequest(
+                states=numbers, site=site or "", name_contains=name or "", labels=labels or {}, live_only=live,
+                page_size=min(PAGE, limit - len(found)), page_token=token), "list the jobs")
+            found += [Job(self._connection, message) for message in response.jobs]
+            token = response.next_page_token
+            if not token:
+                break
+        return render.Records(found, render.JOB_COLUMNS)
+
+    def sites(self):
+        """The clusters this gateway can run jobs on."""
+        response = self._connection.call("Sites", "ListSites", sites_pb2.ListSitesRequest(), "list the sites")
+        return render.Records([
+            Site(site.name, _site_state(site.state), site.reason, site.scheduler, site.slots, site.slots_in_use, site.live_jobs,
+                 site.agent_version, site.host) for site in response.sites],
+            {field: (lambda site, field=field: getattr(site, field)) for field in Site._fields})
+
+    def version(self, patience=60.0):
+        """Version and contract of the gateway, and since when it runs."""
+        message = self._connection.call("Sites", "GetVersion", sites_pb2.GetVersionRequest(), "connect", patience=patience)
+        return Version(message.version, message.api, render.moment(message.started_us))
+
+
+def _list(value):
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _to_spec(document):
+    try:
+        return json_format.ParseDict(_durations(document), spec_pb2.JobSpec())
+    except json_format.ParseError as error:
+        raise SpecError(f"the keywords do not fit the spec: {error}.") from None
+
+
+def _durations(document):
+    """`time: 30m` as protobuf JSON wants it."""
+    time = document.get("resources", {}).get("time")
+    if isinstance(time, str):
+        units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+        if time[:-1].replace(".", "", 1).isdigit() and time[-1:] in units:
+            document["resources"]["time"] = specs.duration(float(time[:-1]) * units[time[-1]])
+    return document
+
+
+def _site_state(value):
+    try:
+        return sites_pb2.SiteState.Name(value)[len("SITE_STATE_"):]
+    except ValueError:
+        return f"STATE_{value}"

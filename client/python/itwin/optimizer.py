@@ -1,0 +1,63 @@
+"""torch.optim.Optimizer -> name and options, as the spec writes them."""
+
+from itwin.errors import OptimizerError
+
+# Ours: (theirs -> how it is written). What is not here must have its neutral value.
+_SUPPORTED = {
+    "SGD": ("sgd", ("lr", "momentum", "weight_decay", "nesterov", "dampening")),
+    "Adam": ("adam", ("lr", "betas", "eps", "weight_decay")),
+    "AdamW": ("adamw", ("lr", "betas", "eps", "weight_decay")),
+    "RMSprop": ("rmsprop", ("lr", "alpha", "eps", "weight_decay", "momentum")),
+}
+_NEUTRAL = {"amsgrad": False, "maximize": False, "centered": False, "differentiable": False}
+_EITHER = ("params", "foreach", "capturable", "fused", "initial_lr")  # how it computes, not what
+
+
+def document(optimizer, module=None):
+    """{"adam": {"lr": …}} for a torch optimizer, a dict or a name. `module`: the nn.Module that it should belong to."""
+    if isinstance(optimizer, str):
+        return {optimizer.strip().lower(): {}}
+    if isinstance(optimizer, dict):
+        return optimizer
+    if not hasattr(optimizer, "param_groups"):
+        raise OptimizerError(f"optimizer={type(optimizer).__name__} is none: pass a torch.optim.Optimizer, a name such as "
+                             "'adam', or {'adam': {'lr': 1e-3}}.")
+    kind = type(optimizer)
+    if kind.__name__ not in _SUPPORTED or not kind.__module__.startswith("torch.optim"):
+        raise OptimizerError(f"the optimizer {kind.__name__} cannot run at the site. Known: "
+                             f"{', '.join('torch.optim.' + name for name in _SUPPORTED)}.")
+    name, options = _SUPPORTED[kind.__name__]
+    groups = [{k: v for k, v in group.items() if k not in _EITHER} for group in optimizer.param_groups]
+    for number, group in enumerate(groups[1:], 1):
+        different = [k for k in group if group[k] != groups[0].get(k)]
+        if different:
+            raise OptimizerError(
+                f"parameter group {number} of {kind.__name__} has another {different[0]} ({group[different[0]]!r}) than group 0 "
+                f"({groups[0].get(different[0])!r}). Different options per group are not supported yet: use one group.")
+    group = groups[0]
+    for key, neutral in _NEUTRAL.items():
+        if group.get(key, neutral) not in (neutral, None):
+            raise OptimizerError(f"{kind.__name__}({key}={group[key]!r}) is not supported at the site; leave {key} out.")
+    if module is not None:
+        _check_parameters(optimizer, kind.__name__, module)
+    values = {}
+    for option in options:
+        if option == "betas":
+            values["beta1"], values["beta2"] = (float(beta) for beta in group["betas"])
+        else:
+            value = group[option]
+            values[option] = value if isinstance(value, bool) else float(value)
+    return {name: values}
+
+
+def _check_parameters(optimizer, kind, module):
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trainable = [name for name, p in module.named_parameters() if p.requires_grad]
+    left_out = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in owned]
+    if len(left_out) == len(trainable):
+        raise OptimizerError(f"{kind} holds none of the module's parameters: it was made for another module (or a copy). Make "
+                             f"it again with torch.optim.{kind}(module.parameters(), …).")
+    if left_out:
+        raise OptimizerError(
+            f"{kind} leaves out {len(left_out)} trainable parameters of the module (first: {left_out[0]}), but the job would "
+            "train all. Give it module.parameters(), or freeze the others with requires_grad_(False).")

@@ -1,0 +1,1 @@
+"""Messages and stubs generated from proto/itwin/v1 when the project is built."""
