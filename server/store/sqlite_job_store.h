@@ -78,10 +78,14 @@ class SqliteJobStore final : public JobStore, public TokenStore {
   absl::StatusOr<std::vector<TokenRow>> ListTokens() override;
 
  private:
-  SqliteJobStore(const Options& options, std::unique_ptr<SqliteDatabase> database);
+  class WriterCaches;
+  explicit SqliteJobStore(const Options& options);
+  template <typename T, typename Body>
+  absl::StatusOr<T> Read(const Body& body);
 
   const Options options_;
-  const std::unique_ptr<SqliteDatabase> database_;
+  const std::unique_ptr<WriterCaches> caches_;  // the writer thread's
+  std::unique_ptr<SqliteDatabase> database_;
 };
 
 }  // namespace itwin::server
