@@ -1,0 +1,354 @@
+// itwin-worker: one rank of a training job. `mpirun -n 2 itwin-worker --spec spec.json --spool DIR`; under the agent
+// the paths come from the environment (docs/worker-contract.md).
+//
+// This file is the door through which every error leaves: it becomes a sentence, result.json and an exit code.
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <thread>
+
+#include <c10/util/Exception.h>
+#include <nlohmann/json.hpp>
+
+#include "agent/worker/checkpoint/checkpoint.h"
+#include "agent/worker/checkpoint/durable_file.h"
+#include "agent/worker/data/dataset.h"
+#include "agent/worker/dist/mpi_communicator.h"
+#include "agent/worker/dist/self_communicator.h"
+#include "agent/worker/error.h"
+#include "agent/worker/model/model.h"
+#include "agent/worker/monitor/node_monitor.h"
+#include "agent/worker/report/contract.h"
+#include "agent/worker/report/metric_sink.h"
+#include "agent/worker/report/result.h"
+#include "agent/worker/spec/train_spec.h"
+#include "agent/worker/startup.h"
+#include "agent/worker/training/stop_request.h"
+#include "agent/worker/training/training_loop.h"
+
+namespace itwin::worker {
+namespace {
+
+constexpr char kUsage[] =
+    "itwin-worker: trains a model as a job spec says, as one rank of an MPI job or alone\n"
+    "\n"
+    "  itwin-worker --spec FILE --spool DIR    train; DIR gets metrics.jsonl, checkpoints/, outputs/, result.json\n"
+    "  itwin-worker --self-test                check MPI, BLAS and LibTorch on this machine\n"
+    "  itwin-worker --version\n"
+    "\n"
+    "The variables ITWIN_SPEC, ITWIN_METRICS, ITWIN_OUTPUTS, ITWIN_CHECKPOINTS, ITWIN_RESUME, ITWIN_STOP,\n"
+    "ITWIN_RESULT, ITWIN_DEADLINE and ITWIN_ATTEMPT win over the options.\n"
+    "Exit codes: 0 done, 2 the request cannot work, 3 the training failed, 4 out of memory or disk,\n"
+    "85 saved and to be continued.\n";
+
+constexpr auto kOthersWriteFirst = std::chrono::milliseconds(300);  // before a rank beyond 0 reports a failure
+constexpr auto kOwnerWrites = std::chrono::seconds(3);  // for the rank that an agreed failure is about
+
+struct Options {
+  std::string spec, spool;
+  bool version = false, self_test = false, help = false;
+};
+
+Options ParseOptions(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string name = argv[i];
+    if (name == "--version") {
+      options.version = true;
+    } else if (name == "--self-test") {
+      options.self_test = true;
+    } else if (name == "--help" || name == "-h") {
+      options.help = true;
+    } else if (name == "--spec" || name == "--spool") {
+      if (i + 1 == argc) throw UserError(name + " needs a value");
+      (name == "--spec" ? options.spec : options.spool) = argv[++i];
+    } else {
+      throw UserError("unknown option " + name + "; see itwin-worker --help");
+    }
+  }
+  return options;
+}
+
+// The ranks' ways to talk. Alone when no launcher started us.
+struct World {
+  std::unique_ptr<MpiWorld> mpi;  // first in, last out
+  std::unique_ptr<Communicator> control;
+
+  World() {
+    if (MpiWorld::Launched()) {
+      mpi = std::make_unique<MpiWorld>();
+      control = mpi->MakeDirect();
+    } else {
+      control = std::make_unique<SelfCommunicator>();
+    }
+  }
+  int rank() const { return control->rank(); }
+  int size() const { return control->size(); }
+  std::unique_ptr<Communicator> MakeGradients(bool overlap) const {
+    if (!mpi) return std::make_unique<SelfCommunicator>();
+    return overlap ? mpi->MakeThreaded() : mpi->MakeDirect();
+  }
+};
+
+// What is known of a run when it fails.
+struct RunState {
+  int rank = 0;
+  std::optional<Contract> contract;
+};
+
+int CodeOf(const WorkerError& error) {
+  switch (error.failure) {
+    case FailureClass::kUser: return 2;
+    case FailureClass::kApp: return 3;
+    case FailureClass::kResource: return 4;
+  }
+  return 3;
+}
+
+// Whatever was thrown, as one of ours.
+WorkerError Translate(const std::exception_ptr& error) {
+  const auto is_memory = [](const std::string& text) {
+    return text.find("can't allocate memory") != std::string::npos ||
+           text.find("out of memory") != std::string::npos;
+  };
+  try {
+    std::rethrow_exception(error);
+  } catch (const WorkerError& e) {
+    return e;
+  } catch (const std::bad_alloc&) {
+    return ResourceError("out of memory; ask for more memory per node, use a smaller batch or more ranks");
+  } catch (const c10::Error& e) {
+    const std::string text = e.what_without_backtrace();
+    if (is_memory(text)) {
+      return ResourceError("out of memory; ask for more memory per node, use a smaller batch or more ranks (" +
+                           text + ")");
+    }
+    return AppError(text);
+  } catch (const std::exception& e) {
+    return is_memory(e.what()) ? ResourceError(e.what()) : AppError(e.what());
+  } catch (...) {
+    return AppError("an unknown error");
+  }
+}
+
+// Writes the failure as the job's result, unless another rank has. The ranks may all come here, or only one.
+void ReportFailure(const RunState& state, const WorkerError& error) {
+  const bool about_another = error.rank && *error.rank != state.rank;
+  if (!about_another) {
+    std::fprintf(stderr, "itwin-worker: rank %d: %s\n", state.rank, error.what());
+    std::fflush(stderr);
+  }
+  if (!state.contract) return;
+  const auto patience = about_another        ? std::chrono::milliseconds(kOwnerWrites)
+                        : state.rank == 0 || error.rank ? std::chrono::milliseconds(0)
+                                                        : kOthersWriteFirst;
+  const auto until = std::chrono::steady_clock::now() + patience;
+  while (std::chrono::steady_clock::now() < until && access(state.contract->result.c_str(), F_OK) != 0) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  Result result;
+  result.attempt = state.contract->attempt;
+  result.outcome = Outcome::kFailed;
+  result.message = error.what();
+  char host[256] = {};
+  gethostname(host, sizeof(host) - 1);
+  result.failure = Failure{.failure_class = error.failure,
+                           .rank = error.rank.value_or(state.rank),
+                           .step = error.step,
+                           .host = host};
+  if (error.step) result.steps = *error.step;
+  try {
+    CreateFileDurably(state.contract->result, RenderResult(result));
+  } catch (const WorkerError& e) {
+    std::fprintf(stderr, "itwin-worker: rank %d: %s\n", state.rank, e.what());
+  }
+}
+
+// Reports the error in flight and ends every rank: the others may be waiting for this one. Comes back only in a
+// job of one rank, with the exit code.
+int EndJob(const World* world, const RunState& state) {
+  const WorkerError error = Translate(std::current_exception());
+  ReportFailure(state, error);
+  std::fflush(stdout);
+  if (world != nullptr && world->size() > 1) MpiWorld::Abort(CodeOf(error));
+  return CodeOf(error);
+}
+
+nlohmann::json ReadSpecFile(const std::filesystem::path& path) {
+  std::error_code error;
+  if (!std::filesystem::is_regular_file(path, error)) {
+    throw UserError("there is no job spec " + path.string());
+  }
+  nlohmann::json json = nlohmann::json::parse(ReadWholeFile(path), nullptr, /*allow_exceptions=*/false);
+  if (json.is_discarded()) throw UserError("the job spec " + path.string() + " is not JSON");
+  return json;
+}
+
+void PrepareSpool(const Contract& contract) {
+  MakeDirectories(contract.spool);
+  MakeDirectories(contract.outputs);
+  std::error_code ignored;
+  std::filesystem::remove(contract.result, ignored);  // of an earlier run in the same directory
+}
+
+int Train(World& world, RunState& state) {
+  const auto start = std::chrono::steady_clock::now();
+  Communicator& control = *world.control;
+  const Contract& contract = *state.contract;
+  const bool first = world.rank() == 0;
+  if (first) PrepareSpool(contract);
+  control.Barrier()->Wait();
+
+  const std::function<void(const std::string&)> print = [first](const std::string& line) {
+    if (!first) return;
+    std::printf("%s\n", line.c_str());
+    std::fflush(stdout);
+  };
+  const nlohmann::json job = ReadSpecFile(contract.spec);
+  const TrainSpec spec = ParseSpec(job);
+  if (spec.strategy == "single" && world.size() > 1) {
+    throw UserError("train.strategy is \"single\", but the job has " + std::to_string(world.size()) +
+                    " ranks; ask for one rank, or use strategy \"ddp\"");
+  }
+  const std::string strategy = world.size() > 1 ? "ddp" : "single";
+
+  const Machine machine = SetUpMachine(control, spec.resources.cpus_per_rank);
+  double gflops = 0;
+  if (first) {
+    gflops = MeasureBlas();
+    if (gflops < kSlowGflops) {
+      print(SlowBlasWarning(gflops));
+      std::fprintf(stderr, "itwin-worker: %s\n", SlowBlasWarning(gflops).c_str());
+    }
+  }
+  std::optional<NodeMonitor> monitor;
+  if (machine.local_rank == 0) monitor.emplace(contract.spool, machine.host);
+  std::unique_ptr<MetricSink> metrics =
+      first ? OpenMetricFile(contract.metrics) : std::make_unique<NullMetricSink>();
+
+  print("itwin-worker " ITWIN_VERSION ": " + spec.name + ", " + std::to_string(world.size()) + " rank(s) on " +
+        std::to_string(machine.nodes) + " node(s), " + std::to_string(machine.threads) +
+        " thread(s) each, LibTorch " + TorchVersion());
+  const std::unique_ptr<Dataset> dataset = OpenDataset(spec.data, spec.seed, contract.work);
+  print("data: " + std::to_string(dataset->size(Split::kTrain)) + " training, " +
+        std::to_string(dataset->size(Split::kValidation)) + " validation, " +
+        std::to_string(dataset->size(Split::kTest)) + " test samples");
+  const std::unique_ptr<Model> model = MakeModel(spec, *dataset, contract.work);
+  print("model: " + model->description());
+
+  TrainingOutcome outcome;
+  {
+    const std::unique_ptr<Communicator> gradients = world.MakeGradients(spec.ddp.overlap);
+    CheckpointStore checkpoints(contract.checkpoints, spec.checkpoint.keep, control);
+    StopRequest stop(first ? contract.stop : "", contract.deadline);
+    TrainingLoop loop({.spec = spec,
+                       .dataset = *dataset,
+                       .model = *model,
+                       .gradients = *gradients,
+                       .control = control,
+                       .metrics = *metrics,
+                       .checkpoints = checkpoints,
+                       .stop = stop,
+                       .print = print,
+                       .spec_sha256 = HashSpec(job)});
+    if (!contract.resume.empty()) {
+      const CheckpointContents checkpoint =
+          LoadNewestCheckpoint(contract.resume, control, [&](const std::string& problem) {
+            print("warning: " + problem + "; trying the checkpoint before it");
+          });
+      loop.Resume(checkpoint);
+      print("going on from step " + std::to_string(checkpoint.position.step) + ", epoch " +
+            std::to_string(checkpoint.position.epoch));
+    }
+    try {
+      outcome = loop.Run();
+    } catch (...) {
+      // Here, before anything is taken down: the communication thread may be in the middle of a bucket.
+      return EndJob(&world, state);
+    }
+  }
+  metrics->Flush();
+
+  Result result;
+  result.attempt = contract.attempt;
+  result.outcome = outcome.saved ? Outcome::kSaved : Outcome::kSucceeded;
+  result.message = outcome.message;
+  if (first) {
+    if (!outcome.saved) {
+      model->Save(contract.outputs);
+      result.outputs = ListOutputs(contract.outputs);
+    }
+    result.metrics = outcome.metrics;
+    result.steps = outcome.steps;
+    result.epochs = outcome.epochs;
+    result.info = {{"ranks", world.size()},
+                   {"nodes", machine.nodes},
+                   {"threads_per_rank", machine.threads},
+                   {"strategy", strategy},
+                   {"model", model->description()},
+                   {"weights_sha256", outcome.weights_sha256},
+                   {"worker", ITWIN_VERSION},
+                   {"libtorch", TorchVersion()},
+                   {"blas_gflops_per_thread", gflops},
+                   {"seconds", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()}};
+    WriteFileDurably(contract.result, RenderResult(result));
+  }
+  control.Barrier()->Wait();
+  return ExitCode(result);
+}
+
+int SelfTest(World& world) {
+  const Machine machine = SetUpMachine(*world.control, 0);
+  std::vector<float> ones(1000, 1.0f);
+  const std::unique_ptr<Communicator> gradients = world.MakeGradients(/*overlap=*/true);
+  gradients->AllReduce(BufferOf(std::span(ones)), Reduction::kSum)->Wait();
+  for (float v : ones) {
+    if (v != static_cast<float>(world.size())) throw AppError("the sum over ranks is wrong");
+  }
+  if (world.rank() != 0) return 0;
+  const double gflops = MeasureBlas();
+  std::printf("ranks %d on %d node(s), %d thread(s) each; LibTorch %s; BLAS %.1f Gflop/s per thread%s\n",
+              world.size(), machine.nodes, machine.threads, TorchVersion().c_str(), gflops,
+              gflops < kSlowGflops ? "" : ": ok");
+  if (gflops < kSlowGflops) std::printf("%s\n", SlowBlasWarning(gflops).c_str());
+  return 0;
+}
+
+int Main(int argc, char** argv) {
+  RunState state;
+  std::unique_ptr<World> world;
+  try {
+    const Options options = ParseOptions(argc, argv);
+    if (options.help) {
+      std::fputs(kUsage, stdout);
+      return 0;
+    }
+    if (options.version) {
+      std::printf("itwin-worker " ITWIN_VERSION " (LibTorch %s)\n", TorchVersion().c_str());
+      return 0;
+    }
+    TuneAllocator();
+    TuneTorchScript();
+    world = std::make_unique<World>();
+    state.rank = world->rank();
+    if (options.self_test) return SelfTest(*world);
+    StopRequest::InstallSignalHandlers();
+    state.contract = ReadContract(options.spec, options.spool, [](const char* name) { return std::getenv(name); });
+    return Train(*world, state);
+  } catch (...) {
+    return EndJob(world.get(), state);
+  }
+}
+
+}  // namespace
+}  // namespace itwin::worker
+
+int main(int argc, char** argv) { return itwin::worker::Main(argc, argv); }

@@ -1,0 +1,27 @@
+// Metrics of a model over a whole split: every sample exactly once, means weighted by samples over all ranks.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "agent/worker/data/dataset.h"
+#include "agent/worker/dist/communicator.h"
+#include "agent/worker/model/model.h"
+
+namespace itwin::worker {
+
+// Means over samples: "loss" and the model's metrics; each mean square "mse" or "<x>_mse" also as "rmse" or
+// "<x>_rmse", its root. Every rank calls it and gets the same values. The model must be in evaluation mode; the
+// split must not be empty.
+std::map<std::string, double> Evaluate(Model& model, const Dataset& dataset, Split split, int64_t batch,
+                                       Communicator& communicator);
+
+// "<baseline>_rmse" over the split for each baseline of the dataset. Like Evaluate.
+std::map<std::string, double> EvaluateBaselines(const Dataset& dataset, Split split, int64_t batch,
+                                                Communicator& communicator);
+
+// "mse" -> "rmse", "wind_mse" -> "wind_rmse"; "" for a name that is no mean square.
+std::string RootName(const std::string& metric);
+
+}  // namespace itwin::worker

@@ -1,0 +1,118 @@
+#include "agent/worker/training/flat_parameters.h"
+
+#include <set>
+
+#include <ATen/ops/zeros.h>
+
+#include "agent/worker/error.h"
+#include "agent/worker/training/optimizer_kernels.h"
+
+namespace itwin::worker {
+namespace {
+
+constexpr int64_t kAlignmentBytes = 64;  // vector loads and cache lines
+constexpr int64_t kStatusElements = 3;
+
+int64_t RoundUp(int64_t elements, int64_t element_size) {
+  const int64_t unit = kAlignmentBytes / element_size;
+  return (elements + unit - 1) / unit * unit;
+}
+
+}  // namespace
+
+FlatParameters::FlatParameters(const std::vector<std::pair<std::string, at::Tensor>>& named,
+                               int64_t first_bytes, int64_t bucket_bytes) {
+  std::set<const void*> seen;
+  for (const auto& [name, tensor] : named) {
+    if (!tensor.requires_grad() || !seen.insert(tensor.unsafeGetTensorImpl()).second) continue;
+    if (tensor.scalar_type() != at::kFloat && tensor.scalar_type() != at::kDouble) {
+      throw UserError("parameter " + name + " is of type " + c10::toString(tensor.scalar_type()) +
+                      "; the worker trains float32 and float64 parameters");
+    }
+    parameters_.push_back({.name = name, .tensor = tensor});
+  }
+  if (parameters_.empty()) {
+    throw UserError(
+        "the model has no parameter that can be trained (a frozen TorchScript module has none: export it with "
+        "torch.jit.script and without torch.jit.freeze)");
+  }
+
+  std::vector<int64_t> sizes;
+  int64_t open = -1;  // bucket under way
+  for (size_t i = parameters_.size(); i-- > 0;) {
+    Parameter& p = parameters_[i];
+    if (open < 0 || buckets_[open].type != p.tensor.scalar_type()) {
+      open = static_cast<int64_t>(buckets_.size());
+      buckets_.push_back({.type = p.tensor.scalar_type()});
+      sizes.push_back(0);
+    }
+    const int64_t element = static_cast<int64_t>(p.tensor.element_size());
+    p.bucket = static_cast<size_t>(open);
+    p.offset = sizes[open];
+    buckets_[open].parameters.push_back(i);
+    sizes[open] += RoundUp(p.tensor.numel(), element);
+    if (sizes[open] * element >= (open == 0 ? first_bytes : bucket_bytes)) open = -1;
+  }
+  for (size_t b = 0; b < buckets_.size(); ++b) {
+    const auto options = at::TensorOptions().dtype(buckets_[b].type);
+    buckets_[b].values = at::zeros({sizes[b]}, options);
+    buckets_[b].gradients = at::zeros({sizes[b] + (b + 1 == buckets_.size() ? kStatusElements : 0)}, options);
+  }
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    Parameter& p = parameters_[i];
+    at::Tensor values = ViewOf(buckets_[p.bucket].values, i);
+    values.copy_(p.tensor.detach());
+    p.tensor.set_data(values);
+    p.tensor.mutable_grad() = ViewOf(buckets_[p.bucket].gradients, i);
+  }
+}
+
+at::Tensor FlatParameters::ViewOf(const at::Tensor& flat, size_t i) const {
+  const Parameter& p = parameters_[i];
+  return flat.narrow(0, p.offset, p.tensor.numel()).view(p.tensor.sizes());
+}
+
+void FlatParameters::WriteStatus(const StepStatus& status) {
+  at::Tensor& flat = buckets_.back().gradients;
+  const double values[kStatusElements] = {status.loss, status.not_finite, status.stop};
+  const int64_t at = flat.numel() - kStatusElements;
+  for (int64_t i = 0; i < kStatusElements; ++i) {
+    if (flat.scalar_type() == at::kFloat) {
+      flat.data_ptr<float>()[at + i] = static_cast<float>(values[i]);
+    } else {
+      flat.data_ptr<double>()[at + i] = values[i];
+    }
+  }
+}
+
+StepStatus FlatParameters::ReadStatus() const {
+  const at::Tensor& flat = buckets_.back().gradients;
+  const int64_t at = flat.numel() - kStatusElements;
+  const auto value = [&](int64_t i) {
+    return flat.scalar_type() == at::kFloat ? static_cast<double>(flat.data_ptr<float>()[at + i])
+                                            : flat.data_ptr<double>()[at + i];
+  };
+  return {.loss = value(0), .not_finite = value(1), .stop = value(2)};
+}
+
+void FlatParameters::CheckGradientViews() const {
+  for (const Parameter& p : parameters_) {
+    const at::Tensor& flat = buckets_[p.bucket].gradients;
+    const char* expected = static_cast<const char*>(flat.data_ptr()) + p.offset * flat.element_size();
+    if (!p.tensor.grad().defined() || p.tensor.grad().data_ptr() != expected) {
+      throw AppError("the model replaced the gradient of parameter " + p.name +
+                     " (by zero_grad or an assignment to .grad); gradients are the worker's to clear");
+    }
+  }
+}
+
+bool FlatParameters::AllFinite() const {
+  for (const Bucket& b : buckets_) {
+    const bool finite = b.type == at::kFloat ? kernels::AllFinite(b.values.data_ptr<float>(), b.values.numel())
+                                             : kernels::AllFinite(b.values.data_ptr<double>(), b.values.numel());
+    if (!finite) return false;
+  }
+  return true;
+}
+
+}  // namespace itwin::worker

@@ -1,0 +1,66 @@
+// The trainable parameters of a model as a few flat buffers. A *bucket* is a run of parameters, in reverse order
+// of the model (gradients become ready about in that order), whose values and gradients are each one contiguous
+// tensor: one all-reduce, one optimiser loop. The model's tensors and their gradients become views into it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+namespace itwin::worker {
+
+// Figures that travel with the last bucket's gradients, so that agreeing on them costs no message. Sums over
+// the ranks once that bucket is reduced.
+struct StepStatus {
+  double loss = 0;        // local mean loss times local samples / global samples
+  double not_finite = 0;  // 1 when this rank's loss is not finite
+  double stop = 0;        // 1 when this rank was asked to stop
+};
+
+class FlatParameters {
+ public:
+  struct Parameter {
+    std::string name;
+    at::Tensor tensor;
+    size_t bucket = 0;
+    int64_t offset = 0;  // elements from the bucket's start
+  };
+  struct Bucket {
+    at::ScalarType type = at::kFloat;
+    at::Tensor values{};     // flat; between parameters there is a little padding, which stays zero
+    at::Tensor gradients{};  // as long as values; the last bucket's is longer by the status
+    std::vector<size_t> parameters{};
+  };
+
+  // Moves the parameters' storage into the buckets. The first bucket is closed when it has reached
+  // `first_bytes`, the others at `bucket_bytes`. Parameters that need no gradient stay as they are, a tensor
+  // that appears under two names counts once. Throws UserError when there is nothing to train, or for an
+  // element type other than float32 and float64.
+  FlatParameters(const std::vector<std::pair<std::string, at::Tensor>>& named, int64_t first_bytes,
+                 int64_t bucket_bytes);
+
+  const std::vector<Parameter>& parameters() const { return parameters_; }  // the model's order
+  std::vector<Bucket>& buckets() { return buckets_; }
+  const std::vector<Bucket>& buckets() const { return buckets_; }
+
+  // A view of `flat`, which is laid out like a bucket's values, where parameter i lies.
+  at::Tensor ViewOf(const at::Tensor& flat, size_t i) const;
+
+  void WriteStatus(const StepStatus& status);
+  StepStatus ReadStatus() const;
+
+  // Whether each gradient is still the view that was set; a model that replaces it cannot be averaged.
+  // Throws AppError that names the parameter.
+  void CheckGradientViews() const;
+
+  bool AllFinite() const;
+
+ private:
+  std::vector<Parameter> parameters_;
+  std::vector<Bucket> buckets_;
+};
+
+}  // namespace itwin::worker

@@ -1,0 +1,42 @@
+// One optimiser step over a flat range: reads each value once, updates it, and clears the gradient for the next
+// step. The formulas are PyTorch's; `gradient_scale` is applied first (gradient clipping).
+#pragma once
+
+#include <cstdint>
+
+namespace itwin::worker::kernels {
+
+struct SgdArguments {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov;
+  bool first_step;  // the momentum buffer starts as the gradient itself
+};
+struct AdamArguments {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled;  // AdamW
+  int64_t step;    // 1 for the first
+};
+struct RmsPropArguments {
+  double lr, alpha, eps, weight_decay, momentum;
+};
+
+// `momentum` may be null when the argument is 0.
+void Sgd(float* p, float* g, float* momentum, int64_t n, double gradient_scale, const SgdArguments& a);
+void Sgd(double* p, double* g, double* momentum, int64_t n, double gradient_scale, const SgdArguments& a);
+void Adam(float* p, float* g, float* m, float* v, int64_t n, double gradient_scale, const AdamArguments& a);
+void Adam(double* p, double* g, double* m, double* v, int64_t n, double gradient_scale,
+          const AdamArguments& a);
+// `momentum` may be null when the argument is 0.
+void RmsProp(float* p, float* g, float* v, float* momentum, int64_t n, double gradient_scale,
+             const RmsPropArguments& a);
+void RmsProp(double* p, double* g, double* v, double* momentum, int64_t n, double gradient_scale,
+             const RmsPropArguments& a);
+
+// Sum of squares, in double and in a fixed order.
+double SumOfSquares(const float* g, int64_t n);
+double SumOfSquares(const double* g, int64_t n);
+// Whether every value is finite.
+bool AllFinite(const float* p, int64_t n);
+bool AllFinite(const double* p, int64_t n);
+
+}  // namespace itwin::worker::kernels

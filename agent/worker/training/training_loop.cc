@@ -1,0 +1,402 @@
+#include "agent/worker/training/training_loop.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/scalar_tensor.h>
+
+#include "agent/worker/checkpoint/sha256.h"
+#include "agent/worker/error.h"
+#include "agent/worker/training/evaluation.h"
+#include "agent/worker/training/weights.h"
+
+namespace itwin::worker {
+namespace {
+
+constexpr double kProgressSeconds = 0.25;     // between progress lines
+constexpr double kPrintSeconds = 0.25;        // between lines for people
+constexpr double kReserveSeconds = 5;         // kept before the deadline beside the measured save time
+constexpr double kFirstSaveSeconds = 10;      // a save's assumed time before one was measured
+constexpr double kMegabyte = 1 << 20;
+constexpr char kGenerator[] = "random_generator";
+constexpr char kBuffer[] = "buffer/";
+
+double Seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+std::string Text(const char* format, auto... values) {
+  char text[256];
+  std::snprintf(text, sizeof(text), format, values...);
+  return text;
+}
+
+at::Generator Generator() { return at::detail::getDefaultCPUGenerator(); }
+
+}  // namespace
+
+// Times of this attempt, on this rank.
+struct TrainingLoop::Clock {
+  double start = Seconds();
+  double training = 0;         // in steps
+  int64_t samples = 0;         // trained
+  double longest_step = 0;
+  double save = -1;            // the longest save
+  double evaluation = 0;       // the longest evaluation
+  double total_evaluation = 0;
+  // Since the epoch's start.
+  double epoch_training = 0, epoch_data_wait = 0, epoch_communication_wait = 0;
+  int64_t epoch_samples = 0;
+  // Since the last progress line.
+  double progress_at = 0, progress_training = 0;
+  int64_t progress_samples = 0;
+  double rate = 0;
+  double printed_at = 0;
+};
+
+std::string HashSpec(const nlohmann::json& job) {
+  nlohmann::json train = job.value("train", nlohmann::json::object());
+  for (const char* key : {"epochs", "steps", "validate_every", "checkpoint", "metrics"}) train.erase(key);
+  return Sha256Hex(train.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+}
+
+TrainingLoop::TrainingLoop(const TrainingSetup& setup)
+    : setup_(setup),
+      spec_(setup.spec),
+      model_(setup.model),
+      rank_(setup.control.rank()),
+      ranks_(setup.control.size()),
+      parameters_(setup.model.parameters(), static_cast<int64_t>(spec_.ddp.first_bucket_mb * kMegabyte),
+                  static_cast<int64_t>(spec_.ddp.bucket_mb * kMegabyte)),
+      ddp_(parameters_, setup.gradients, spec_.ddp.overlap),
+      optimizer_(spec_.optimizer, parameters_),
+      batches_(setup.dataset, rank_, ranks_),
+      clock_(std::make_unique<Clock>()) {
+  // Dropout differs between ranks: each sees other samples.
+  Generator().set_current_seed(MixSeed(spec_.seed, static_cast<uint64_t>(rank_) + 1));
+}
+
+TrainingLoop::~TrainingLoop() = default;
+
+void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
+  if (checkpoint.spec_sha256 != setup_.spec_sha256) {
+    throw UserError(
+        "the checkpoint belongs to another job: model, data, optimizer, batch and seed must be the same to go on");
+  }
+  LoadWeights(model_, checkpoint.weights);
+  optimizer_.LoadState(checkpoint.optimizer);
+  position_ = checkpoint.position;
+  if (checkpoint.world_size == ranks_) {
+    for (const auto& [name, tensor] : checkpoint.of_rank) {
+      if (name == kGenerator) Generator().set_state(tensor);
+    }
+    for (const auto& [name, buffer] : model_.buffers()) {
+      for (const auto& [saved, tensor] : checkpoint.of_rank) {
+        if (saved == kBuffer + name) buffer.detach().copy_(tensor);
+      }
+    }
+  } else {
+    Generator().set_current_seed(
+        MixSeed(spec_.seed, MixSeed(static_cast<uint64_t>(position_.step), static_cast<uint64_t>(rank_) + 1)));
+  }
+  saved_step_ = position_.step;
+  if (HashWeights(model_) != checkpoint.weights_sha256) {
+    throw AppError("the weights read from the checkpoint do not have the hash they were saved with");
+  }
+}
+
+TrainingOutcome TrainingLoop::Run() {
+  TrainingOutcome outcome;
+  clock_->progress_at = Seconds();
+  bool stopped = false;
+  while (!stopped && !Done()) {
+    stopped = !RunEpoch();
+  }
+  if (stopped) {
+    Save();
+    outcome.saved = true;
+    outcome.message = setup_.stop.reason().empty() ? "another rank was asked to stop" : setup_.stop.reason();
+    outcome.message += Text("; saved at step %lld", static_cast<long long>(position_.step));
+    setup_.print(outcome.message);
+  } else {
+    FinishRun(outcome);
+  }
+  ReportProgress(/*now=*/true);
+  outcome.steps = position_.step;
+  outcome.epochs = position_.epoch;
+  outcome.metrics = last_metrics_;
+  outcome.weights_sha256 = weights_sha256_;
+  return outcome;
+}
+
+bool TrainingLoop::RunEpoch() {
+  order_.emplace(setup_.dataset.size(Split::kTrain), spec_.batch, spec_.seed, position_.epoch);
+  batches_.Start(*order_, position_.next_batch);
+  clock_->epoch_training = clock_->epoch_data_wait = clock_->epoch_communication_wait = 0;
+  clock_->epoch_samples = 0;
+  const double data_wait = batches_.waited_seconds();
+  const double communication_wait = ddp_.waited_seconds();
+  model_.Train(true);
+  while (position_.next_batch < order_->batches() && !(spec_.steps > 0 && position_.step >= spec_.steps)) {
+    if (!Step()) return false;
+  }
+  clock_->epoch_data_wait = batches_.waited_seconds() - data_wait;
+  clock_->epoch_communication_wait = ddp_.waited_seconds() - communication_wait;
+  FinishEpoch();
+  return true;
+}
+
+bool TrainingLoop::Step() {
+  const double start = Seconds();
+  const BatchSource::Item item = batches_.Next();
+  StepStatus status;
+  local_not_finite_ = false;
+  status.stop = setup_.stop.Poll(ReserveSeconds()) ? 1 : 0;
+  if (item.local_samples > 0) {
+    const double weight = static_cast<double>(item.local_samples) / static_cast<double>(item.global_samples);
+    const at::Tensor loss = model_.TrainingStep(item.batch).loss;
+    const double value = loss.item<double>();
+    status.loss = value * weight;
+    local_not_finite_ = !std::isfinite(value);
+    status.not_finite = local_not_finite_ ? 1 : 0;
+    ddp_.BeginStep(status);
+    // Each rank's mean loss counts as much as its share of the samples: the sum over ranks is then the gradient
+    // of the mean over the whole batch, however the samples are spread.
+    if (weight == 1) {
+      loss.backward();
+    } else {
+      if (weight != gradient_weight_) {
+        gradient_of_loss_ = at::scalar_tensor(weight, loss.options().requires_grad(false));
+        gradient_weight_ = weight;
+      }
+      loss.backward(gradient_of_loss_);
+    }
+  } else {
+    ddp_.BeginStep(status);
+  }
+  ddp_.EndBackward();
+  if (!reported_unused_) parameters_.CheckGradientViews();
+
+  optimizer_.BeginStep();
+  if (spec_.clip_norm > 0) {
+    for (size_t b = 0; b < parameters_.buckets().size(); ++b) ddp_.WaitBucket(b);
+    const double scale = std::min(1.0, spec_.clip_norm / (GradientNorm(parameters_) + 1e-6));
+    status = parameters_.ReadStatus();
+    for (size_t b = 0; b < parameters_.buckets().size(); ++b) optimizer_.StepBucket(b, scale);
+  } else {
+    // The first buckets are applied while the last are still on the network.
+    for (size_t b = 0; b < parameters_.buckets().size(); ++b) {
+      ddp_.WaitBucket(b);
+      if (b + 1 == parameters_.buckets().size()) status = parameters_.ReadStatus();
+      optimizer_.StepBucket(b, 1.0);
+    }
+  }
+  ++position_.step;
+  ++position_.next_batch;
+  position_.epoch_loss_sum += status.loss * static_cast<double>(item.global_samples);
+  position_.epoch_samples += item.global_samples;
+  if (spec_.stop_on_nan && (status.not_finite > 0 || !std::isfinite(status.loss))) FailNotFinite();
+  if (!reported_unused_) ReportUnusedParameters();
+
+  if (step_values_.empty()) step_values_ = {{"train/loss", 0.0}};
+  step_values_[0].second = status.loss;
+  setup_.metrics.Write(position_.step, step_values_);
+  const double seconds = Seconds() - start;
+  clock_->training += seconds;
+  clock_->epoch_training += seconds;
+  clock_->longest_step = std::max(clock_->longest_step, seconds);
+  clock_->samples += item.global_samples;
+  clock_->epoch_samples += item.global_samples;
+  ReportProgress(/*now=*/false);
+  return status.stop == 0;
+}
+
+void TrainingLoop::FailNotFinite() {
+  std::vector<int64_t> bad(ranks_);
+  // The local losses are gone; the ranks tell each other who had a bad one. A sum of finite losses that overflows
+  // is rank 0's to report.
+  int64_t mine = local_not_finite_ ? 1 : 0;
+  setup_.control.AllGather(BufferOf(std::span(&mine, 1)), BufferOf(std::span(bad)))->Wait();
+  const auto first = std::find(bad.begin(), bad.end(), 1);
+  const int rank = first == bad.end() ? 0 : static_cast<int>(first - bad.begin());
+  WorkerError error = AppError(
+      Text("the loss is not finite at step %lld (epoch %lld) on rank %d; a smaller learning rate, `clip_norm` or "
+           "clean data may help",
+           static_cast<long long>(position_.step), static_cast<long long>(position_.epoch + 1), rank),
+      position_.step);
+  error.rank = rank;
+  throw error;
+}
+
+void TrainingLoop::ReportUnusedParameters() {
+  reported_unused_ = true;
+  std::vector<int64_t> unused = ddp_.Unused();
+  for (int64_t& u : unused) u = 1 - u;
+  setup_.control.AllReduce(BufferOf(std::span(unused)), Reduction::kMax)->Wait();
+  std::string names;
+  int count = 0;
+  for (size_t i = 0; i < unused.size(); ++i) {
+    if (unused[i] != 0) continue;
+    if (++count <= 20) names += (names.empty() ? "" : ", ") + parameters_.parameters()[i].name;
+  }
+  if (count > 0) {
+    setup_.print(Text("note: %d parameter(s) got no gradient in the first step: ", count) + names +
+                 (count > 20 ? ", …" : ""));
+  }
+}
+
+void TrainingLoop::FinishEpoch() {
+  const bool whole = position_.next_batch >= order_->batches();
+  MetricSink::Values values;
+  if (position_.epoch_samples > 0) {
+    values.emplace_back("train/loss_epoch", position_.epoch_loss_sum / static_cast<double>(position_.epoch_samples));
+  }
+  if (clock_->epoch_training > 0) {
+    values.emplace_back("perf/samples_per_second", static_cast<double>(clock_->epoch_samples) / clock_->epoch_training);
+    values.emplace_back("perf/data_wait_s", clock_->epoch_data_wait);
+    values.emplace_back("perf/comm_wait_s", clock_->epoch_communication_wait);
+  }
+  setup_.metrics.Write(position_.step, values);
+  for (const auto& [name, value] : values) last_metrics_[name] = value;
+  if (whole) {
+    position_ = {.step = position_.step, .epoch = position_.epoch + 1};
+  }
+  AverageBuffers(model_, setup_.control);
+  weights_sha256_ = CompareWeights(model_, setup_.control);
+
+  if (!Done()) {
+    const int every = spec_.checkpoint.every_epochs;
+    if (every > 0 && position_.epoch % every == 0) Save();
+    if (position_.epoch % spec_.validate_every == 0) {
+      EvaluateSplit(setup_.dataset.size(Split::kValidation) > 0 ? Split::kValidation : Split::kTest);
+    }
+  }
+  ReportProgress(/*now=*/true);
+  const double now = Seconds();
+  if (Done() || now - clock_->printed_at >= kPrintSeconds) {
+    clock_->printed_at = now;
+    std::string line = Text("epoch %lld/%d", static_cast<long long>(position_.epoch), spec_.epochs);
+    for (const char* name : {"train/loss_epoch", "validation/loss", "validation/rmse", "validation/accuracy",
+                             "test/rmse", "test/accuracy", "perf/samples_per_second"}) {
+      const auto found = last_metrics_.find(name);
+      if (found != last_metrics_.end()) line += Text("  %s %.5g", name, found->second);
+    }
+    setup_.print(line);
+  }
+}
+
+void TrainingLoop::EvaluateSplit(Split split) {
+  if (setup_.dataset.size(split) == 0) return;
+  const double start = Seconds();
+  const std::string prefix = split == Split::kValidation ? "validation/" : "test/";
+  // Without gradients a batch needs less than half the memory of a training batch.
+  const int64_t batch = std::max<int64_t>(1, 2 * ((spec_.batch + ranks_ - 1) / ranks_));
+  model_.Train(false);
+  at::NoGradGuard no_grad;
+  std::map<std::string, double> metrics = Evaluate(model_, setup_.dataset, split, batch, setup_.control);
+  if (split == Split::kTest) {
+    if (test_baselines_.empty()) {
+      test_baselines_ = EvaluateBaselines(setup_.dataset, split, batch, setup_.control);
+    }
+    for (const auto& [name, rmse] : test_baselines_) {
+      metrics[name] = rmse;
+      const std::string baseline = name.substr(0, name.size() - std::string("_rmse").size());
+      if (metrics.contains("rmse") && rmse > 0) metrics["ratio_to_" + baseline] = metrics["rmse"] / rmse;
+    }
+  }
+  MetricSink::Values values;
+  for (const auto& [name, value] : metrics) {
+    values.emplace_back(prefix + name, value);
+    last_metrics_[prefix + name] = value;
+  }
+  setup_.metrics.Write(position_.step, values);
+  const double seconds = Seconds() - start;
+  clock_->evaluation = std::max(clock_->evaluation, seconds);
+  clock_->total_evaluation += seconds;
+}
+
+void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
+  // Saved before the last evaluation: if that meets the wall limit, the next attempt only evaluates.
+  if (saved_step_ != position_.step) Save();
+  if (weights_sha256_.empty()) weights_sha256_ = CompareWeights(model_, setup_.control);
+  EvaluateSplit(Split::kValidation);
+  EvaluateSplit(Split::kTest);
+  for (const auto& [name, value] : last_metrics_) {
+    if (name.starts_with("test/") || name.starts_with("validation/")) setup_.print(name + Text(" %.6g", value));
+  }
+  outcome.message = "";
+}
+
+void TrainingLoop::Save() {
+  const double start = Seconds();
+  if (!parameters_.AllFinite()) {
+    throw AppError(Text("the weights are not finite at step %lld; they are not saved, the checkpoint before stays",
+                        static_cast<long long>(position_.step)),
+                   position_.step);
+  }
+  CheckpointContents contents;
+  contents.position = position_;
+  contents.world_size = ranks_;
+  contents.seed = spec_.seed;
+  contents.spec_sha256 = setup_.spec_sha256;
+  weights_sha256_ = CompareWeights(model_, setup_.control);
+  contents.weights_sha256 = weights_sha256_;
+  contents.of_rank.emplace_back(kGenerator, Generator().get_state());
+  for (const auto& [name, tensor] : model_.parameters()) contents.weights.emplace_back(name, tensor);
+  for (const auto& [name, tensor] : model_.buffers()) {
+    contents.weights.emplace_back(name, tensor);
+    contents.of_rank.emplace_back(kBuffer + name, tensor);
+  }
+  contents.optimizer = optimizer_.State();
+  setup_.checkpoints.Save(contents);
+  saved_step_ = position_.step;
+  clock_->save = std::max(clock_->save, Seconds() - start);
+}
+
+void TrainingLoop::ReportProgress(bool now) {
+  const double time = Seconds();
+  const double since = time - clock_->progress_at;
+  if (!now && since < kProgressSeconds) return;
+  const double training = clock_->training - clock_->progress_training;
+  if (training > 0.05 || clock_->rate == 0) {  // too short a time tells nothing
+    const double rate = training > 0 ? static_cast<double>(clock_->samples - clock_->progress_samples) / training : 0;
+    clock_->rate = clock_->rate == 0 ? rate : 0.5 * clock_->rate + 0.5 * rate;
+    clock_->progress_training = clock_->training;
+    clock_->progress_samples = clock_->samples;
+  }
+  clock_->progress_at = time;
+  Progress progress;
+  progress.step = position_.step;
+  progress.steps = TotalSteps();
+  progress.epoch = position_.epoch;
+  progress.epochs = spec_.epochs;
+  progress.samples_per_second = clock_->rate;
+  if (clock_->samples > 0) {
+    // All time so far (evaluations, saves) spread over the steps of this attempt.
+    const double per_sample = (time - clock_->start) / static_cast<double>(clock_->samples);
+    progress.seconds_left =
+        per_sample * static_cast<double>(progress.steps - progress.step) * static_cast<double>(spec_.batch);
+  }
+  setup_.metrics.Write(progress);
+}
+
+bool TrainingLoop::Done() const {
+  return position_.epoch >= spec_.epochs || (spec_.steps > 0 && position_.step >= spec_.steps);
+}
+
+int64_t TrainingLoop::TotalSteps() const {
+  const int64_t samples = setup_.dataset.size(Split::kTrain);
+  const int64_t all = (samples + spec_.batch - 1) / spec_.batch * spec_.epochs;
+  return spec_.steps > 0 ? std::min(spec_.steps, all) : all;
+}
+
+double TrainingLoop::ReserveSeconds() const {
+  const double save = clock_->save < 0 ? kFirstSaveSeconds : 2 * clock_->save;
+  return save + kReserveSeconds + clock_->evaluation + 2 * clock_->longest_step;
+}
+
+}  // namespace itwin::worker

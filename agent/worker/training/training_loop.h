@@ -1,0 +1,107 @@
+// The training of one job, from its start or from a checkpoint to its end or a request to stop.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "agent/worker/checkpoint/checkpoint.h"
+#include "agent/worker/data/dataset.h"
+#include "agent/worker/dist/communicator.h"
+#include "agent/worker/model/model.h"
+#include "agent/worker/report/metric_sink.h"
+#include "agent/worker/spec/train_spec.h"
+#include "agent/worker/training/batch_source.h"
+#include "agent/worker/training/ddp.h"
+#include "agent/worker/training/flat_parameters.h"
+#include "agent/worker/training/optimizer.h"
+#include "agent/worker/training/stop_request.h"
+
+namespace itwin::worker {
+
+// What the loop works with; all of it must outlive the loop. Each rank has its own.
+struct TrainingSetup {
+  const TrainSpec& spec;
+  const Dataset& dataset;
+  Model& model;
+  Communicator& gradients;  // busy during backward
+  Communicator& control;    // everything else
+  MetricSink& metrics;      // of rank 0; the other ranks' drops all
+  CheckpointStore& checkpoints;
+  StopRequest& stop;
+  std::function<void(const std::string&)> print;  // a line for people; rank 0's prints, the others' drops it
+  std::string spec_sha256;  // see CheckpointContents
+};
+
+struct TrainingOutcome {
+  bool saved = false;  // true: stopped on request, go on from the checkpoint
+  std::string message;
+  int64_t steps = 0;   // done since the very start
+  int64_t epochs = 0;
+  std::map<std::string, double> metrics;  // last value of each series that is no per-step series
+  std::string weights_sha256;
+};
+
+// Hash of what must be the same for a checkpoint to be gone on from: the `train` part of the spec without
+// epochs, steps, evaluation and checkpointing.
+std::string HashSpec(const nlohmann::json& job);
+
+// Used by one thread.
+class TrainingLoop {
+ public:
+  explicit TrainingLoop(const TrainingSetup& setup);
+  ~TrainingLoop();
+
+  // Goes on from a checkpoint instead of the start. Throws UserError when it is of another spec, AppError when it
+  // does not fit the model.
+  void Resume(const CheckpointContents& checkpoint);
+
+  // Every rank calls it. Errors that all ranks agree on (a loss that is not finite, weights that differ) are thrown
+  // on all of them; any other error is one rank's alone, and the caller must end the job.
+  TrainingOutcome Run();
+
+ private:
+  struct Clock;
+
+  bool RunEpoch();  // false: stopped on request
+  bool Step();      // false: asked to stop; the step is done
+  void FinishEpoch();
+  void FinishRun(TrainingOutcome& outcome);
+  void EvaluateSplit(Split split);
+  void Save();
+  [[noreturn]] void FailNotFinite();
+  void ReportUnusedParameters();
+  void ReportProgress(bool now);
+
+  bool Done() const;
+  int64_t TotalSteps() const;
+  double ReserveSeconds() const;
+
+  const TrainingSetup setup_;
+  const TrainSpec& spec_;
+  Model& model_;
+  const int rank_, ranks_;
+
+  FlatParameters parameters_;
+  Ddp ddp_;
+  Optimizer optimizer_;
+  std::optional<EpochOrder> order_;  // of the epoch under way; outlives the batches' thread
+  BatchSource batches_;
+
+  Position position_;
+  std::string weights_sha256_;
+  int64_t saved_step_ = -1;
+  std::map<std::string, double> last_metrics_;
+  std::map<std::string, double> test_baselines_;
+  MetricSink::Values step_values_;
+  std::unique_ptr<Clock> clock_;
+  bool reported_unused_ = false;
+  at::Tensor gradient_of_loss_;  // local samples / global samples, of the step before
+  double gradient_weight_ = -1;
+  bool local_not_finite_ = false;  // in the step under way
+};
+
+}  // namespace itwin::worker

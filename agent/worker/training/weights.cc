@@ -1,0 +1,81 @@
+#include "agent/worker/training/weights.h"
+
+#include <map>
+#include <vector>
+
+#include "agent/worker/checkpoint/sha256.h"
+#include "agent/worker/error.h"
+
+namespace itwin::worker {
+
+std::string HashWeights(Model& model) {
+  Sha256 hash;
+  for (const auto& [name, tensor] : model.parameters()) {
+    const at::Tensor bytes = tensor.detach().cpu().contiguous();
+    hash.Update(name.data(), name.size() + 1);
+    for (int64_t size : bytes.sizes()) hash.Update(&size, sizeof(size));
+    hash.Update(bytes.data_ptr(), static_cast<size_t>(bytes.numel()) * bytes.element_size());
+  }
+  return hash.Hex();
+}
+
+std::string CompareWeights(Model& model, Communicator& communicator) {
+  std::string mine = HashWeights(model);
+  std::vector<char> all(mine.size() * communicator.size());
+  communicator.AllGather(BufferOf(std::span(mine.data(), mine.size())), BufferOf(std::span(all)))->Wait();
+  std::string differing;
+  for (int r = 1; r < communicator.size(); ++r) {
+    if (std::string_view(all.data() + r * mine.size(), mine.size()) !=
+        std::string_view(all.data(), mine.size())) {
+      differing += (differing.empty() ? "" : ", ") + std::to_string(r);
+    }
+  }
+  if (!differing.empty()) {
+    throw AppError("the weights differ between ranks: rank " + differing +
+                   " does not have those of rank 0; results of this run cannot be trusted (faulty memory or "
+                   "network, or different libraries on the nodes)");
+  }
+  return mine;
+}
+
+void LoadWeights(Model& model, const NamedTensors& tensors) {
+  std::map<std::string, at::Tensor> by_name(tensors.begin(), tensors.end());
+  const auto load = [&](const std::vector<std::pair<std::string, at::Tensor>>& targets) {
+    for (const auto& [name, target] : targets) {
+      const auto found = by_name.find(name);
+      if (found == by_name.end()) throw AppError("the checkpoint does not fit the model: " + name + " is missing");
+      if (found->second.sizes() != target.sizes() || found->second.scalar_type() != target.scalar_type()) {
+        throw AppError("the checkpoint does not fit the model: " + name + " has another shape or type");
+      }
+      target.detach().copy_(found->second);
+      by_name.erase(found);
+    }
+  };
+  load(model.parameters());
+  load(model.buffers());
+  if (!by_name.empty()) {
+    throw AppError("the checkpoint does not fit the model: the model has no " + by_name.begin()->first);
+  }
+}
+
+void AverageBuffers(Model& model, Communicator& communicator) {
+  if (communicator.size() == 1) return;
+  for (const auto& [name, buffer] : model.buffers()) {
+    if (buffer.numel() == 0) continue;
+    if (buffer.is_floating_point()) {
+      at::Tensor mean = buffer.detach().to(at::kDouble).contiguous();
+      communicator
+          .AllReduce({mean.data_ptr(), mean.numel(), ElementType::kFloat64}, Reduction::kSum)
+          ->Wait();
+      buffer.detach().copy_(mean.div_(communicator.size()));
+    } else {
+      at::Tensor copy = buffer.detach().contiguous();
+      communicator
+          .Broadcast({copy.data_ptr(), copy.numel() * static_cast<int64_t>(copy.element_size()), ElementType::kByte}, 0)
+          ->Wait();
+      buffer.detach().copy_(copy);
+    }
+  }
+}
+
+}  // namespace itwin::worker
