@@ -8,7 +8,8 @@ from itwin.errors import DataError, require
 
 MAX_BYTES = 8 << 30          # of arrays handed over from memory
 MAX_CHECK_BYTES = 512 << 20  # a file larger than this is not opened for the local check
-_KEYS = ("netcdf", "idx", "npz", "npy", "csv", "synthetic", "variables", "input", "target", "split", "transforms")
+SOURCES = ("netcdf", "idx", "npz", "npy", "csv", "synthetic")
+_KEYS = (*SOURCES, "variables", "input", "target", "split", "transforms")
 _SUFFIXES = {".nc": "netcdf", ".nc4": "netcdf", ".cdf": "netcdf", ".npz": "npz"}
 
 
@@ -42,6 +43,11 @@ def document(data, directory, target=None, classes=False):
         f"data={type(data).__name__} cannot be handed over. Known: a path (.npz, .nc, .cdf), a pair (inputs, targets) of arrays or "
         "tensors, a dict of named arrays, a torch Dataset with a length, a pandas DataFrame (with target=), or the spec's "
         "data as a dict.")
+
+
+def absolute(path):
+    """A file named in a keyword is relative to here, wherever the document lies."""
+    return path if path.startswith(("sha256:", "site:")) else os.path.abspath(os.path.expanduser(path))
 
 
 def split_document(split):
@@ -78,7 +84,7 @@ def _from_path(path):
     if suffix not in _SUFFIXES:
         raise DataError(f"data={path!r}: the ending says no known format ({', '.join(_SUFFIXES)}, .csv); pass a dict such as "
                         "{'npz': path}.")
-    data = {_SUFFIXES[suffix]: path}
+    data = {_SUFFIXES[suffix]: absolute(path)}
     return data, _peek(data)
 
 

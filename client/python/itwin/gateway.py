@@ -12,7 +12,7 @@ from itwin import artifacts, config, render, spec as specs, states
 from itwin.connection import Connection
 from itwin.errors import SpecError, VersionError
 from itwin.job import Job
-from itwin.v1 import jobs_pb2, sites_pb2, spec_pb2
+from itwin.v1 import jobs_pb2, sites_pb2
 from itwin.version import API
 
 CONNECT_SECONDS = 15.0  # how long connect() waits for a gateway that is just starting
@@ -162,9 +162,8 @@ class Gateway:
             checked = self._validate(overrides, document=specs.to_text(change))
         else:
             text, base = specs.read(spec)
-            checked = self._validate(overrides, document=text)
-            if change:
-                checked = self._validate((), spec=_to_spec(specs.merge(checked.spec, change)))
+            overrides = [overrides] if isinstance(overrides, str) else list(overrides)
+            checked = self._validate(specs.overrides(change) + overrides, document=text)
         job_spec = checked.spec
         self._attach_files(job_spec, checked.files, base, inputs, progress)
         request = jobs_pb2.SubmitJobRequest(request_id=uuid.uuid4().hex, spec=job_spec)
@@ -235,23 +234,6 @@ class Gateway:
 
 def _list(value):
     return [value] if isinstance(value, str) else list(value)
-
-
-def _to_spec(document):
-    try:
-        return json_format.ParseDict(_durations(document), spec_pb2.JobSpec())
-    except json_format.ParseError as error:
-        raise SpecError(f"the keywords do not fit the spec: {error}.") from None
-
-
-def _durations(document):
-    """`time: 30m` as protobuf JSON wants it."""
-    time = document.get("resources", {}).get("time")
-    if isinstance(time, str):
-        units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-        if time[:-1].replace(".", "", 1).isdigit() and time[-1:] in units:
-            document["resources"]["time"] = specs.duration(float(time[:-1]) * units[time[-1]])
-    return document
 
 
 def _site_state(value):

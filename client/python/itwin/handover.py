@@ -11,11 +11,12 @@ CHECK_SAMPLES = 4  # of the batch that is tried here
 
 # What TorchScript's compiler says -> what to do about it.
 _ADVICE = (
-    (r"could not get source|can't get source|source code is not available|OSError",
+    (r"(could not|can't) get source|source code is not available",
      "its source cannot be found: define the class in a file or in a notebook cell, not in exec or python -c"),
     (r"(variable number of arguments|\*args|\*\*kwargs|[Vv]ararg|keyword-arg expansion)",
      "write out the arguments of forward instead of *args or **kwargs"),
-    (r"[Ll]ambda", "replace the lambda by a method or a named function"),
+    (r"super\(", "super() does not work in forward: give the base class's code a name of its own and call that"),
+    (r"lambda", "replace the lambda by a method or a named function"),
     (r"(Try|Raise|With|try/except|[Gg]enerator|Yield|ListComp|DictComp|SetComp|GlobalStmt|Delete|Await|Async) ?\w* ?"
      r"(nodes?|aren't supported|is not supported|comprehension)|aren't supported",
      "rewrite that statement with plain loops, conditions and tensor operations"),
@@ -177,7 +178,7 @@ def _refuse_baked_in(module):
 def _explain(kind, error):
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    what = lines[0].strip().rstrip(":") if lines else type(error).__name__
+    what = lines[0].strip().rstrip(":. ") if lines else type(error).__name__
     where = ""
     marker = next((i for i, line in enumerate(lines) if "<--- HERE" in line), None)
     if marker:
@@ -187,7 +188,7 @@ def _explain(kind, error):
         if place and "ipykernel" not in place.group(1) and not place.group(1).startswith("<"):
             file = f" ({place.group(1)}:{place.group(2)})"
         where = f" The construct: `{code}`{file}."
-    advice = next((hint for pattern, hint in _ADVICE if re.search(pattern, text)),
+    advice = next((hint for pattern, hint in _ADVICE if re.search(pattern, text, re.IGNORECASE)),
                   "rewrite that part of forward in TorchScript's subset of Python; what is not needed for training can be "
                   "marked @torch.jit.unused")
     return f"{kind} cannot be scripted (TorchScript): {what}.{where} What to do: {advice}."

@@ -6,13 +6,11 @@ import os
 import pathlib
 import re
 
-from google.protobuf import json_format
-
 from itwin import dataset, handover, optimizer as optimizers
 from itwin.errors import SpecError
 from itwin.v1 import spec_pb2
 
-MAX_DOCUMENT_BYTES = 4 << 20  # a spec is at most 1 MiB as protobuf
+MAX_DOCUMENT_BYTES = 1 << 20  # as the gateway has it
 _MODEL_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 _LOSSES = {  # torch.nn class or torch.nn.functional function -> name
     "MSELoss": "mse", "mse_loss": "mse", "L1Loss": "l1", "l1_loss": "l1", "HuberLoss": "huber", "huber_loss": "huber",
@@ -30,19 +28,15 @@ def read(spec):
     if isinstance(spec, os.PathLike) or (isinstance(spec, str) and _looks_like_path(spec)):
         path = pathlib.Path(spec).expanduser()
         try:
-            if path.stat().st_size > MAX_DOCUMENT_BYTES:
-                raise SpecError(f"{path} has {path.stat().st_size >> 20} MiB; a spec has at most 1 MiB. Data belongs into files "
-                                "that the spec names.")
-            text = path.read_bytes().decode("utf-8")
+            with open(path, "rb") as file:
+                text = _bounded(file.read(MAX_DOCUMENT_BYTES + 1), path).decode("utf-8")
         except UnicodeDecodeError as error:
             raise SpecError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
         except OSError as error:
             raise SpecError(f"{path} cannot be read ({error.strerror}); give the path of a job.yaml.") from None
         return text, path.resolve().parent
     if isinstance(spec, str):
-        if len(spec) > MAX_DOCUMENT_BYTES:
-            raise SpecError(f"the document has {len(spec) >> 20} MiB; a spec has at most 1 MiB.")
-        return spec, pathlib.Path.cwd()
+        return _bounded(spec, "the document"), pathlib.Path.cwd()
     raise SpecError(f"spec={type(spec).__name__} is none: pass the path of a job.yaml, its text, or a dict; a module goes into "
                     "model=.")
 
@@ -55,13 +49,17 @@ def _looks_like_path(text):
 def to_text(document):
     """The document as JSON, which is also YAML."""
     try:
-        text = json.dumps(document, default=_plain, allow_nan=False)
+        text = json.dumps(document, default=_plain, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise SpecError(f"the spec holds something that is no plain value ({error}). Modules and arrays go into the keywords "
                         "model= and data=.") from None
+    return _bounded(text, "the spec")
+
+
+def _bounded(text, what):
     if len(text) > MAX_DOCUMENT_BYTES:
-        raise SpecError(f"the spec has {len(text) >> 20} MiB; at most 1 MiB is accepted. Data belongs into files that the spec "
-                        "names.")
+        raise SpecError(f"{what} has {len(text) / (1 << 20):.1f} MiB; at most 1 MiB is accepted. Data belongs into files that the "
+                        "spec names.")
     return text
 
 
@@ -161,7 +159,7 @@ def _model(model, directory):
         text = os.fspath(model)
         if isinstance(model, os.PathLike) or text.lower().endswith(_MODEL_SUFFIXES) or os.sep in text or text.startswith(
                 ("sha256:", "site:")):
-            return {"torchscript": text}, None
+            return {"torchscript": dataset.absolute(text)}, None
         return {"builtin": text}, None
     scripted = handover.script(model)
     path = os.path.join(directory, "model.pt")
@@ -169,25 +167,22 @@ def _model(model, directory):
     return {"torchscript": path}, scripted
 
 
-def merge(base, change):
-    """`change` laid over the JobSpec message `base`: resources, env and labels key by key, all else replaced."""
-    kind = base.WhichOneof("kind")
-    if "train" in change and kind == "command":
-        raise SpecError(f"the spec is a command job, but '{next(iter(change['train']))}' belongs to a train job.")
-    document = json_format.MessageToDict(base, preserving_proto_field_name=True)
+def overrides(change):
+    """The keywords as overrides of a document ("train.epochs=5"): resources, env, labels and the fields of `train` one by one,
+    all else replaced as a whole."""
+    result = []
     for key, value in change.items():
-        if key in ("resources", "env", "labels"):
-            document[key] = {**document.get(key, {}), **value}
-        elif key == "train":
-            old = document.setdefault("train", {})
+        if key in ("resources", "env", "labels", "train"):
             for field, inner in value.items():
-                if field == "data" and not any(source in inner for source in ("netcdf", "idx", "npz", "npy", "csv", "synthetic")):
-                    old["data"] = {**old.get("data", {}), **inner}  # only a split or transforms
+                if key == "train" and field == "data" and not any(source in inner for source in dataset.SOURCES):
+                    result += [f"train.data.{part}={to_text(laid)}" for part, laid in inner.items()]  # split, transforms
+                elif re.fullmatch(r"[A-Za-z0-9_.-]+", field):
+                    result.append(f"{key}.{field}={to_text(inner)}")
                 else:
-                    old[field] = inner
+                    raise SpecError(f"{key}: {field!r} cannot be laid over a spec; write it into the document.")
         else:
-            document[key] = value
-    return document
+            result.append(f"{key}={to_text(value)}")
+    return result
 
 
 def set_field(spec, field, value):
