@@ -51,7 +51,7 @@ struct IndexRange {  // half-open
   int64_t last = 0;
 };
 struct SplitSpec {
-  std::optional<IndexRange> train, validation, test;
+  std::optional<IndexRange> train = {}, validation = {}, test = {};
   double validation_fraction = 0;
   double test_fraction = 0;
 };
