@@ -1,6 +1,9 @@
 """Modules for the hand-over tests: in a file, because TorchScript reads their source."""
 
+from typing import Dict, Tuple
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -17,9 +20,25 @@ class Net(nn.Module):
 
 
 class OwnStep(Net):
-    def training_step(self, input, target):
-        error = self.forward(input) - target
+    def training_step(self, batch: Dict[str, torch.Tensor]) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        error = self.forward(batch["input"]) - batch["target"]
         return (error ** 2).mean(), {"mae": error.abs().mean()}
+
+
+class VectorMetric(Net):
+    def training_step(self, batch: Dict[str, torch.Tensor]) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        error = self.forward(batch["input"]) - batch["target"]
+        return (error ** 2).mean(), {"mae": error.abs()}
+
+
+class OtherSignature(Net):
+    def training_step(self, input, target):
+        return ((self.forward(input) - target) ** 2).mean()
+
+
+class FixedDropout(Net):
+    def forward(self, x):
+        return self.last(F.dropout(self.first(x), 0.5, True))
 
 
 class Tied(nn.Module):

@@ -13,7 +13,7 @@ def test_a_pair_becomes_an_npz_of_the_workers_types(tmp_path):
     with np.load(data["npz"]) as archive:
         assert archive["input"].dtype == np.float32 and archive["target"].dtype == np.int64
         np.testing.assert_allclose(archive["input"], x, rtol=1e-6)
-    assert batch[0].shape == (4, 3) and batch[1].dtype == torch.int64
+    assert batch["input"].shape == (4, 3) and batch["target"].dtype == torch.int64
 
 
 def test_named_arrays_and_datasets(tmp_path):
@@ -41,15 +41,15 @@ def test_a_frame_becomes_csv(tmp_path):
     data, batch = dataset.document(frame, tmp_path, target="kind", classes=True)
     assert data["csv"]["inputs"] == ["a", "b"] and data["csv"]["targets"] == ["kind"] and data["csv"]["target_is_class"]
     assert pd.read_csv(data["csv"]["path"]).b.tolist() == [1, 0]
-    assert batch[0].shape == (2, 2) and batch[1].tolist() == [0, 1]
+    assert batch["input"].shape == (2, 2) and batch["target"].tolist() == [0, 1]
     data, batch = dataset.document(frame, tmp_path, target=["kind"])
-    assert not data["csv"]["target_is_class"] and batch[1].shape == (2, 1)
+    assert not data["csv"]["target_is_class"] and batch["target"].shape == (2, 1)
 
 
 def test_paths_and_spec_dicts(tmp_path):
     np.savez(tmp_path / "x.npz", input=np.zeros((3, 2)), target=np.zeros(3))
     data, batch = dataset.document(tmp_path / "x.npz", tmp_path)
-    assert data == {"npz": str(tmp_path / "x.npz")} and batch[0].shape == (3, 2)
+    assert data == {"npz": str(tmp_path / "x.npz")} and batch["input"].shape == (3, 2)
     assert dataset.document("site:/data/winds.cdf", tmp_path) == ({"netcdf": "site:/data/winds.cdf"}, None)
     synthetic = {"synthetic": {"samples": 10}}
     assert dataset.document(synthetic, tmp_path) == (synthetic, None)

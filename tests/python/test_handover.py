@@ -12,12 +12,16 @@ from itwin.errors import DataError, ModelError, SpecError
 X, Y = torch.randn(4, 3), torch.randn(4, 2)
 
 
+def batch(x, y):
+    return {"input": x, "target": y}
+
+
 def test_a_scripted_module_keeps_mode_buffers_and_weights(tmp_path):
     net = modules.Net()
     scripted = handover.script(net)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     random = torch.get_rng_state()
-    handover.check_step(scripted, "mse", (X, Y))
+    handover.check_step(scripted, "mse", batch(X, Y))
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())  # batch norm too
     assert torch.equal(random, torch.get_rng_state()) and all(p.grad is None for p in net.parameters())
     handover.save(scripted, tmp_path / "model.pt")
@@ -30,9 +34,26 @@ def test_a_scripted_module_keeps_mode_buffers_and_weights(tmp_path):
 def test_training_step_is_exported_without_touching_the_class():
     scripted = handover.script(modules.OwnStep())
     assert not hasattr(modules.OwnStep.training_step, "_torchscript_modifier")
-    handover.check_step(scripted, "", (X, Y))
-    loss, metrics = scripted.training_step(X, Y)
+    handover.check_step(scripted, "", batch(X, Y))
+    loss, metrics = scripted.training_step(batch(X, Y))
     assert loss.requires_grad and "mae" in metrics
+
+
+def test_a_named_loss_leaves_the_step_behind():
+    assert not hasattr(handover.script(modules.OtherSignature(), "mse"), "training_step")
+    exported = torch.jit.export(modules.OwnStep.training_step)
+    try:
+        with pytest.raises(ModelError, match="brings its own loss.*leave loss= out"):
+            handover.script(modules.OwnStep(), "mse")
+    finally:
+        del exported._torchscript_modifier
+
+
+def test_a_step_of_another_signature_is_told_the_right_one():
+    with pytest.raises(ModelError, match=r"OtherSignature.training_step is \(self, Tensor, Tensor\) -> Tensor; it must be"):
+        handover.script(modules.OtherSignature())
+    with pytest.raises(ModelError, match="metric 'mae' with shape"):
+        handover.check_step(handover.script(modules.VectorMetric()), "", batch(X, Y))
 
 
 @pytest.mark.parametrize("kind, construct, advice", [
@@ -74,14 +95,18 @@ def test_nothing_to_train():
         handover.script(3)
 
 
-def test_a_trace_with_dropout_or_batch_norm_is_refused():
+def test_fixed_training_flags_are_refused():
+    with pytest.raises(ModelError, match="dropout in FixedDropout has a fixed training flag.*training=self.training"):
+        handover.script(modules.FixedDropout())
+    handover.script(torch.nn.Sequential(torch.nn.LSTM(3, 4)))
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trace = torch.jit.trace(modules.Net(), X)
         plain = torch.jit.trace(torch.nn.Linear(3, 2), X)
-    with pytest.raises(ModelError, match="traced module uses"):
+    with pytest.raises(ModelError, match="fixed training flag.*hand over the nn.Module"):
         handover.script(trace)
-    handover.check_step(handover.script(plain), "mse", (X, Y))
+    handover.check_step(handover.script(plain), "mse", batch(X, Y))
 
 
 def test_an_already_scripted_module_is_taken_as_it_is():
@@ -91,7 +116,7 @@ def test_an_already_scripted_module_is_taken_as_it_is():
 
 @pytest.mark.parametrize("net, loss, x, y, error, message", [
     (modules.Net(4), "mse", X, Y, ModelError, r"forward fails on inputs of shape \(4, 3\)"),
-    (modules.Net(), "mse", X, torch.randn(4), DataError, r"output has shape \(4, 2\) but the target \(4,\)"),
+    (modules.Net(), "mse", X, torch.randn(4), DataError, r"needs equal shapes; the model's output has shape \(4, 2\) and the target \(4,\)"),
     (modules.Net(), "cross_entropy", X, Y, DataError, "needs class numbers"),
     (modules.Net(), "cross_entropy", X, torch.tensor([0, 1, 2, 0]), DataError, "class 2, but the model has 2 outputs"),
     (modules.Net(), "mse", X * float("nan"), Y, ModelError, "loss of the first samples is nan"),
@@ -102,17 +127,18 @@ def test_an_already_scripted_module_is_taken_as_it_is():
 ])
 def test_one_step_finds_what_does_not_fit(net, loss, x, y, error, message):
     with pytest.raises(error, match=message) as info:
-        handover.check_step(handover.script(net), loss, (x, y))
+        handover.check_step(handover.script(net), loss, batch(x, y))
     assert "\n" not in str(info.value)
 
 
 def test_unused_parameters_are_a_warning():
     with pytest.warns(UserWarning, match="2 trainable parameters take no part.*unused"):
-        handover.check_step(handover.script(modules.Unused()), "mse", (X, Y))
+        handover.check_step(handover.script(modules.Unused()), "mse", batch(X, Y))
 
 
 @pytest.mark.parametrize("loss, y", [
     ("mse", Y), ("l1", Y), ("huber", Y), ("bce_logits", Y.sigmoid()), ("cross_entropy", torch.tensor([0, 1, 1, 0])),
     ("nll", torch.tensor([0, 1, 1, 0]))])
 def test_every_named_loss_is_tried(loss, y):
-    handover.check_step(handover.script(modules.Net()), loss, (X, y))
+    handover.check_step(handover.script(modules.Net(), loss), loss, batch(X, y))
+    handover.check_step(handover.script(modules.Net(3, 1), "mse"), "mse", batch(X, torch.randn(4)))  # [n] is [n, 1]

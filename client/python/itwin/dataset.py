@@ -14,7 +14,7 @@ _SUFFIXES = {".nc": "netcdf", ".nc4": "netcdf", ".cdf": "netcdf", ".npz": "npz"}
 
 
 def document(data, directory, target=None, classes=False):
-    """(the spec's `data` as a dict, (input, target) tensors of the first samples or None).
+    """(the spec's `data` as a dict, tensors of the first samples by name or None).
 
     `directory` is where a generated file goes. `target`: names of the target columns of a DataFrame; `classes`: it holds class
     numbers. Raises DataError that says which forms there are.
@@ -217,9 +217,12 @@ def _peek(data):
         if os.path.getsize(path) > MAX_CHECK_BYTES:
             return None
         with numpy.load(path, allow_pickle=False) as archive:
-            names = {key: data.get(key) or key for key in ("input", "target")}
-            return _first_samples({key: _array(archive[name], name) for key, name in names.items()})
-    except (OSError, KeyError, ValueError, ImportError):
+            arrays = {name: _array(archive[name], name) for name in archive.files}
+            for role in ("input", "target"):
+                if data.get(role):
+                    arrays[role] = arrays.pop(data[role])
+            return _first_samples(arrays)
+    except (OSError, KeyError, ValueError, ImportError, DataError):
         return None  # the worker says what is wrong with it
 
 
@@ -231,4 +234,4 @@ def _first_samples(arrays):
     if "input" not in arrays or "target" not in arrays:
         return None
     from itwin.handover import CHECK_SAMPLES
-    return tuple(torch.from_numpy(arrays[name][:CHECK_SAMPLES].copy()) for name in ("input", "target"))
+    return {name: torch.from_numpy(array[:CHECK_SAMPLES].copy()) for name, array in arrays.items()}

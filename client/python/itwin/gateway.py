@@ -98,7 +98,7 @@ class Gateway:
         model      torch.nn.Module (scripted, and tried for one step on the first samples unless check=False), path of a
                    TorchScript file, name of a built-in model, or the spec's dict
         loss       mse, l1, huber, cross_entropy, bce_logits, nll, or the torch module or function of those; none when the
-                   module has its own training_step(self, input, target)
+                   module has its own training_step(self, batch: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, Tensor]]
         data       path, (inputs, targets), {"input": …, "target": …}, torch Dataset, pandas DataFrame with target=, or a dict
         split      {"train": "0..108", "test": "108..132"} or {"test_fraction": 0.2}
         optimizer  torch.optim.Optimizer, {"adam": {"lr": 1e-3}} or a name

@@ -8,6 +8,7 @@ import warnings
 from itwin.errors import DataError, ModelError, SpecError, require
 
 CHECK_SAMPLES = 4  # of the batch that is tried here
+_STEPS = ("training_step", "evaluation_step")
 
 # What TorchScript's compiler says -> what to do about it.
 _ADVICE = (
@@ -32,8 +33,9 @@ _ADVICE = (
 )
 
 
-def script(module):
-    """The scripted module. Raises ModelError that names the construct that is in the way."""
+def script(module, loss=""):
+    """The scripted module. Without a named loss its training_step (and evaluation_step) are exported as well. Raises ModelError
+    that names the construct that is in the way."""
     torch = require("torch", "handing over a module")
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"model={type(module).__name__} is none: pass a torch.nn.Module, the path of a TorchScript file, the "
@@ -41,27 +43,57 @@ def script(module):
     _check_parameters(torch, module)
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
-        _refuse_baked_in(module)
-        return module
+        scripted = module
+    else:
+        scripted = _compile(torch, module, kind, () if loss else _STEPS)
+    for name in _STEPS:
+        method = getattr(scripted, name, None)
+        if method is not None and loss:
+            raise ModelError(f"{kind} brings its own loss by its {name}: leave loss= out, or remove @torch.jit.export from it.")
+        if method is not None:
+            _check_signature(kind, name, method.schema)
+    _refuse_fixed_flags(torch, scripted, kind)
+    return scripted
+
+
+def _compile(torch, module, kind, steps):
     if any(p.device.type != "cpu" for p in list(module.parameters()) + list(module.buffers())):
         module = copy.deepcopy(module).cpu()
-    own_step = getattr(type(module), "training_step", None)
-    exported = own_step is not None and not hasattr(own_step, "_torchscript_modifier")
-    if exported:
-        torch.jit.export(own_step)
+    own = {name: getattr(type(module), name) for name in steps if hasattr(type(module), name)}
+    exported = [method for method in own.values() if not hasattr(method, "_torchscript_modifier")]
+    for method in exported:
+        torch.jit.export(method)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            scripted = torch.jit.script(module)
+            scripted = _script_afresh(torch, module)
     except Exception as error:  # the compiler raises many unrelated types
         raise ModelError(_explain(kind, error)) from None
     finally:
-        if exported:
-            del own_step._torchscript_modifier
-    if own_step is not None and not hasattr(scripted, "training_step"):
-        raise ModelError(f"{kind} was scripted earlier in this session, without its training_step. Decorate training_step with "
-                         "@torch.jit.export, run the class definition again and make the module anew.")
+        for method in exported:
+            del method._torchscript_modifier
     return scripted
+
+
+def _script_afresh(torch, module):
+    """torch.jit.script, but not with the methods that an earlier scripting of the same class happened to export."""
+    recursive = torch.jit._recursive
+    try:
+        create, infer = recursive.create_script_module, recursive.infer_methods_to_compile
+    except AttributeError:  # internals of another torch
+        return torch.jit.script(module)
+    return create(module, infer, share_types=False)
+
+
+def _check_signature(kind, name, schema):
+    if (len(schema.arguments) == 2 and str(schema.arguments[1].type) == "Dict[str, Tensor]"
+            and len(schema.returns) == 1 and str(schema.returns[0].type) == "Tuple[Tensor, Dict[str, Tensor]]"):
+        return
+    given = ", ".join(str(argument.type) for argument in schema.arguments[1:])
+    returned = ", ".join(str(value.type) for value in schema.returns)
+    raise ModelError(f"{kind}.{name} is (self, {given}) -> {returned}; it must be {name}(self, batch: Dict[str, torch.Tensor]) -> "
+                     "Tuple[torch.Tensor, Dict[str, torch.Tensor]]: from batch['input'] and batch['target'] to the loss and the "
+                     "metrics.")
 
 
 def save(scripted, path):
@@ -70,22 +102,18 @@ def save(scripted, path):
 
 
 def check_step(scripted, loss, batch):
-    """One forward, loss and backward on a copy, with (input, target). Raises ModelError or DataError saying what does not fit."""
+    """One forward, loss and backward on a copy, with the arrays of a few samples by name ("input", "target", …). Raises ModelError
+    or DataError saying what does not fit."""
     torch = require("torch", "handing over a module")
     buffer = io.BytesIO()
     torch.jit.save(scripted, buffer)
     buffer.seek(0)
     model = torch.jit.load(buffer, map_location="cpu")  # as the worker sees it; the user's module is left alone
     model.train()
-    inputs, target = batch
     with torch.random.fork_rng(devices=[]):
-        if loss:
-            value = _named_loss(torch, model, loss, inputs, target)
-        else:
-            value = _own_loss(torch, model, inputs, target)
-        if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ModelError(f"the loss must be one number, but it is {shape}; end it with .mean().")
+        value = _named_loss(torch, model, loss, batch["input"], batch["target"]) if loss else _own_loss(model, batch)
+        if value.numel() != 1:
+            raise ModelError(f"the loss must be one number, but it has shape {tuple(value.shape)}; end it with .mean().")
         if not value.requires_grad:
             raise ModelError("the loss does not depend on any trainable parameter: forward must not use no_grad() or detach().")
         if not torch.isfinite(value):
@@ -108,34 +136,45 @@ def _named_loss(torch, model, loss, inputs, target):
     prediction = _forward(torch, model, inputs)
     if loss not in losses:
         return prediction.sum()  # the gateway says that there is no such loss, and which one is meant
-    elementwise = loss in ("mse", "l1", "huber", "bce_logits")
-    if elementwise and prediction.shape != target.shape:
-        raise DataError(f"the model's output has shape {tuple(prediction.shape)} but the target {tuple(target.shape)} (for "
-                        f"{len(inputs)} samples); loss '{loss}' needs equal shapes.")
-    if not elementwise and target.dtype != torch.int64:
-        raise DataError(f"loss '{loss}' needs class numbers (int64) as target, but the target is {target.dtype}.")
-    if not elementwise and prediction.dim() >= 2 and target.numel():
+    shapes = f"the model's output has shape {tuple(prediction.shape)} and the target {tuple(target.shape)}"
+    if loss in ("cross_entropy", "nll"):
+        if target.is_floating_point():
+            raise DataError(f"loss '{loss}' needs class numbers (integers) as target, but the target is {target.dtype}.")
+        if target.dim() == prediction.dim() and target.shape[1] == 1:
+            target = target.squeeze(1)
+        if prediction.dim() < 2 or target.shape != prediction.shape[:1] + prediction.shape[2:]:
+            raise DataError(f"loss '{loss}' compares scores [samples, classes, …] with class numbers [samples, …]; {shapes}.")
         classes, low, high = prediction.shape[1], int(target.min()), int(target.max())
         if low < 0 or high >= classes:
-            raise DataError(f"the target holds class {low if low < 0 else high}, but the model has {classes} outputs (0.."
-                            f"{classes - 1}).")
+            raise DataError(f"the target holds class {low if low < 0 else high}, but the model has {classes} outputs "
+                            f"(0..{classes - 1}).")
+    else:
+        target = target.float()
+        if target.shape != prediction.shape and target.numel() == prediction.numel() and 1 in (target.dim(), prediction.dim()):
+            target = target.reshape(prediction.shape)  # [samples] and [samples, 1] are the same thing
+        if target.shape != prediction.shape:
+            raise DataError(f"loss '{loss}' needs equal shapes; {shapes}.")
     try:
         return losses[loss](prediction, target)
     except (RuntimeError, ValueError, IndexError) as error:
-        raise DataError(f"loss '{loss}' fails on output {tuple(prediction.shape)} and target {tuple(target.shape)} "
-                        f"({target.dtype}): {_last_line(error)}.") from None
+        raise DataError(f"loss '{loss}' fails ({_last_line(error)}); {shapes}.") from None
 
 
-def _own_loss(torch, model, inputs, target):
+def _own_loss(model, batch):
     if not hasattr(model, "training_step"):
         raise SpecError("no loss is given: pass loss='mse' (or l1, huber, cross_entropy, bce_logits, nll), or give the module "
-                        "a method training_step(self, input, target) that returns (loss, metrics).")
+                        "a method training_step(self, batch: Dict[str, torch.Tensor]) -> Tuple[torch.Tensor, Dict[str, "
+                        "torch.Tensor]] that returns the loss and the metrics.")
     try:
-        result = model.training_step(inputs, target)
+        loss, metrics = model.training_step(batch)
     except Exception as error:
-        raise ModelError(f"training_step fails on inputs {tuple(inputs.shape)} and targets {tuple(target.shape)}: "
-                         f"{_last_line(error)}.") from None
-    return result[0] if isinstance(result, tuple) else result
+        shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in batch.items())
+        raise ModelError(f"training_step fails on {shapes}: {_last_line(error)}.") from None
+    for name, value in metrics.items():
+        if value.numel() != 1:
+            raise ModelError(f"training_step gives the metric {name!r} with shape {tuple(value.shape)}; it must be one number, the "
+                             "mean over the samples.")
+    return loss
 
 
 def _forward(torch, model, inputs):
@@ -164,15 +203,36 @@ def _check_parameters(torch, module):
                          "requires_grad_(True) on those to train.")
 
 
-def _refuse_baked_in(module):
-    """A trace has train and eval mode baked in: dropout and batch norm would be wrong in one of them."""
-    if type(module).__name__ not in ("TopLevelTracedModule", "TracedModule"):
-        return
-    graph = str(module.inlined_graph)
-    for operator, name in (("dropout", "dropout"), ("batch_norm", "batch normalisation")):
-        if f"aten::{operator}" in graph:
-            raise ModelError(f"this traced module uses {name}, which a trace fixes in the mode it was traced in. Hand over the "
-                             "nn.Module itself; it is scripted instead.")
+def _refuse_fixed_flags(torch, scripted, kind):
+    """A constant training flag (a trace, or F.dropout without training=self.training) would not obey train() and eval()."""
+    methods = [getattr(scripted, name) for name in ("forward", *_STEPS) if hasattr(scripted, name)]
+    for method in methods:
+        graph = method.graph.copy()
+        torch._C._jit_pass_inline(graph)
+        operator = _fixed_flag(torch, graph)
+        if operator:
+            raise ModelError(f"{operator} in {kind} has a fixed training flag, so it would behave the same in training and in "
+                             "evaluation. A traced module (torch.jit.trace) is always so: hand over the nn.Module itself. In a "
+                             "function call pass training=self.training, or use the module form (nn.Dropout, nn.BatchNorm2d).")
+
+
+def _fixed_flag(torch, block):
+    for node in block.nodes():
+        kind = node.kind()
+        norm = kind in ("aten::batch_norm", "aten::_batch_norm_impl_index", "aten::native_batch_norm", "aten::cudnn_batch_norm")
+        recurrent = kind in ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu")
+        if norm or recurrent or (kind.startswith("aten::") and "dropout" in kind):
+            names = [argument.name for argument in torch._C.parse_schema(node.schema()).arguments]
+            constants = {name: value.toIValue() for name, value in zip(names, node.inputs())
+                         if value.node().kind() == "prim::Constant"}
+            share = constants.get("dropout" if recurrent else "p")
+            if ("train" in constants or "training" in constants) and (norm or share != 0):
+                return kind[len("aten::"):].rstrip("_")
+        for inner in node.blocks():
+            found = _fixed_flag(torch, inner)
+            if found:
+                return found
+    return None
 
 
 def _explain(kind, error):

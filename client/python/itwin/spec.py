@@ -116,14 +116,14 @@ def loss_name(loss):
     kind = getattr(loss, "__name__", None) or type(loss).__name__
     if kind not in _LOSSES:
         raise SpecError(f"loss={kind} is not known at the site. Known: mse, l1, huber, cross_entropy, bce_logits, nll; any "
-                        "other loss goes into the module's own training_step(self, input, target).")
+                        "other loss goes into the module's own training_step(self, batch).")
     if not isinstance(loss, type):
         for option, neutral in _LOSS_DEFAULTS.items():
             value = getattr(loss, option, neutral)
             same = value is neutral if neutral is None else value == neutral
             if not same:
                 raise SpecError(f"{kind}({option}={value!r}) is not known at the site, only {kind}(); put the loss into the "
-                                "module's own training_step(self, input, target).")
+                                "module's own training_step(self, batch).")
     return _LOSSES[kind]
 
 
@@ -136,7 +136,7 @@ def train(directory, model=None, loss=None, data=None, target=None, split=None, 
         result["loss"] = name
     scripted = batch = None
     if model is not None:
-        result["model"], scripted = _model(model, directory)
+        result["model"], scripted = _model(model, directory, name)
     if data is not None:
         result["data"], batch = dataset.document(data, directory, target, classes=name in ("cross_entropy", "nll"))
     elif target is not None:
@@ -147,12 +147,14 @@ def train(directory, model=None, loss=None, data=None, target=None, split=None, 
     if optimizer is not None:
         module = model if scripted is not None and not isinstance(optimizer, (str, dict)) else None
         result["optimizer"] = optimizers.document(optimizer, module)
+    if scripted is not None and not name and result.get("metrics"):
+        raise SpecError("metrics= goes with a named loss; a module with its own training_step returns its metrics there.")
     if scripted is not None and check and batch is not None and not result["data"].get("transforms"):
         handover.check_step(scripted, name, batch)
     return result
 
 
-def _model(model, directory):
+def _model(model, directory, loss):
     if isinstance(model, dict):
         return model, None
     if isinstance(model, (str, os.PathLike)):
@@ -161,7 +163,7 @@ def _model(model, directory):
                 ("sha256:", "site:")):
             return {"torchscript": dataset.absolute(text)}, None
         return {"builtin": text}, None
-    scripted = handover.script(model)
+    scripted = handover.script(model, loss)
     path = os.path.join(directory, "model.pt")
     handover.save(scripted, path)
     return {"torchscript": path}, scripted
