@@ -6,15 +6,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <fstream>
 #include <limits>
 #include <optional>
-#include <string_view>
-#include <system_error>
 #include <utility>
 
 #include "agent/worker/error.h"
 #include "agent/worker/data/nearest_name.h"
+#include "agent/worker/data/netcdf_header.h"
 
 namespace itwin::worker {
 namespace {
@@ -114,24 +112,6 @@ std::string DimensionsText(const Variable& variable) {
   return text + ")";
 }
 
-size_t TypeBytes(nc_type type) {
-  switch (type) {
-    case NC_SHORT:
-    case NC_USHORT:
-      return 2;
-    case NC_INT:
-    case NC_UINT:
-    case NC_FLOAT:
-      return 4;
-    case NC_INT64:
-    case NC_UINT64:
-    case NC_DOUBLE:
-      return 8;
-    default:
-      return 1;
-  }
-}
-
 bool IsNumeric(const Variable& variable) {
   return variable.type != NC_CHAR && variable.type != NC_STRING && variable.type <= NC_UINT64;
 }
@@ -188,46 +168,27 @@ std::vector<Variable> Select(const std::vector<Variable>& all, const std::vector
   return selected;
 }
 
-// A header may lie. The classic format is not compressed, so its variables fit into the file (the library reads
-// what is missing as zeros, without an error); for NetCDF-4 the bound is the machine's memory.
-void CheckBelievable(const std::filesystem::path& path, const std::vector<Variable>& all,
-                     const std::vector<Variable>& selected) {
-  char magic[3] = {};
-  std::ifstream(path, std::ios::binary).read(magic, sizeof(magic));
-  const bool classic = std::string_view(magic, sizeof(magic)) == "CDF";
-  std::error_code error;
-  const uint64_t file_bytes = std::filesystem::file_size(path, error);
-  double needed = 0;
-  for (const Variable& variable : classic ? all : selected) {
-    double bytes = classic ? static_cast<double>(TypeBytes(variable.type)) : sizeof(float);
-    for (const int64_t length : variable.shape) bytes *= static_cast<double>(length);
-    needed += bytes;
-  }
-  const auto has = [&](const std::string& bytes, const char* of) {
-    return "train.data.netcdf: " + path.string() + ": its variables need " +
-           std::to_string(static_cast<uint64_t>(std::min(needed, 1e18))) + " bytes but " + of + " has " + bytes;
-  };
-  if (classic && needed > static_cast<double>(file_bytes)) {
-    throw UserError(has(std::to_string(file_bytes), "the file") + "; it is cut off or damaged");
-  }
+// A header may lie. For the classic format CheckClassicNetcdf has compared it with the file; for NetCDF-4, which may be
+// compressed, the bound is the machine's memory.
+void CheckFitsMemory(const std::filesystem::path& path, size_t bytes) {
   const double memory = static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
-  if (!classic && needed > memory) {
-    throw ResourceError(has(std::to_string(static_cast<uint64_t>(memory)), "this machine") +
-                        " of memory; pick fewer variables, or the file is damaged");
+  if (static_cast<double>(bytes) > memory) {
+    throw ResourceError("train.data.netcdf: " + path.string() + ": the variables need " + std::to_string(bytes >> 20) +
+                        " MiB, more than this machine has; name fewer in train.data.variables");
   }
 }
 
 }  // namespace
 
 NetcdfField ReadNetcdf(const std::filesystem::path& path, const std::vector<std::string>& variables) {
+  CheckClassicNetcdf(path);
   const File file(path);
-  const std::vector<Variable> all = file.List();
-  const std::vector<Variable> selected = Select(all, variables, path.string());
+  const std::vector<Variable> selected = Select(file.List(), variables, path.string());
   const std::vector<int64_t>& shape = selected.front().shape;
-  CheckBelievable(path, all, selected);
   std::vector<int64_t> stacked = shape;
   stacked.insert(stacked.begin() + 1, static_cast<int64_t>(selected.size()));
   const size_t bytes = CheckedBytes(stacked, ElementType::kFloat32, "train.data.netcdf: " + path.string());
+  CheckFitsMemory(path, bytes);
 
   NetcdfField result;
   std::vector<std::byte> field(bytes);

@@ -1,0 +1,328 @@
+// Data from files to samples: sources, transforms against closed forms, and the wind example's published baselines.
+#include <cmath>
+
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "agent/worker/data/dataset.h"
+#include "tests/worker/data/scratch.h"
+
+namespace itwin::worker {
+namespace {
+
+using testing::Scratch;
+using testing::UserErrorOf;
+using ::testing::AllOf;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+
+std::vector<int64_t> All(const Dataset& data, Split split) {
+  std::vector<int64_t> indices(static_cast<size_t>(data.size(split)));
+  for (size_t i = 0; i < indices.size(); ++i) indices[i] = static_cast<int64_t>(i);
+  return indices;
+}
+
+Batch Whole(const Dataset& data, Split split) { return data.Gather(split, All(data, split)); }
+
+std::vector<float> Floats(const at::Tensor& tensor) {
+  EXPECT_EQ(tensor.scalar_type(), at::kFloat);
+  EXPECT_TRUE(tensor.is_contiguous());
+  return {tensor.data_ptr<float>(), tensor.data_ptr<float>() + tensor.numel()};
+}
+
+std::vector<int64_t> Longs(const at::Tensor& tensor) {
+  EXPECT_EQ(tensor.scalar_type(), at::kLong);
+  return {tensor.data_ptr<int64_t>(), tensor.data_ptr<int64_t>() + tensor.numel()};
+}
+
+std::unique_ptr<Dataset> Open(const DataSpec& spec, const Scratch& scratch) {
+  return OpenDataset(spec, 1, scratch.path());
+}
+
+DataSpec Npy(std::vector<Transform> transforms = {}, SplitSpec split = {}) {
+  DataSpec spec;
+  spec.source = NpyFiles{"x.npy", "y.npy"};
+  spec.transforms = std::move(transforms);
+  spec.split = split;
+  return spec;
+}
+
+class ArrayDatasetTest : public ::testing::Test {
+ protected:
+  // x: [samples, channels, 4, 4], y: [samples] classes; series: [20, 2].
+  void SetUp() override {
+    scratch_.Python(R"(
+import numpy as np
+np.save('x.npy', np.arange(6 * 2 * 4 * 4, dtype='f8').reshape(6, 2, 4, 4))
+np.save('y.npy', np.array([0, 1, 2, 0, 1, 2], 'u1'))
+np.save('series.npy', np.arange(40, dtype='f4').reshape(20, 2))
+np.savez('all.npz', images=np.arange(12, dtype='u1').reshape(3, 4), labels=np.array([1., 2., 3.]), extra=np.arange(3), other=np.arange(7), lone=np.float32(3))
+)");
+  }
+  const Scratch scratch_;
+};
+
+TEST_F(ArrayDatasetTest, GathersInTheOrderAskedFor) {
+  const auto data = Open(Npy({}, {.test = IndexRange{4, 6}}), scratch_);
+  EXPECT_EQ(data->size(Split::kTrain), 4);
+  EXPECT_EQ(data->size(Split::kValidation), 0);
+  EXPECT_EQ(data->size(Split::kTest), 2);
+  EXPECT_EQ(data->classes(), 3);
+  EXPECT_THAT(data->sample_shapes().at("input"), ElementsAre(2, 4, 4));
+  EXPECT_THAT(data->sample_shapes().at("target"), IsEmpty());
+  const Batch batch = data->Gather(Split::kTest, {1, 0, 1});
+  EXPECT_THAT(Longs(batch.at("target")), ElementsAre(2, 1, 2));
+  EXPECT_EQ(Floats(batch.at("input")).front(), 5 * 32);
+  EXPECT_THROW(data->Gather(Split::kTest, {2}), WorkerError);
+}
+
+TEST_F(ArrayDatasetTest, NpzArraysKeepTheirNamesBesideInputAndTarget) {
+  DataSpec spec;
+  spec.source = NpzFile{"all.npz"};
+  spec.input = "images";
+  spec.target = "labels";
+  const auto data = Open(spec, scratch_);
+  const Batch batch = Whole(*data, Split::kTrain);
+  EXPECT_EQ(batch.size(), 3u);  // "other" and "lone" are not per sample
+  EXPECT_THAT(Floats(batch.at("target")), ElementsAre(1, 2, 3));
+  EXPECT_THAT(Longs(batch.at("extra")), ElementsAre(0, 1, 2));
+  EXPECT_EQ(Floats(batch.at("input"))[11], 11);
+  EXPECT_EQ(data->classes(), 0);
+
+  spec.target = "label";
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("did you mean \"labels\""));
+  spec.target = "other";
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), AllOf(HasSubstr("[3, 4]"), HasSubstr("[7]")));
+}
+
+TEST_F(ArrayDatasetTest, StandardizesPerChannelByTheTrainingSplitAlone) {
+  const auto data = Open(Npy({Standardize{}}, {.test = IndexRange{4, 6}}), scratch_);
+  const at::Tensor train = Whole(*data, Split::kTrain).at("input");
+  for (int64_t channel = 0; channel < 2; ++channel) {
+    EXPECT_NEAR(train.select(1, channel).mean().item<double>(), 0, 1e-6);
+    EXPECT_NEAR(train.select(1, channel).std(/*unbiased=*/false).item<double>(), 1, 1e-6);
+  }
+  const nlohmann::json record = data->preprocessing();
+  const nlohmann::json& statistics = record["transforms"][0]["standardize"]["input"];
+  EXPECT_DOUBLE_EQ(statistics["mean"][0].get<double>(), 48 + 7.5);  // samples 0..3, values 32 s + 0..15
+  EXPECT_DOUBLE_EQ(statistics["mean"][1].get<double>(), 48 + 16 + 7.5);
+  const double deviation = std::sqrt(32 * 32 * 1.25 + (16 * 16 - 1) / 12.0);
+  EXPECT_NEAR(statistics["deviation"][0].get<double>(), deviation, 1e-9);
+  const at::Tensor test = Whole(*data, Split::kTest).at("input");
+  EXPECT_NEAR(test[0][0][0][0].item<double>(), (4 * 32 - 55.5) / deviation, 1e-6);
+  EXPECT_EQ(record["arrays"]["input"], (std::vector<int>{2, 4, 4}));
+}
+
+TEST_F(ArrayDatasetTest, BytesAreScaledWhenTheyAreRead) {
+  DataSpec spec;
+  spec.source = NpzFile{"all.npz"};
+  spec.input = "images";
+  spec.target = "labels";
+  spec.transforms = {Scale{{"images"}, 2, 1}, Standardize{{"images"}}, Scale{{"images"}, 10, 5}};
+  const at::Tensor input = Whole(*Open(spec, scratch_), Split::kTrain).at("input");
+  // Columns 0, 4, 8 and so on: mean in the middle, deviation sqrt(32/3), whatever the first scale.
+  const float step = static_cast<float>(10 * 4 / std::sqrt(32.0 / 3));
+  EXPECT_NEAR(input[0][0].item<float>(), 5 - step, 1e-5);
+  EXPECT_NEAR(input[1][3].item<float>(), 5, 1e-5);
+  EXPECT_NEAR(input[2][1].item<float>(), 5 + step, 1e-5);
+}
+
+TEST_F(ArrayDatasetTest, ConstantColumnsDoNotBecomeNan) {
+  scratch_.Write("c.csv", "a,b,y\n1,5,0\n2,5,1\n3,5,0\n");
+  DataSpec spec;
+  spec.source = CsvFile{"c.csv", {"a", "b"}, {"y"}, true};
+  spec.transforms = {Standardize{}};
+  const at::Tensor input = Whole(*Open(spec, scratch_), Split::kTrain).at("input");
+  EXPECT_THAT(Floats(input.select(1, 1).contiguous()), ElementsAre(0, 0, 0));
+  EXPECT_NEAR(input[2][0].item<float>(), std::sqrt(1.5), 1e-6);
+}
+
+TEST_F(ArrayDatasetTest, CropsAndCoarsens) {
+  DataSpec spec = Npy({Crop{{4, 2}}, Coarsen{2, {"bilinear", "bicubic"}}});
+  spec.source = NpyFiles{"x.npy", ""};
+  const auto data = Open(spec, scratch_);
+  const Batch batch = Whole(*data, Split::kTrain);
+  EXPECT_THAT(batch.at("target").sizes().vec(), ElementsAre(6, 2, 4, 2));
+  EXPECT_THAT(batch.at("input").sizes().vec(), ElementsAre(6, 2, 2, 1));
+  EXPECT_THAT(Floats(batch.at("input")[0][0].contiguous()), ElementsAre(2.5, 10.5));  // of 0 1 4 5 and of 8 9 12 13
+  EXPECT_THAT(data->baselines(), ElementsAre("bilinear", "bicubic"));
+  const auto predictions = data->BaselinePredictions(batch);
+  EXPECT_EQ(predictions.at("bicubic").sizes(), batch.at("target").sizes());
+  // Half-way cells of 2.5 and 10.5, edges repeated: 2.5, 4.5, 8.5, 10.5.
+  EXPECT_THAT(Floats(predictions.at("bilinear")[0][0].select(1, 0).contiguous()), ElementsAre(2.5, 4.5, 8.5, 10.5));
+}
+
+TEST_F(ArrayDatasetTest, CutsSeriesIntoWindowsByTheirTargets) {
+  DataSpec spec;
+  spec.source = NpyFiles{"series.npy", ""};
+  spec.transforms = {Window{3, 2}};
+  spec.split = {.test = IndexRange{15, 20}};
+  const auto data = Open(spec, scratch_);
+  // The first target is step 3 - 1 + 2 = 4; training targets are steps 4..14.
+  EXPECT_EQ(data->size(Split::kTrain), 11);
+  EXPECT_EQ(data->size(Split::kTest), 5);
+  EXPECT_THAT(data->sample_shapes().at("input"), ElementsAre(3, 2));
+  EXPECT_THAT(data->sample_shapes().at("target"), ElementsAre(2));
+  const Batch batch = data->Gather(Split::kTest, {0, 4});
+  EXPECT_THAT(Floats(batch.at("target")), ElementsAre(30, 31, 38, 39));
+  EXPECT_THAT(Floats(batch.at("input")[0]), ElementsAre(22, 23, 24, 25, 26, 27));  // steps 11, 12, 13
+
+  spec.transforms = {Standardize{}, Window{3, 2}};
+  const auto standardized = Open(spec, scratch_);
+  const at::Tensor mean = Whole(*standardized, Split::kTrain).at("target");
+  EXPECT_NEAR(mean[0][0].item<float>(), (8 - 14) / std::sqrt(4 * (15 * 15 - 1) / 12.0), 1e-5);  // steps 0..14
+
+  spec.transforms = {Window{3, 2}, Standardize{{"input"}}};  // per feature, not per step
+  EXPECT_EQ(Open(spec, scratch_)->preprocessing()["transforms"][1]["standardize"]["input"]["mean"].size(), 2u);
+
+  spec.transforms = {Window{19, 2}};
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("does not fit into the 20 steps"));
+  spec.transforms = {Window{15, 2}};
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("target in the train split"));
+}
+
+TEST_F(ArrayDatasetTest, FillsMissingCells) {
+  scratch_.Python(R"(
+import numpy as np
+x = np.arange(2 * 1 * 2 * 2, dtype='f4').reshape(2, 1, 2, 2)
+x[0, 0, 0, 1] = np.nan
+np.save('nan.npy', x)
+x[1] = np.nan
+np.save('all_nan.npy', x)
+np.save('t.npy', np.zeros(2, 'f4'))
+)");
+  DataSpec spec;
+  spec.source = NpyFiles{"nan.npy", "t.npy"};
+  spec.transforms = {FillMissing{}};
+  EXPECT_EQ(Whole(*Open(spec, scratch_), Split::kTrain).at("input")[0][0][0][1].item<float>(), 5.0f / 3);
+  spec.transforms = {FillMissing{-7}};
+  EXPECT_EQ(Whole(*Open(spec, scratch_), Split::kTrain).at("input")[0][0][0][1].item<float>(), -7);
+  spec.source = NpyFiles{"all_nan.npy", "t.npy"};
+  EXPECT_TRUE(Whole(*Open(spec, scratch_), Split::kTrain).at("input")[1].eq(-7).all().item<bool>());
+  spec.transforms = {FillMissing{}};
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), AllOf(HasSubstr("sample 1"), HasSubstr("{value: 0}")));
+}
+
+TEST_F(ArrayDatasetTest, Reshapes) {
+  const auto data = Open(Npy({Standardize{}, Reshape{"input", {-1, 8}}}), scratch_);
+  EXPECT_THAT(data->sample_shapes().at("input"), ElementsAre(4, 8));
+  EXPECT_THAT(UserErrorOf([&] { Open(Npy({Reshape{"input", {3, 11}}}), scratch_); }),
+              AllOf(HasSubstr("[3, 11]"), HasSubstr("[2, 4, 4]")));
+  EXPECT_THAT(UserErrorOf([&] { Open(Npy({Reshape{"input", {-1, 7}}}), scratch_); }), HasSubstr("does not hold"));
+}
+
+TEST_F(ArrayDatasetTest, NamesTheTransformThatCannotWork) {
+  const auto error = [&](std::vector<Transform> transforms) {
+    return UserErrorOf([&] { Open(Npy(std::move(transforms)), scratch_); });
+  };
+  EXPECT_THAT(error({Standardize{{"imput"}}}),
+              AllOf(HasSubstr("train.data.transforms[0].standardize.arrays"), HasSubstr("did you mean \"input\"")));
+  EXPECT_THAT(error({Standardize{{"target"}}}), HasSubstr("class numbers"));
+  EXPECT_THAT(error({Scale{}, Crop{{5, 2}}}),
+              AllOf(HasSubstr("transforms[1].crop"), HasSubstr("[5, 2]"), HasSubstr("[2, 4, 4]")));
+  EXPECT_THAT(error({Coarsen{3, {}}}), AllOf(HasSubstr("factor: 3 does not divide"), HasSubstr("[3, 3]")));
+  EXPECT_THAT(error({Coarsen{1, {}}}), HasSubstr("at least 2"));
+  EXPECT_THAT(error({Coarsen{2, {"bilinaer"}}}), HasSubstr("did you mean \"bilinear\""));
+  EXPECT_THAT(error({Coarsen{2, {"bilinear"}}, Standardize{}}), HasSubstr("put it before coarsen"));
+}
+
+TEST_F(ArrayDatasetTest, SyntheticDataComeFromTheSeedAndCanBeLearnt) {
+  DataSpec spec;
+  spec.source = SyntheticData{500, {3, 4}, {2}, 0};
+  const auto a = OpenDataset(spec, 5, {}), b = OpenDataset(spec, 5, {}), c = OpenDataset(spec, 6, {});
+  const Batch batch = Whole(*a, Split::kTrain);
+  EXPECT_TRUE(at::equal(batch.at("input"), Whole(*b, Split::kTrain).at("input")));
+  EXPECT_FALSE(at::equal(batch.at("input"), Whole(*c, Split::kTrain).at("input")));
+  EXPECT_NEAR(batch.at("input").mean().item<double>(), 0, 0.05);
+  EXPECT_NEAR(batch.at("input").std().item<double>(), 1, 0.05);
+  // The target is a linear map of the input: least squares leaves nothing.
+  const at::Tensor x = batch.at("input").flatten(1).to(at::kDouble), y = batch.at("target").to(at::kDouble);
+  const at::Tensor map = at::linalg_solve(x.t().mm(x), x.t().mm(y));
+  EXPECT_LT((x.mm(map) - y).abs().max().item<double>(), 1e-4);
+
+  spec.source = SyntheticData{500, {12}, {}, 5};
+  const auto classes = OpenDataset(spec, 5, {});
+  EXPECT_EQ(classes->classes(), 5);
+  EXPECT_EQ(Whole(*classes, Split::kTrain).at("target").dim(), 1);
+
+  spec.source = SyntheticData{int64_t{1} << 50, {12}, {}, 5};
+  EXPECT_THAT(UserErrorOf([&] { OpenDataset(spec, 5, {}); }), HasSubstr("train.data.synthetic: needs"));
+  spec.source = SyntheticData{0, {12}, {}, 5};
+  EXPECT_THAT(UserErrorOf([&] { OpenDataset(spec, 5, {}); }), HasSubstr("samples"));
+}
+
+TEST_F(ArrayDatasetTest, IdxTestFilesAreTheTestSplit) {
+  const auto idx = [](int samples, char value) {
+    return std::string({0, 0, 8, 3, 0, 0, 0, static_cast<char>(samples), 0, 0, 0, 2, 0, 0, 0, 2}) +
+           std::string(static_cast<size_t>(samples) * 4, value);
+  };
+  const auto labels = [](const std::string& values) {
+    return std::string({0, 0, 8, 1, 0, 0, 0, static_cast<char>(values.size())}) + values;
+  };
+  scratch_.Write("xi", idx(5, '\x33'));
+  scratch_.Write("yi", labels(std::string("\0\1\2\3\4", 5)));
+  scratch_.Write("xt", idx(2, '\xff'));
+  scratch_.Write("yt", labels(std::string("\7\1", 2)));
+  DataSpec spec;
+  spec.source = IdxFiles{"xi", "yi", "xt", "yt"};
+  spec.split.validation = IndexRange{3, 5};
+  const auto data = Open(spec, scratch_);
+  EXPECT_EQ(data->size(Split::kTrain), 3);
+  EXPECT_EQ(data->size(Split::kValidation), 2);
+  EXPECT_EQ(data->size(Split::kTest), 2);
+  EXPECT_EQ(data->classes(), 8);
+  const Batch test = Whole(*data, Split::kTest);
+  EXPECT_THAT(test.at("input").sizes().vec(), ElementsAre(2, 1, 2, 2));
+  EXPECT_THAT(Floats(test.at("input")), ::testing::Each(1.0f));
+  EXPECT_THAT(Longs(test.at("target")), ElementsAre(7, 1));
+  EXPECT_FLOAT_EQ(Floats(Whole(*data, Split::kValidation).at("input"))[0], 0.2f);
+  spec.source = IdxFiles{"xi", "yt", "", ""};
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), AllOf(HasSubstr("[5, 1, 2, 2]"), HasSubstr("[2]")));
+}
+
+TEST_F(ArrayDatasetTest, NetcdfNeedsAnInputAndATarget) {
+  scratch_.Python(R"(
+import numpy as np
+from scipy.io import netcdf_file
+with netcdf_file('a.nc', 'w') as f:
+    f.createDimension('time', 6)
+    f.createDimension('lat', 4)
+    for name in 'UV':
+        v = f.createVariable(name, 'f4', ('time', 'lat'))
+        v[:] = np.arange(24).reshape(6, 4) + (100 if name == 'V' else 0)
+        v.missing_value = np.float32(23)
+)");
+  DataSpec spec;
+  spec.source = NetcdfFile{"a.nc"};
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("coarsen or window"));
+  spec.input = "U";
+  spec.target = "V";
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), AllOf(HasSubstr("1 cells"), HasSubstr("fill_missing")));
+  spec.transforms = {FillMissing{}};
+  const Batch batch = Whole(*Open(spec, scratch_), Split::kTrain);
+  EXPECT_EQ(batch.at("input")[5][0][3].item<float>(), 21);  // the mean of 20, 21, 22
+  EXPECT_EQ(batch.at("target")[5][0][3].item<float>(), 123);
+}
+
+TEST(WindData, BaselinesAreThePublishedOnes) {
+  const std::filesystem::path file = "/usr/share/ferret-vis/data/monthly_navy_winds.cdf";
+  if (!std::filesystem::exists(file)) GTEST_SKIP() << "Debian's ferret-datasets is not installed";
+  DataSpec spec;
+  spec.source = NetcdfFile{"site:" + file.string()};
+  spec.variables = {"UWND", "VWND"};
+  spec.split = {.train = IndexRange{0, 108}, .test = IndexRange{108, 132}};
+  spec.transforms = {Crop{{72, 144}}, Standardize{}, Coarsen{4, {"bilinear", "bicubic"}}};
+  const auto data = OpenDataset(spec, 0, std::filesystem::temp_directory_path());
+  const Batch test = Whole(*data, Split::kTest);
+  EXPECT_THAT(test.at("input").sizes().vec(), ElementsAre(24, 2, 18, 36));
+  const auto rmse = [&](const char* name) {
+    return std::sqrt(at::mse_loss(data->BaselinePredictions(test).at(name), test.at("target")).item<double>());
+  };
+  EXPECT_NEAR(rmse("bilinear"), 0.3419, 5e-5);
+  EXPECT_NEAR(rmse("bicubic"), 0.2921, 5e-5);
+}
+
+}  // namespace
+}  // namespace itwin::worker

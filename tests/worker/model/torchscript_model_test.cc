@@ -1,0 +1,246 @@
+// Modules written by Python's torch.jit at test time.
+#include "agent/worker/model/torchscript_model.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "agent/worker/checkpoint/safetensors.h"
+#include "tests/worker/data/scratch.h"
+#include "tests/worker/model/fixed_dataset.h"
+
+namespace itwin::worker {
+namespace {
+
+using testing::Descend;
+using testing::FixedDataset;
+using testing::Scratch;
+using testing::UserErrorOf;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+constexpr char kModules[] = R"(
+import torch, zipfile
+from typing import Dict, Tuple
+from torch import nn, Tensor
+F = nn.functional
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+class Own(Body):
+    @torch.jit.export
+    def training_step(self, batch: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, Tensor]]:
+        error = self(batch["input"]) - batch["target"]
+        return error.square().mean(), {"mae": error.abs().mean()}
+
+class Both(Own):
+    @torch.jit.export
+    def evaluation_step(self, batch: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, Tensor]]:
+        return torch.tensor(42.0), {"evaluated": torch.tensor(1.0)}
+
+class WrongSignature(Body):
+    @torch.jit.export
+    def training_step(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self(x) - y).square().mean()
+
+class VectorMetric(Body):
+    @torch.jit.export
+    def training_step(self, batch: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, Tensor]]:
+        error = self(batch["input"]) - batch["target"]
+        return error.square().mean(), {"each": error.abs().mean(1)}
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.b = nn.Linear(3, 3)
+        self.b.weight = self.a.weight
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.head = nn.Linear(3, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x))) * self.frozen
+
+class Careless(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.a(x), 0.5)
+
+class NoRecurrentDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.LSTM(3, 2, batch_first=True)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x.unsqueeze(1))[0][:, 0]
+
+torch.manual_seed(0)
+save = lambda m, name: torch.jit.script(m).save(name + '.pt')
+x = torch.randn(4, 3)
+save(Body(), 'plain'); save(Own(), 'own'); save(Both(), 'both'); save(WrongSignature(), 'wrong'); save(VectorMetric(), 'vector')
+save(Tied(), 'tied'); save(Careless(), 'careless'); save(NoRecurrentDropout(), 'recurrent')
+torch.jit.freeze(torch.jit.script(Body().eval())).save('frozen.pt')
+torch.jit.trace(Body(), x, check_trace=False).save('traced.pt')
+torch.jit.trace(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), x).save('traced_plain.pt')
+torch.jit.trace(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval(), x).save('traced_norm.pt')
+lstm = nn.LSTM(3, 2, 2, dropout=0.5)
+class L(nn.Module):
+    def __init__(self): super().__init__(); self.a = lstm
+    def forward(self, x): return self.a(x.unsqueeze(0))[0][0]
+torch.jit.trace(L(), x, check_trace=False).save('traced_lstm.pt')
+torch.save(Body().state_dict(), 'state.pt')
+for p in (m := Body()).parameters(): p.requires_grad_(False)
+save(m, 'fixed')
+save(nn.Linear(4, 2), 'four')
+with zipfile.ZipFile('plain.pt') as old, zipfile.ZipFile('newer.pt', 'w') as new:
+    for item in old.infolist():
+        data = old.read(item)
+        if item.filename.endswith('.py'): data = data.replace(b'torch.linear', b'torch.lineal_attention')
+        new.writestr(item, data)
+)";
+
+class TorchScriptModelTest : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    scratch_ = new Scratch;
+    scratch_->Python(kModules);
+  }
+  static void TearDownTestSuite() {
+    delete scratch_;
+    scratch_ = nullptr;
+  }
+
+  static TrainSpec SpecOf(const std::string& name, const std::string& loss = "") {
+    TrainSpec spec;
+    spec.model.torchscript = name + ".pt";
+    spec.loss = loss;
+    return spec;
+  }
+  std::unique_ptr<Model> Make(const std::string& name, const std::string& loss = "") const {
+    return MakeModel(SpecOf(name, loss), data_, scratch_->path());
+  }
+  std::string ErrorOf(const std::string& name, const std::string& loss = "") const {
+    return UserErrorOf([&] { Make(name, loss); });
+  }
+
+  static Scratch* scratch_;
+  const FixedDataset data_{at::randn({16, 3}), at::randn({16, 2})};
+};
+Scratch* TorchScriptModelTest::scratch_ = nullptr;
+
+TEST_F(TorchScriptModelTest, TrainsByItsOwnStepOrByANamedLoss) {
+  const auto own = Make("own");
+  const auto [before, after] = Descend(own.get(), data_.all(), 20, 0.1);
+  EXPECT_LT(after, before * 0.95);
+  own->Train(false);
+  const StepOutput step = own->EvaluationStep(data_.all());
+  EXPECT_EQ(step.loss.dim(), 0);
+  EXPECT_FALSE(step.loss.requires_grad());
+  EXPECT_EQ(step.metrics.size(), 1u);
+  const at::Tensor error = own->Predict(data_.all().at("input")) - data_.all().at("target");
+  EXPECT_FLOAT_EQ(step.metrics.at("mae").item<float>(), error.abs().mean().item<float>());
+  EXPECT_FALSE(own->TrainingStep(data_.all()).metrics.at("mae").requires_grad());
+
+  const auto plain = Make("plain", "mse");
+  const auto [first, last] = Descend(plain.get(), data_.all(), 20, 0.1);
+  EXPECT_LT(last, first * 0.95);
+  EXPECT_EQ(Make("both")->EvaluationStep(data_.all()).loss.item<float>(), 42);
+  EXPECT_NE(Make("both")->TrainingStep(data_.all()).loss.item<float>(), 42);
+}
+
+TEST_F(TorchScriptModelTest, ObeysTrainingAndEvaluation) {
+  const auto model = Make("own");  // in training mode
+  const auto loss = [&] { return model->TrainingStep(data_.all()).loss.item<float>(); };
+  EXPECT_NE(loss(), loss());
+  at::Tensor batches;
+  for (const auto& [name, buffer] : model->buffers()) {
+    if (name == "layers.1.num_batches_tracked") batches = buffer;
+  }
+  ASSERT_TRUE(batches.defined());
+  EXPECT_EQ(batches.item<int64_t>(), 2);  // the trial of MakeModel left no trace
+  model->Train(false);
+  EXPECT_EQ(loss(), loss());
+  EXPECT_EQ(batches.item<int64_t>(), 2);
+}
+
+TEST_F(TorchScriptModelTest, SavesTheTrainedModule) {
+  const auto model = Make("own");
+  at::Tensor flat = at::zeros({1000000});  // as the loop leaves the parameters: views into one large storage
+  int64_t at = 0;
+  for (auto& [name, parameter] : model->parameters()) {
+    at::Tensor view = flat.narrow(0, at, parameter.numel()).view(parameter.sizes());
+    view.copy_(parameter.detach());
+    at += parameter.numel();
+    parameter.set_data(view);
+    parameter.mutable_grad() = at::zeros_like(parameter);
+  }
+  Descend(model.get(), data_.all(), 3, 0.1);
+  const Scratch out;
+  model->Save(out.path());
+  EXPECT_LT(std::filesystem::file_size(out / "model.pt"), 100000u);
+  // Parameters are still the loop's, and can be trained on.
+  for (const auto& [name, parameter] : model->parameters()) {
+    EXPECT_EQ(parameter.storage().nbytes(), flat.storage().nbytes()) << name;
+    EXPECT_TRUE(parameter.requires_grad());
+  }
+  Descend(model.get(), data_.all(), 1, 0.1);
+  out.Python(R"(
+import torch
+model = torch.jit.load('model.pt')
+state = model.state_dict()
+assert len(state) == 9, list(state)
+assert all(p.requires_grad for p in model.parameters())
+assert model.layers[1].num_batches_tracked == 3, model.layers[1].num_batches_tracked
+torch.save(dict(state), 'state.pt')
+)");
+  const auto saved = ReadSafetensors(out / "weights.safetensors");
+  EXPECT_EQ(saved.size(), 9u);
+  EXPECT_TRUE(std::filesystem::exists(out / "preprocessing.json"));
+}
+
+TEST_F(TorchScriptModelTest, TiedParametersCountOnceAndFixedOnesAreNotTrained) {
+  const auto model = Make("tied", "mse");
+  std::vector<std::string> names;
+  for (const auto& [name, tensor] : model->parameters()) names.push_back(name);
+  EXPECT_THAT(names, ::testing::UnorderedElementsAre("a.weight", "a.bias", "b.bias", "head.weight", "head.bias"));
+  const Scratch out;
+  model->Save(out.path());
+  EXPECT_EQ(ReadSafetensors(out / "weights.safetensors").size(), 7u);
+}
+
+TEST_F(TorchScriptModelTest, AcceptsTracesWithoutTrainingFlags) {
+  EXPECT_EQ(ErrorOf("traced_plain", "mse"), "");
+  EXPECT_EQ(ErrorOf("recurrent", "mse"), "");
+}
+
+TEST_F(TorchScriptModelTest, RefusesWithTheReasonWhatCannotBeTrained) {
+  EXPECT_THAT(ErrorOf("frozen", "mse"), AllOf(HasSubstr("no parameters"), HasSubstr("torch.jit.freeze")));
+  EXPECT_THAT(ErrorOf("fixed", "mse"), HasSubstr("no parameter requires a gradient"));
+  EXPECT_THAT(ErrorOf("traced", "mse"), AllOf(HasSubstr("batch_norm"), HasSubstr("torch.jit.trace")));
+  EXPECT_THAT(ErrorOf("traced_norm", "mse"), HasSubstr("batch_norm"));
+  EXPECT_THAT(ErrorOf("traced_lstm", "mse"), HasSubstr("lstm in \"forward\" has a fixed training flag"));
+  EXPECT_THAT(ErrorOf("careless", "mse"), HasSubstr("dropout in \"forward\" has a fixed training flag"));
+  EXPECT_THAT(ErrorOf("newer", "mse"), AllOf(HasSubstr("operator aten::lineal_attention"), HasSubstr("newer LibTorch")));
+  EXPECT_THAT(ErrorOf("state", "mse"), HasSubstr("torch.jit.script(model).save"));
+  EXPECT_THAT(ErrorOf("absent", "mse"), HasSubstr("absent.pt"));
+}
+
+TEST_F(TorchScriptModelTest, NamesWhatDoesNotFit) {
+  EXPECT_THAT(ErrorOf("plain"), AllOf(HasSubstr("train.loss"), HasSubstr("@torch.jit.export")));
+  EXPECT_THAT(ErrorOf("own", "mse"), HasSubstr("brings its own loss"));
+  EXPECT_THAT(ErrorOf("wrong"), AllOf(HasSubstr("training_step is (self, Tensor, Tensor) -> Tensor"),
+                                      HasSubstr("Dict[str, Tensor]")));
+  EXPECT_THAT(ErrorOf("vector"), HasSubstr("\"each\" with 1 elements"));
+  EXPECT_THAT(ErrorOf("four", "mse"), AllOf(HasSubstr("does not run on a sample"), HasSubstr("input [3]")));
+  EXPECT_THAT(ErrorOf("plain", "cross_entropy"), HasSubstr("floats"));
+  TrainSpec spec = SpecOf("plain", "mse");
+  spec.model.options = {{"hidden", 3}};
+  EXPECT_THAT(UserErrorOf([&] { MakeModel(spec, data_, scratch_->path()); }), HasSubstr("train.model.options"));
+}
+
+}  // namespace
+}  // namespace itwin::worker
