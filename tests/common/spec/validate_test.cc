@@ -1,0 +1,256 @@
+#include "common/spec/validate.h"
+
+#include <gmock/gmock.h>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "common/spec/spec_document.h"
+#include "tests/testing/status_matchers.h"
+
+namespace itwin {
+namespace {
+
+using ::itwin::testing::StatusIs;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+constexpr char kTrain[] = R"(
+name: wind
+resources: {nodes: 2, ranks_per_node: 4, time: 30m}
+train:
+  model: {torchscript: downscale.pt}
+  data: {netcdf: winds.cdf, variables: [UWND, VWND], split: {train: 0..108, test: 108..132}}
+  optimizer: {adam: {lr: 2e-3}}
+  batch: 12
+)";
+constexpr char kCommand[] = "command: {argv: [./run, x], files: [run]}";
+
+absl::Status Check(const std::string& text, const std::vector<std::string>& overrides = {}) {
+  absl::StatusOr<v1::JobSpec> spec = ParseSpecDocument(text, overrides);
+  EXPECT_OK(spec);
+  return spec.ok() ? ValidateSpec(*spec) : spec.status();
+}
+
+TEST(ValidateSpec, AcceptsGoodSpecs) {
+  EXPECT_OK(Check(kTrain));
+  EXPECT_OK(Check(kCommand));
+  EXPECT_OK(Check(kTrain, {"train.optimizer=sgd", "train.loss=mse", "train.metrics=[rmse, mae]", "train.strategy=ddp"}));
+  EXPECT_OK(Check(kTrain, {"train.data={csv: {path: a.csv, inputs: [a], targets: [b]}}"}));
+  EXPECT_OK(Check(kTrain, {"train.data={idx: {train_images: a, train_labels: b}}"}));
+  EXPECT_OK(Check(kTrain, {"train.data={synthetic: {samples: 10, input_shape: [4], classes: 3}}"}));
+  EXPECT_OK(Check(kTrain, {"train.data.netcdf='site:/data/w.cdf'", "site=vega"}));
+  EXPECT_OK(Check(kTrain, {"resources.time=720h"}));
+  EXPECT_OK(Check(kTrain, {"train.data.transforms=[standardize, {scale: {add: 1}}, {coarsen: {factor: 4}}, "
+                           "{window: {length: 3, horizon: 1}}, {reshape: {array: input, shape: [1, 28]}}]"}));
+  for (const std::string& name : BuiltinModels()) {
+    EXPECT_OK(Check(kTrain, {absl::StrCat("train.model.builtin=", name), "train.model.options={a: [1]}"}));
+  }
+}
+
+struct Row {
+  const char* change;
+  const char* problem;
+};
+
+TEST(ValidateSpec, NamesTheFieldWhatWasWrongAndWhatWouldBeRight) {
+  const Row kTable[] = {
+      {"name=\"a\\nb\"", "name: has a control character"},
+      {"site=a b", "site: 'a b' is no site's name"},
+      {"resources.nodes=-1", "resources.nodes: -1 is out of range; use a whole number from 0 to 100000"},
+      {"resources.ranks_per_node=9999", "resources.ranks_per_node: 9999 is out of range"},
+      {"resources.cpus_per_rank=-2", "resources.cpus_per_rank: -2 is out of range"},
+      {"resources.gpus_per_node=-2", "resources.gpus_per_node: -2 is out of range"},
+      {"resources.memory_mib_per_node=-2", "resources.memory_mib_per_node: -2 is out of range"},
+      {"resources.time=0s", "resources.time: 0 is out of range; use 1s to 720h (30 days)"},
+      {"resources.time=31d", "resources.time: 744h is out of range"},
+      {"resources.time=-5m", "resources.time: -5m is out of range"},
+      {"train.model={}", "train.model: is missing; give {torchscript: <file>} or {builtin: <name>}"},
+      {"train.model.builtin=resnet", "train.model.builtin: 'resnet' is unknown; did you mean 'resnet18'?"},
+      {"train.model.builtin=gpt", "train.model.builtin: 'gpt' is unknown; use one of mlp, cnn"},
+      {"train.model.torchscript=", "train.model.torchscript: names no file"},
+      {"train.model.options={a: 1}", "train.model.options: belongs to built-in models"},
+      {"train.data={}", "train.data: is missing; give one of netcdf, idx"},
+      {"train.data.variables=[]", "train.data.variables: is missing; list the variables"},
+      {"train.data.variables=[A, A]", "train.data.variables[1]: 'A' is given twice"},
+      {"train.data.variables=['']", "train.data.variables[0]: is empty"},
+      {"train.data.npz=a.npz", "train.data.variables: belongs to netcdf data"},
+      {"train.data.netcdf='site:rel'", "train.data.netcdf: 'site:rel' needs an absolute path"},
+      {"train.data.netcdf='sha256:12'", "train.data.netcdf: 'sha256:12' needs 64 lower-case hex digits"},
+      {"train.data={idx: {train_images: a}}", "train.data.idx.train_labels: is missing"},
+      {"train.data={idx: {train_images: a, train_labels: b, test_labels: c}}", "train.data.idx.test_images: is missing"},
+      {"train.data={npy: {input: a}}", "train.data.npy.target: is missing"},
+      {"train.data={csv: {inputs: [a], targets: [b]}}", "train.data.csv.path: is missing"},
+      {"train.data={csv: {path: p, targets: [b]}}", "train.data.csv.inputs: is missing"},
+      {"train.data={csv: {path: p, inputs: [b]}}", "train.data.csv.targets: is missing"},
+      {"train.data={csv: {path: p, inputs: [b, b], targets: [c]}}", "train.data.csv.inputs[1]: 'b' is given twice"},
+      {"train.data={csv: {path: p, inputs: [a], targets: [b, c], target_is_class: true}}",
+       "train.data.csv.targets: has several columns"},
+      {"train.data={synthetic: {input_shape: [1]}}", "train.data.synthetic.samples: 0 is out of range"},
+      {"train.data={synthetic: {samples: 1}}", "train.data.synthetic.input_shape: is missing"},
+      {"train.data={synthetic: {samples: 1, input_shape: [0]}}", "train.data.synthetic.input_shape[0]: 0 is out of range"},
+      {"train.data={synthetic: {samples: 1, input_shape: [1000000000, 1000000000]}}", "input_shape: has too many elements"},
+      {"train.data={synthetic: {samples: 1, input_shape: [1], classes: 1}}", "train.data.synthetic.classes: 1 is out of range"},
+      {"train.data.split.train=0-108", "train.data.split.train: '0-108' is not a range; write first..last"},
+      {"train.data.split.train=5..5", "train.data.split.train: '5..5' is not a range with samples in it"},
+      {"train.data.split.train=9..5", "train.data.split.train: '9..5' is not a range with samples in it"},
+      {"train.data.split.train=-1..5", "is not a range"},
+      {"train.data.split.train=0..99999999999999999999", "is not a range"},
+      {"train.data.split.test=100..132", "train.data.split.test: 100..132 overlaps train 0..108"},
+      {"train.data.split.validation=0..10", "train.data.split.validation: 0..10 overlaps train 0..108"},
+      {"train.data.split.validation_fraction=1.5", "train.data.split.validation_fraction: 1.5 is out of range"},
+      {"train.data.split.validation_fraction=.nan", "train.data.split.validation_fraction: nan is out of range"},
+      {"train.data.split.test_fraction=0.5", "train.data.split.test_fraction: is given beside a test range"},
+      {"train.data.split={validation_fraction: 0.5, test_fraction: 0.5}", "leave nothing to train on"},
+      {"train.data.split={validation: 1..2, validation_fraction: 0.5}", "is given beside a validation range"},
+      {"train.data.transforms=[{}]", "train.data.transforms[0]: is empty; use one of standardize"},
+      {"train.data.transforms=[{crop: {}}]", "train.data.transforms[0].crop.sizes: is missing"},
+      {"train.data.transforms=[{crop: {sizes: [0]}}]", "train.data.transforms[0].crop.sizes[0]: 0 is out of range"},
+      {"train.data.transforms=[coarsen]", "train.data.transforms[0].coarsen.factor: 0 is out of range"},
+      {"train.data.transforms=[{coarsen: {factor: 2, baselines: [bicubik]}}]",
+       "train.data.transforms[0].coarsen.baselines[0]: 'bicubik' is unknown; did you mean 'bicubic'?"},
+      {"train.data.transforms=[scale]", "train.data.transforms[0].scale: changes nothing"},
+      {"train.data.transforms=[{scale: {multiply: .inf}}]", "train.data.transforms[0].scale.multiply: is not a finite"},
+      {"train.data.transforms=[{fill_missing: {value: .nan}}]", "fill_missing.value: is not a finite number"},
+      {"train.data.transforms=[window]", "train.data.transforms[0].window.length: 0 is out of range"},
+      {"train.data.transforms=[reshape]", "train.data.transforms[0].reshape.array: is missing"},
+      {"train.data.transforms=[{standardize: {arrays: [a, a]}}]", "standardize.arrays[1]: 'a' is given twice"},
+      {"train.loss=msee", "train.loss: 'msee' is unknown; did you mean 'mse'?"},
+      {"train.metrics=[acuracy]", "train.metrics[0]: 'acuracy' is unknown; did you mean 'accuracy'?"},
+      {"train.metrics=[mse, mse]", "train.metrics[1]: 'mse' is given twice"},
+      {"train.optimizer={}", "train.optimizer: names no optimizer; use one of sgd"},
+      {"train.optimizer.adam.lr=-1", "train.optimizer.adam.lr: -1 is out of range; use a number above 0"},
+      {"train.optimizer.adam.lr=0", "train.optimizer.adam.lr: 0 is out of range; use a number above 0"},
+      {"train.optimizer.adam.lr=.nan", "train.optimizer.adam.lr: nan is out of range"},
+      {"train.optimizer.adam.beta1=1", "train.optimizer.adam.beta1: 1 is out of range; use a number from 0 to below 1"},
+      {"train.optimizer.adamw.eps=0", "train.optimizer.adamw.eps: 0 is out of range"},
+      {"train.optimizer.adamw.weight_decay=-0.5", "train.optimizer.adamw.weight_decay: -0.5 is out of range; use a number from 0"},
+      {"train.optimizer.sgd.momentum=-1", "train.optimizer.sgd.momentum: -1 is out of range"},
+      {"train.optimizer.sgd.nesterov=true", "train.optimizer.sgd.nesterov: needs a momentum above 0"},
+      {"train.optimizer.rmsprop.alpha=2", "train.optimizer.rmsprop.alpha: 2 is out of range"},
+      {"train.batch=-1", "train.batch: -1 is out of range"},
+      {"train.batch=4", "train.batch: 4 samples cannot be shared by 8 ranks"},
+      {"train.epochs=-1", "train.epochs: -1 is out of range"},
+      {"train.steps=-1", "train.steps: -1 is out of range"},
+      {"train.strategy=dpp", "train.strategy: 'dpp' is unknown; did you mean 'ddp'?"},
+      {"train.strategy=single", "train.strategy: 'single' uses one rank but `resources` asks for 8"},
+      {"train.ddp.bucket_mb=-1", "train.ddp.bucket_mb: -1 is out of range"},
+      {"train.validate_every=-1", "train.validate_every: -1 is out of range"},
+      {"train.checkpoint.keep=-1", "train.checkpoint.keep: -1 is out of range"},
+      {"train.clip_norm=-1", "train.clip_norm: -1 is out of range"},
+      {"env.1A=x", "env: '1A' is not a name of a variable"},
+      {"env={'A=B': x}", "env: 'A=B' is not a name"},
+      {"env.ITWIN_SPEC=x", "env.ITWIN_SPEC: names that begin with ITWIN_ belong to the service"},
+      {"labels={'': x}", "labels: has an empty key"},
+      {"retry.infra=-1", "retry.infra: -1 is out of range"},
+      {"retry.app=-1", "retry.app: -1 is out of range"},
+      {"inputs=[{path: ../x}]", "inputs[0].path: path '../x' has a '.' or '..' part"},
+      {"inputs=[{path: /x}]", "inputs[0].path: path '/x' starts with '/'"},
+      {"inputs=[{path: x, sha256: AB}]", "inputs[0].sha256: 'AB' is not 64 lower-case hex digits"},
+      {"command.argv=[]", "command.argv: is empty; give the program"},
+      {"command.argv=['']", "command.argv[0]: is empty; it is the program to run"},
+      {"command={argv: [a], files: [x/y, z/y]}", "command.files[1]: 'y' is also the name of command.files[0]"},
+      {"command={argv: [a], files: [x/]}", "command.files[0]: 'x/' is a directory"},
+      {"command={argv: [a], files: ['']}", "command.files[0]: names no file"},
+  };
+  for (const Row& row : kTable) {
+    EXPECT_THAT(Check(kTrain, {row.change}), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(row.problem)))
+        << row.change;
+  }
+}
+
+TEST(ValidateSpec, NeedsAKind) {
+  EXPECT_THAT(Check("name: x"), StatusIs(absl::StatusCode::kInvalidArgument,
+                                         HasSubstr("train: is missing; a job needs either `train` or `command`")));
+}
+
+TEST(ValidateSpec, KnowsTheLimitsAtTheirEdge) {
+  v1::JobSpec spec = *ParseSpecDocument(kCommand, {});
+  const auto problem = [&] { return std::string(ValidateSpec(spec).message()); };
+
+  for (int i = 0; i < 128; ++i) spec.mutable_name()->append("é");
+  EXPECT_OK(ValidateSpec(spec));
+  spec.mutable_name()->append("é");
+  EXPECT_THAT(problem(), HasSubstr("name: has 129 characters; use at most 128"));
+  spec.clear_name();
+
+  for (int i = 0; i < 256; ++i) (*spec.mutable_env())[absl::StrCat("V", i)] = "x";
+  EXPECT_OK(ValidateSpec(spec));
+  (*spec.mutable_env())["ONE_MORE"] = "x";
+  EXPECT_THAT(problem(), HasSubstr("env: has 257 entries; use at most 256"));
+  spec.clear_env();
+  (*spec.mutable_env())["A"] = std::string(65'535, 'x');
+  EXPECT_OK(ValidateSpec(spec));
+  (*spec.mutable_env())["A"] = std::string(65'536, 'x');
+  EXPECT_THAT(problem(), HasSubstr("env: has 65537 bytes in all"));
+  spec.clear_env();
+
+  for (int i = 0; i < 64; ++i) (*spec.mutable_labels())[absl::StrCat("k", i)] = std::string(63, 'v');
+  EXPECT_OK(ValidateSpec(spec));
+  (*spec.mutable_labels())["k0"] = std::string(64, 'v');
+  EXPECT_THAT(problem(), HasSubstr("has 64 characters; use at most 63"));
+  (*spec.mutable_labels())["k0"] = "";
+  (*spec.mutable_labels())["k64"] = "";
+  EXPECT_THAT(problem(), HasSubstr("labels: has 65 entries"));
+  spec.clear_labels();
+
+  for (int i = 0; i < 10'000; ++i) {
+    v1::InputFile* input = spec.add_inputs();
+    input->set_path(absl::StrCat("f", i));
+    input->set_sha256(std::string(64, '0'));
+  }
+  EXPECT_OK(ValidateSpec(spec));
+  *spec.add_inputs() = spec.inputs(0);
+  EXPECT_THAT(problem(), HasSubstr("inputs: has 10001 files"));
+  spec.clear_inputs();
+
+  spec.mutable_command()->add_argv(std::string(1 << 20, 'x'));
+  EXPECT_THAT(problem(), HasSubstr("the spec has"));
+}
+
+TEST(ValidateSpec, RefusesInputsThatCollide) {
+  v1::JobSpec spec = *ParseSpecDocument(kCommand, {});
+  for (const char* path : {"a", "b/c", "a"}) {
+    spec.add_inputs()->set_path(path);
+    spec.mutable_inputs()->rbegin()->set_sha256(std::string(64, '0'));
+  }
+  EXPECT_THAT(ValidateSpec(spec), StatusIs(absl::StatusCode::kInvalidArgument,
+                                           HasSubstr("inputs[2].path: 'a' is also inputs[0]")));
+  spec.mutable_inputs(2)->set_path("b/c/d");
+  EXPECT_THAT(ValidateSpec(spec), StatusIs(absl::StatusCode::kInvalidArgument,
+                                           HasSubstr("inputs[2].path: 'b/c/d' lies below inputs[1]")));
+  spec.mutable_inputs(2)->set_path("b/cd");
+  EXPECT_OK(ValidateSpec(spec));
+}
+
+TEST(ValidateSpec, RefusesTextThatIsNone) {
+  v1::JobSpec spec = *ParseSpecDocument(kCommand, {});
+  spec.mutable_command()->add_argv("a\xff");
+  EXPECT_THAT(ValidateSpec(spec), StatusIs(absl::StatusCode::kInvalidArgument,
+                                           HasSubstr("command.argv[2]: is not valid UTF-8")));
+  spec.mutable_command()->set_argv(2, std::string("a\0b", 3));
+  EXPECT_THAT(ValidateSpec(spec), StatusIs(absl::StatusCode::kInvalidArgument,
+                                           HasSubstr("command.argv[2]: contains a NUL character")));
+  spec = *ParseSpecDocument(kTrain, {});
+  google::protobuf::Value* value = &(*spec.mutable_train()->mutable_model()->mutable_options()->mutable_fields())["a"];
+  for (int i = 0; i < 60; ++i) value = value->mutable_list_value()->add_values();
+  EXPECT_THAT(ValidateSpec(spec), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("nested deeper than 16")));
+}
+
+TEST(ValidateSpec, CollectsUpToTenProblems) {
+  const absl::Status status = Check(kTrain, {"resources.nodes=-1", "train.loss=x", "train.epochs=-1"});
+  EXPECT_THAT(std::vector<std::string>(absl::StrSplit(std::string(status.message()), '\n')),
+              ElementsAre(HasSubstr("resources.nodes"), HasSubstr("train.loss"), HasSubstr("train.epochs")));
+  std::string variables = "train.data.variables=[";
+  for (int i = 0; i < 30; ++i) variables += "A, ";
+  EXPECT_THAT(Check(kTrain, {variables + "]"}), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("\n... and 19 more")));
+}
+
+TEST(ParseIndexRange, ReadsHalfOpenRanges) {
+  EXPECT_EQ(ParseIndexRange("0..108").value(), (std::pair<int64_t, int64_t>(0, 108)));
+  for (const char* text : {"", "..", "1..", "..1", "1...2", "1..2..3", " 1..2", "1 ..2", "+1..2", "a..b", "2..2"}) {
+    EXPECT_THAT(ParseIndexRange(text), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("range"))) << text;
+  }
+}
+
+}  // namespace
+}  // namespace itwin
