@@ -1,0 +1,57 @@
+#pragma once
+
+#include <string>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "common/ids.h"
+#include "itwin/agent/v1/agent.pb.h"
+#include "server/artifacts/blob_store.h"
+#include "server/dispatch/agent_client.h"
+#include "server/dispatch/reconciler.h"
+#include "server/store/job_store.h"
+
+// What is done at a site on behalf of a job: straight-line code for a worker's thread. Each may be repeated at any
+// time, after any interruption.
+namespace itwin::server {
+
+inline constexpr size_t kMaxOutputFiles = 10'000;
+inline constexpr int64_t kTransferChunkBytes = 512 << 10;
+
+// Inputs on their way to one site: two jobs with the same input send it once. Thread-safe.
+class SendingInputs {
+ public:
+  // Waits until nobody else sends it; true: the caller does now, and calls End.
+  bool Begin(const std::string& sha256, absl::Time deadline);
+  void End(const std::string& sha256);
+
+ private:
+  absl::Mutex mu_;
+  absl::flat_hash_set<std::string> sending_ ABSL_GUARDED_BY(mu_);
+};
+
+struct ErrandContext {
+  JobStore* store;
+  BlobStore* blobs;
+  AgentClient* agent;
+  absl::Duration call_timeout;
+  absl::Duration transfer_stall;
+};
+
+// Every input of the spec is at the site afterwards. kNotFound: the gateway lacks one, named; kResourceExhausted: no
+// room at the site.
+absl::Status SendInputs(const ErrandContext& context, const JobId& job, SendingInputs* sending);
+
+// The request is the same each time: all of it comes from stored rows.
+absl::StatusOr<agent::v1::StartAttemptRequest> MakeStartRequest(JobStore* store, const AttemptKey& attempt,
+                                                                int64_t log_limit_bytes);
+
+// All output files are in the blob store afterwards, hashes checked. kDataLoss: one is damaged or its name is not
+// acceptable; kFailedPrecondition: too many.
+absl::StatusOr<Collected> BringOutputs(const ErrandContext& context, const AttemptKey& attempt);
+
+}  // namespace itwin::server

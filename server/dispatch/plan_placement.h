@@ -1,0 +1,37 @@
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/types/span.h"
+
+// Where a job goes: pure. A site that is named, or the one that left the checkpoint to go on from, is the only
+// choice; otherwise the ready site with the most free slots that can run the job at all.
+namespace itwin::server {
+
+// A site as placement sees it.
+struct SiteOffer {
+  std::string name;
+  bool ready = false;
+  bool known = false;   // it has answered since the start of the gateway: the rest is filled in
+  int slots = 0;        // 0: the site's scheduler decides
+  int free_slots = 0;   // may be negative: work ahead of it
+  bool trains = false;  // a worker is installed
+};
+
+struct PlacementRequest {
+  std::string site;        // a name, "any" or ""
+  std::string bound_site;  // holds what it goes on from; "" for none
+  int ranks = 1;
+  bool train = false;
+};
+
+// Index into `offers`; nothing when no fitting site is ready now.
+std::optional<size_t> ChooseSite(const PlacementRequest& request, absl::Span<const SiteOffer> offers);
+
+// Why no site will ever run it, as a sentence with the next step; empty when one may. Sites that have not
+// answered yet count as fitting.
+std::string WhyImpossible(const PlacementRequest& request, absl::Span<const SiteOffer> offers);
+
+}  // namespace itwin::server

@@ -1,0 +1,46 @@
+#include "server/dispatch/site_board.h"
+
+namespace itwin::server {
+
+SiteBoard::SiteBoard(const std::vector<std::string>& names) {
+  for (const std::string& name : names) {
+    Entry& entry = entries_.emplace_back();
+    entry.site.set_name(name);
+    entry.site.set_state(v1::SITE_STATE_CONNECTING);
+    entry.site.set_reason("not connected yet");
+    entry.offer.name = name;
+  }
+}
+
+std::vector<v1::Site> SiteBoard::ListSites() const {
+  absl::ReaderMutexLock lock(&mu_);
+  std::vector<v1::Site> out;
+  for (const Entry& entry : entries_) out.push_back(entry.site);
+  return out;
+}
+
+bool SiteBoard::Exists(absl::string_view name) const {
+  absl::ReaderMutexLock lock(&mu_);
+  for (const Entry& entry : entries_) {
+    if (entry.offer.name == name) return true;
+  }
+  return false;
+}
+
+std::vector<SiteOffer> SiteBoard::Offers() const {
+  absl::ReaderMutexLock lock(&mu_);
+  std::vector<SiteOffer> out;
+  for (const Entry& entry : entries_) out.push_back(entry.offer);
+  return out;
+}
+
+void SiteBoard::Update(const v1::Site& site, const SiteOffer& offer) {
+  absl::MutexLock lock(&mu_);
+  for (Entry& entry : entries_) {
+    if (entry.offer.name != offer.name) continue;
+    entry.site = site;
+    entry.offer = offer;
+  }
+}
+
+}  // namespace itwin::server

@@ -1,0 +1,896 @@
+#include "server/dispatch/site_dispatcher.h"
+
+#include <algorithm>
+#include <utility>
+#include <variant>
+
+#include "absl/strings/str_cat.h"
+#include "common/log.h"
+#include "common/status_macros.h"
+
+namespace itwin::server {
+namespace {
+
+constexpr int kProtocol = 1;
+constexpr int kMaxRecordsInARow = 16;      // of one job: more is a mistake of ours, not work
+constexpr int kMaxLooksPerPlacement = 512;
+constexpr size_t kListBatch = 500;
+constexpr absl::Duration kFirstErrandRetry = absl::Milliseconds(250);
+constexpr absl::Duration kMaxErrandRetry = absl::Seconds(30);
+constexpr absl::Duration kFirstReconnect = absl::Milliseconds(200);
+constexpr absl::Duration kStoreRetry = absl::Seconds(1);  // while the database cannot take an event
+constexpr absl::Duration kGoodConnection = absl::Seconds(10);  // one that lasted so long resets the back-off
+constexpr absl::Duration kCleanInterval = absl::Hours(1);
+constexpr absl::Duration kLookAgain = absl::Seconds(5);
+constexpr absl::Duration kIdle = absl::Seconds(30);
+
+bool IsWaiting(JobState state) {
+  return state == JobState::kStaging || state == JobState::kSubmitting || state == JobState::kSubmitUnknown ||
+         state == JobState::kPending || state == JobState::kHeld;
+}
+
+absl::Duration RetryDelay(int failures, absl::Duration first, absl::Duration most, double jitter) {
+  absl::Duration wait = first;
+  for (int i = 1; i < failures && wait < most; ++i) wait *= 2;
+  return std::min(wait, most) * (0.75 + 0.5 * jitter);
+}
+
+}  // namespace
+
+SiteDispatcher::SiteDispatcher(SiteOptions options, Dependencies dependencies)
+    : options_(std::move(options)),
+      store_(dependencies.store),
+      blobs_(dependencies.blobs),
+      board_(dependencies.board),
+      clock_(dependencies.clock),
+      connect_(std::move(dependencies.connect)),
+      gateway_id_(std::move(dependencies.gateway_id)),
+      gateway_version_(std::move(dependencies.gateway_version)),
+      random_(options_.seed),
+      calls_(std::move(dependencies.calls)),
+      transfers_(std::move(dependencies.transfers)) {
+  site_.set_name(options_.name);
+  site_.set_state(v1::SITE_STATE_CONNECTING);
+  site_.set_reason("connecting for the first time");
+}
+
+SiteDispatcher::~SiteDispatcher() { Stop(); }
+
+absl::Status SiteDispatcher::Open() {
+  store_->AddListener(this);  // first: what happens meanwhile is then read twice rather than never
+  ITWIN_ASSIGN_OR_RETURN(const std::vector<JobRow> rows, store_->ListLive());
+  for (const JobRow& row : rows) {
+    if (!Mine(row)) continue;
+    SetRow(row);
+    Wake(row.id);
+  }
+  PublishSite();
+  if (placed_ > 0) log::Info("site {}: {} live jobs are there from before", options_.name, placed_);
+  return absl::OkStatus();
+}
+
+void SiteDispatcher::Start() {
+  loop_ = std::thread([this] {
+    while (true) {
+      const absl::Time wake = RunOnce();
+      absl::MutexLock lock(&mu_);
+      clock_->AwaitUntil(mu_, absl::Condition(this, &SiteDispatcher::HasMail), wake);
+      if (stopping_) return;
+    }
+  });
+}
+
+void SiteDispatcher::Stop() {
+  std::shared_ptr<AgentClient> opening;
+  {
+    absl::MutexLock lock(&mu_);
+    stopping_ = true;
+    opening = open_client_;
+  }
+  if (opening) opening->Close();  // also frees a loop that waits in a write
+  if (loop_.joinable()) loop_.join();
+  store_->RemoveListener(this);
+  if (client_) client_->Close();
+  if (follower_) follower_->Stop();
+  calls_->Stop();
+  transfers_->Stop();
+  follower_.reset();
+  client_.reset();
+  absl::MutexLock lock(&mu_);
+  mail_.clear();
+  open_client_.reset();
+}
+
+// ---- mail ----
+
+void SiteDispatcher::Post(std::function<void()> mail) {
+  absl::MutexLock lock(&mu_);
+  mail_.push_back(std::move(mail));
+}
+
+void SiteDispatcher::OnCommit(absl::Span<const JobChange> changes) {
+  absl::MutexLock lock(&mu_);
+  for (const JobChange& change : changes) {
+    if (change.event) changed_.insert(change.job);
+  }
+}
+
+void SiteDispatcher::TakeMail() {
+  std::vector<std::function<void()>> mail;
+  absl::flat_hash_set<JobId> changed;
+  absl::flat_hash_map<std::string, agent::v1::AttemptStatus> statuses;
+  {
+    absl::MutexLock lock(&mu_);
+    mail.swap(mail_);
+    changed.swap(changed_);
+    statuses.swap(statuses_);
+  }
+  for (const std::function<void()>& task : mail) task();
+  for (const JobId& id : changed) Refresh(id);
+  for (const auto& [attempt, status] : statuses) OnStatus(status, clock_->Now());
+}
+
+// ---- one turn ----
+
+absl::Time SiteDispatcher::RunOnce() {
+  TakeMail();
+  absl::Time now = clock_->Now();
+  while (!timers_.empty() && timers_.top().first <= now) {
+    const auto [when, id] = timers_.top();
+    timers_.pop();
+    const auto found = jobs_.find(id);
+    if (found == jobs_.end() || found->second->wake_at != when) continue;  // was moved
+    found->second->wake_at = absl::InfiniteFuture();
+    Wake(id);
+  }
+  if (!client_ && !connecting_ && now >= next_connect_) Connect();
+  if (client_ && !listing_ && now >= next_list_) List();
+  if (client_ && now >= next_clean_ && options_.spool_retention > absl::ZeroDuration()) CleanSpools();
+
+  std::vector<JobId> awake(awake_.begin(), awake_.end());
+  awake_.clear();
+  for (const JobId& id : awake) Step(id);
+  if (now >= next_place_) place_ = true;
+  if (place_ && client_) {
+    PublishSite();
+    Place();
+  }
+  PublishSite();
+
+  if (!awake_.empty()) return absl::InfinitePast();
+  absl::Time wake = now + kIdle;
+  if (!timers_.empty()) wake = std::min(wake, timers_.top().first);
+  if (!client_ && !connecting_) wake = std::min(wake, next_connect_);
+  if (client_ && !listing_) wake = std::min(wake, next_list_);
+  if (client_) wake = std::min(wake, next_place_);
+  return wake;
+}
+
+// ---- connection ----
+
+void SiteDispatcher::Connect() {
+  connecting_ = true;
+  calls_->Submit([this] {
+    const absl::Time deadline = absl::Now() + options_.connect_timeout;
+    absl::StatusOr<std::unique_ptr<AgentClient>> made = connect_(deadline);
+    if (!made.ok()) {
+      Post([this, status = made.status()] { OnConnected(status, nullptr); });
+      return;
+    }
+    const std::shared_ptr<AgentClient> client = *std::move(made);
+    {
+      absl::MutexLock lock(&mu_);
+      if (stopping_) return;
+      open_client_ = client;
+    }
+    agent::v1::HelloRequest request;
+    request.set_protocol(kProtocol);
+    request.set_gateway_version(gateway_version_);
+    request.set_gateway_id(gateway_id_);
+    absl::StatusOr<agent::v1::HelloResponse> hello = client->Hello(request, deadline);
+    if (hello.ok() && hello->protocol() != kProtocol) {
+      hello = absl::FailedPreconditionError(
+          absl::StrCat("the agent speaks protocol ", hello->protocol(), ", this gateway ", kProtocol, "; update the ",
+                       hello->protocol() < kProtocol ? "agent" : "gateway"));
+    }
+    if (!hello.ok()) {
+      client->Close();
+      const std::string words = client->Diagnostics();
+      if (!words.empty()) {
+        hello = absl::Status(hello.status().code(), absl::StrCat(hello.status().message(), "; the far side says: ", words));
+      }
+    }
+    Post([this, client, hello = std::move(hello)] { OnConnected(hello, client); });
+  });
+}
+
+void SiteDispatcher::OnConnected(absl::StatusOr<agent::v1::HelloResponse> hello, std::shared_ptr<AgentClient> client) {
+  connecting_ = false;
+  const absl::Time now = clock_->Now();
+  absl::StatusOr<std::unique_ptr<FollowStream>> stream = absl::UnavailableError("not connected");
+  if (hello.ok()) stream = client->Follow();
+  if (!hello.ok() || !stream.ok()) {
+    const absl::Status why = hello.ok() ? stream.status() : hello.status();
+    const bool auth = why.code() == absl::StatusCode::kUnauthenticated || why.code() == absl::StatusCode::kPermissionDenied;
+    if (connect_failures_ == 0 || why.message() != site_.reason()) {
+      log::Warn("site {} cannot be reached: {}", options_.name, std::string(why.message()));
+    }
+    ++connect_failures_;
+    site_.set_state(auth ? v1::SITE_STATE_PAUSED_AUTH : v1::SITE_STATE_UNREACHABLE);
+    site_.set_reason(std::string(why.message()));
+    site_.set_connected_us(0);
+    next_connect_ = now + RetryDelay(connect_failures_, kFirstReconnect, options_.max_connect_backoff,
+                                     std::uniform_real_distribution<>(0, 1)(random_));
+    return;
+  }
+  hello_ = *std::move(hello);
+  known_ = true;
+  client_ = std::move(client);
+  connected_at_ = now;
+  const int64_t generation = ++generation_;
+  follower_ = std::make_unique<SpoolFollower>(
+      *std::move(stream), store_, clock_,
+      SpoolFollower::Callbacks{
+          .on_statuses =
+              [this](std::vector<agent::v1::AttemptStatus> statuses) {
+                absl::MutexLock lock(&mu_);
+                for (agent::v1::AttemptStatus& status : statuses) {
+                  std::string key = status.attempt();
+                  statuses_[std::move(key)] = std::move(status);
+                }
+              },
+          .on_drained =
+              [this](const AttemptKey& attempt) {
+                Post([this, attempt] { Wake(attempt.job()); });
+              },
+          .on_complaint =
+              [this](const AttemptKey& attempt, std::string complaint, int64_t lines) {
+                Post([this, attempt, complaint = std::move(complaint), lines] {
+                  LiveJob* job = Find(attempt);
+                  if (job == nullptr || job->noted_lines > 0) return;
+                  JobEvent note;
+                  note.time = clock_->Now();
+                  note.attempt = attempt.number();
+                  note.message = complaint;
+                  note.actor = absl::StrCat("site:", options_.name);
+                  job->noted_lines = lines;
+                  Append(job, note, {});
+                });
+              },
+          .on_end =
+              [this, generation](absl::Status why) {
+                Post([this, generation, why] {
+                  if (generation == generation_ && client_) Disconnect(why);
+                });
+              }});
+  site_.set_state(v1::SITE_STATE_READY);
+  site_.clear_reason();
+  site_.set_scheduler(hello_.scheduler());
+  site_.set_slots(hello_.slots());
+  site_.set_agent_version(hello_.agent_version());
+  site_.set_host(hello_.host());
+  site_.set_connected_us(absl::ToUnixMicros(now));
+  log::Info("site {}: connected to agent {} of {}@{}, scheduler {}, {} slots", options_.name, hello_.agent_version(),
+            hello_.user(), hello_.host(), hello_.scheduler(), hello_.slots());
+  next_list_ = now;
+  next_clean_ = std::max(next_clean_, now + absl::Minutes(1));
+  place_ = true;
+  for (const auto& [id, job] : jobs_) {
+    if (job->row.record.state != JobState::kQueued) Wake(id);
+  }
+}
+
+void SiteDispatcher::Disconnect(const absl::Status& why) {
+  const std::shared_ptr<AgentClient> client = std::exchange(client_, nullptr);
+  client->Close();
+  follower_->Stop();
+  follower_.reset();
+  const absl::Time now = clock_->Now();
+  const std::string words = client->Diagnostics();
+  const std::string reason = absl::StrCat("the connection broke", why.ok() ? "" : absl::StrCat(": ", why.message()),
+                                          words.empty() ? "" : absl::StrCat("; the far side says: ", words));
+  log::Warn("site {}: {}", options_.name, reason);
+  site_.set_state(v1::SITE_STATE_UNREACHABLE);
+  site_.set_reason(reason);
+  site_.set_connected_us(0);
+  connect_failures_ = now - connected_at_ >= kGoodConnection ? 0 : connect_failures_ + 1;
+  next_connect_ = now + RetryDelay(connect_failures_, kFirstReconnect, options_.max_connect_backoff,
+                                   std::uniform_real_distribution<>(0, 1)(random_));
+  for (const auto& [id, job] : jobs_) {
+    job->followed = false;
+    job->absences = 0;
+    job->first_absence = absl::InfiniteFuture();
+    job->last_absence = absl::InfinitePast();
+    // What failed for want of a connection is tried at once on the next.
+    for (Errand* errand : {&job->staging, &job->start, &job->cancel, &job->collect}) {
+      errand->not_before = absl::InfinitePast();
+    }
+  }
+}
+
+void SiteDispatcher::List() {
+  listing_ = true;
+  next_list_ = clock_->Now() + options_.list_interval;
+  auto keys = std::make_shared<std::vector<std::string>>();
+  for (const auto& [id, job] : jobs_) {
+    const JobRecord& record = job->row.record;
+    const bool ended = job->seen && job->seen->phase() == agent::v1::ATTEMPT_PHASE_ENDED;
+    if (MayBeAtSite(record.state) && !ended) keys->push_back(AttemptKey(id, record.attempt).text());
+  }
+  const absl::Time asked = clock_->Now();
+  calls_->Submit([this, client = client_, keys, asked] {
+    absl::StatusOr<std::vector<agent::v1::AttemptStatus>> all = std::vector<agent::v1::AttemptStatus>();
+    if (keys->empty()) {
+      // Nothing to ask for, but is anybody there?
+      agent::v1::HelloRequest request;
+      request.set_protocol(kProtocol);
+      request.set_gateway_version(gateway_version_);
+      request.set_gateway_id(gateway_id_);
+      const auto hello = client->Hello(request, absl::Now() + options_.list_timeout);
+      if (!hello.ok()) all = hello.status();
+    }
+    for (size_t begin = 0; begin < keys->size() && all.ok(); begin += kListBatch) {
+      const std::vector<std::string> batch(
+          keys->begin() + static_cast<ptrdiff_t>(begin),
+          keys->begin() + static_cast<ptrdiff_t>(std::min(keys->size(), begin + kListBatch)));
+      absl::StatusOr<std::vector<agent::v1::AttemptStatus>> some =
+          client->ListAttempts(batch, absl::Now() + options_.list_timeout);
+      if (some.ok()) {
+        all->insert(all->end(), std::make_move_iterator(some->begin()), std::make_move_iterator(some->end()));
+      } else {
+        all = some.status();
+      }
+    }
+    // An agent that does not answer is gone: ending the connection here also frees a loop that waits in a write.
+    if (!all.ok()) client->Close();
+    Post([this, client, asked, all = std::move(all)] {
+      listing_ = false;
+      if (client != client_) return;
+      OnListed(asked, all);
+    });
+  });
+}
+
+void SiteDispatcher::OnListed(absl::Time asked, absl::StatusOr<std::vector<agent::v1::AttemptStatus>> statuses) {
+  if (!statuses.ok()) {
+    Disconnect(Annotate(statuses.status(), "no answer"));
+    return;
+  }
+  for (const agent::v1::AttemptStatus& status : *statuses) OnStatus(status, asked);
+}
+
+// Spools of jobs that ended long ago are removed; their checkpoints could be gone on from until then.
+void SiteDispatcher::CleanSpools() {
+  next_clean_ = clock_->Now() + kCleanInterval;
+  const absl::Time ended_before = clock_->Now() - options_.spool_retention;
+  transfers_->Submit([this, client = client_, ended_before] {
+    const auto all = client->ListAttempts({}, absl::Now() + options_.list_timeout);
+    if (!all.ok()) return;  // next time
+    int removed = 0;
+    for (const agent::v1::AttemptStatus& status : *all) {
+      const auto key = AttemptKey::Parse(status.attempt());
+      if (!key.ok()) continue;
+      // A job that is not ours belongs to another gateway on the same spool.
+      const auto row = store_->GetJob(key->job());
+      if (!row.ok() || !IsFinal(row->record.state) || row->finished > ended_before) continue;
+      if (client->RemoveAttempt(status.attempt(), absl::Now() + options_.call_timeout).ok()) ++removed;
+    }
+    if (removed > 0) log::Info("site {}: removed {} spools of jobs that ended long ago", options_.name, removed);
+  });
+}
+
+void SiteDispatcher::PublishSite() {
+  site_.set_slots_in_use(ranks_running_);
+  site_.set_live_jobs(placed_);
+  SiteOffer offer;
+  offer.name = options_.name;
+  offer.ready = client_ != nullptr;
+  offer.known = known_;
+  offer.slots = hello_.slots();
+  offer.free_slots = hello_.slots() - ranks_placed_;
+  offer.trains = std::find(hello_.capabilities().begin(), hello_.capabilities().end(), "train") !=
+                 hello_.capabilities().end();
+  board_->Update(site_, offer);
+}
+
+// ---- jobs ----
+
+bool SiteDispatcher::Mine(const JobRow& row) const {
+  if (IsFinal(row.record.state)) return false;
+  if (row.record.state != JobState::kQueued) return row.record.site == options_.name;
+  const std::string& site = row.requested_site;
+  return site.empty() || site == "any" || site == options_.name || (options_.adopts_strays && !board_->Exists(site));
+}
+
+void SiteDispatcher::Count(const JobRow& row, int sign) {
+  const JobState state = row.record.state;
+  if (state == JobState::kQueued || IsFinal(state)) return;
+  placed_ += sign;
+  ranks_placed_ += sign * row.ranks;
+  if (state == JobState::kRunning) ranks_running_ += sign * row.ranks;
+  if (IsWaiting(state)) waiting_ += sign;
+  int& of_owner = placed_by_owner_[row.owner];
+  of_owner += sign;
+  if (of_owner == 0) placed_by_owner_.erase(row.owner);
+}
+
+void SiteDispatcher::SetRow(const JobRow& row) {
+  std::unique_ptr<LiveJob>& job = jobs_[row.id];
+  if (!job) {
+    job = std::make_unique<LiveJob>();
+    job->row = row;
+    Count(row, 1);
+  } else {
+    if (row.version < job->row.version) return;  // an older read
+    if (row.record.attempt != job->row.record.attempt) {
+      // Everything known was about the attempt before.
+      if (follower_ && job->followed) follower_->Drop(AttemptKey(row.id, job->row.record.attempt));
+      auto fresh = std::make_unique<LiveJob>();
+      fresh->spec_read = job->spec_read;
+      fresh->train = job->train;
+      fresh->retry = job->retry;
+      fresh->queued = job->queued;
+      fresh->queue_owner = job->queue_owner;
+      fresh->wake_at = job->wake_at;
+      fresh->row = job->row;
+      job = std::move(fresh);
+    }
+    Count(job->row, -1);
+    if (IsWaiting(job->row.record.state) && !IsWaiting(row.record.state)) place_ = true;
+    if (job->row.record.state != JobState::kQueued && row.record.state == JobState::kQueued) place_ = true;
+    job->row = row;
+    Count(row, 1);
+  }
+  const bool at_site = MayBeAtSite(row.record.state) && row.record.state != JobState::kSubmitting;
+  if (!at_site) {
+    job->at_site_since = absl::InfiniteFuture();
+  } else if (job->at_site_since == absl::InfiniteFuture()) {
+    job->at_site_since = clock_->Now();
+  }
+  // In the queue exactly while it may be placed.
+  const bool queue = row.record.state == JobState::kQueued && !row.record.cancel_requested &&
+                     row.record.not_before <= clock_->Now();
+  if (queue && !job->queued) {
+    queue_[row.owner].insert({row.created, row.id});
+    job->queue_owner = row.owner;
+    place_ = true;
+  } else if (!queue && job->queued) {
+    auto& line = queue_[job->queue_owner];
+    line.erase({row.created, row.id});
+    if (line.empty()) queue_.erase(job->queue_owner);
+  }
+  job->queued = queue;
+}
+
+void SiteDispatcher::Forget(const JobId& id) {
+  const auto found = jobs_.find(id);
+  if (found == jobs_.end()) return;
+  LiveJob& job = *found->second;
+  if (follower_ && job.followed) follower_->Drop(AttemptKey(id, job.row.record.attempt));
+  if (job.queued) {
+    auto& line = queue_[job.queue_owner];
+    line.erase({job.row.created, id});
+    if (line.empty()) queue_.erase(job.queue_owner);
+  }
+  Count(job.row, -1);
+  jobs_.erase(found);
+  place_ = true;
+}
+
+void SiteDispatcher::Refresh(const JobId& id) {
+  const absl::StatusOr<JobRow> row = store_->GetJob(id);
+  if (!row.ok()) {
+    if (row.status().code() == absl::StatusCode::kNotFound) {
+      Forget(id);
+      return;
+    }
+    log::Error("job {} cannot be read: {}", id.text(), std::string(row.status().message()));
+    if (const auto found = jobs_.find(id); found != jobs_.end()) {
+      WakeAt(found->second.get(), clock_->Now() + kStoreRetry);
+    } else {
+      // Not known yet: asked for again with the next mail.
+      absl::MutexLock lock(&mu_);
+      changed_.insert(id);
+    }
+    return;
+  }
+  if (!Mine(*row)) {
+    Forget(id);
+    return;
+  }
+  const auto found = jobs_.find(id);
+  if (found != jobs_.end() && found->second->row.version == row->version) return;  // our own event coming back
+  SetRow(*row);
+  Wake(id);
+}
+
+SiteDispatcher::LiveJob* SiteDispatcher::Find(const AttemptKey& key) {
+  const auto found = jobs_.find(key.job());
+  if (found == jobs_.end() || found->second->row.record.attempt != key.number()) return nullptr;
+  return found->second.get();
+}
+
+void SiteDispatcher::WakeAt(LiveJob* job, absl::Time when) {
+  if (when >= job->wake_at) return;
+  job->wake_at = when;
+  timers_.push({when, job->row.id});
+}
+
+void SiteDispatcher::OnStatus(const agent::v1::AttemptStatus& status, absl::Time asked) {
+  const auto key = AttemptKey::Parse(status.attempt());
+  if (!key.ok()) return;
+  LiveJob* job = Find(*key);
+  if (job == nullptr) return;
+  if (status.starts() > 1) {
+    log::Error("attempt {} was started {} times: its journal says so", status.attempt(), status.starts());
+  }
+  if (status.phase() == agent::v1::ATTEMPT_PHASE_UNSPECIFIED) return;
+  const bool ended = job->seen && job->seen->phase() == agent::v1::ATTEMPT_PHASE_ENDED;
+  if (status.phase() == agent::v1::ATTEMPT_PHASE_ABSENT) {
+    // Counts when it was asked for after we knew that it was there, and when nothing final is known.
+    if (ended || asked <= job->at_site_since) return;
+    ++job->absences;
+    job->first_absence = std::min(job->first_absence, asked);
+    job->last_absence = std::max(job->last_absence, asked);
+    next_list_ = std::min(next_list_, clock_->Now() + kAbsencesApart + absl::Milliseconds(100));
+    Wake(key->job());
+    return;
+  }
+  job->absences = 0;
+  job->first_absence = absl::InfiniteFuture();
+  job->last_absence = absl::InfinitePast();
+  if (ended && status.phase() != agent::v1::ATTEMPT_PHASE_ENDED) return;  // late news
+  const bool news = !job->seen || job->seen->phase() != status.phase() || job->seen->reason() != status.reason() ||
+                    job->seen->checkpoint() != status.checkpoint();
+  const bool other_reason = job->seen && job->seen->phase() == status.phase() && job->seen->reason() != status.reason();
+  job->seen = status;
+  if (other_reason && status.phase() != agent::v1::ATTEMPT_PHASE_ENDED) {
+    AttemptUpdate update;
+    update.reason = status.reason();
+    const absl::Status stored = store_->UpdateAttempt(*key, update);
+    if (!stored.ok()) log::Warn("attempt {}: its reason is not stored: {}", status.attempt(), std::string(stored.message()));
+  }
+  if (news || ended) Wake(key->job());
+}
+
+bool SiteDispatcher::LoadAttempts(LiveJob* job) {
+  const absl::StatusOr<std::vector<AttemptRow>> attempts = store_->ListAttempts(job->row.id);
+  if (!attempts.ok()) {
+    log::Error("attempts of job {} cannot be read: {}", job->row.id.text(), std::string(attempts.status().message()));
+    return false;
+  }
+  job->max_step_before = 0;
+  for (const AttemptRow& attempt : *attempts) {
+    if (attempt.number < job->row.record.attempt) job->max_step_before = std::max(job->max_step_before, attempt.max_step);
+    if (attempt.number == job->row.record.attempt) {
+      job->max_step = attempt.max_step;
+      if (!job->attempts_read) job->noted_lines = attempt.bad_lines;
+    }
+  }
+  job->attempts_read = true;
+  return true;
+}
+
+// Follows what the site knows, and notices when an ended attempt is stored to its last byte.
+void SiteDispatcher::FollowAndDrain(LiveJob* job) {
+  const JobRecord& record = job->row.record;
+  if (!client_ || !job->seen || !MayBeAtSite(record.state)) return;
+  const AttemptKey key(job->row.id, record.attempt);
+  if (!job->followed) {
+    // From where the store stands now: the connection before may have stored more than we knew.
+    const absl::StatusOr<AttemptRow> attempt = store_->GetAttempt(key);
+    if (!attempt.ok()) {
+      log::Error("attempt {} cannot be read: {}", key.text(), std::string(attempt.status().message()));
+      WakeAt(job, clock_->Now() + kStoreRetry);
+      return;
+    }
+    job->followed = follower_->Add(key, attempt->cursor);
+  }
+  if (job->seen->phase() != agent::v1::ATTEMPT_PHASE_ENDED || job->drained) return;
+  if (!follower_->Drained(key, job->seen->sizes())) return;
+  if (!LoadAttempts(job)) {
+    WakeAt(job, clock_->Now() + kStoreRetry);
+    return;
+  }
+  job->drained = true;
+  const absl::StatusOr<AttemptRow> attempt = store_->GetAttempt(key);
+  if (attempt.ok() && attempt->bad_lines > job->noted_lines) {
+    JobEvent note;
+    note.time = clock_->Now();
+    note.attempt = record.attempt;
+    note.actor = absl::StrCat("site:", options_.name);
+    note.message = absl::StrCat("in all, ", attempt->bad_lines,
+                                " lines that this attempt wrote for metrics could not be read and were skipped");
+    job->noted_lines = attempt->bad_lines;
+    Append(job, note, {});
+  }
+}
+
+JobSnapshot SiteDispatcher::Snapshot(const LiveJob& job) {
+  JobSnapshot out;
+  out.id = job.row.id;
+  out.record = job.row.record;
+  out.train = job.train;
+  out.retry = job.retry;
+  out.max_step = job.max_step;
+  out.max_step_before = job.max_step_before;
+  out.connected = client_ != nullptr;
+  out.seen = job.seen;
+  out.absences = job.absences;
+  out.first_absence = job.first_absence;
+  out.last_absence = job.last_absence;
+  out.drained = job.drained;
+  out.barred = job.barred;
+  out.collected = job.collected;
+  out.staging = job.staging;
+  out.start = job.start;
+  out.cancel = job.cancel;
+  out.collect = job.collect;
+  out.jitter = std::uniform_real_distribution<>(0, 1)(random_);
+  return out;
+}
+
+bool SiteDispatcher::Append(LiveJob* job, const JobEvent& event, const AttemptUpdate& update) {
+  const absl::StatusOr<JobRow> row = store_->AppendEvent(job->row.id, event, update);
+  if (row.ok()) {
+    log::Info("job {} attempt {}: {} -> {}: {}", job->row.id.text(), event.attempt, std::string(Name(event.kind)),
+              std::string(Name(row->record.state)), event.message.substr(0, 300));
+    SetRow(*row);
+    return true;
+  }
+  if (row.status().code() == absl::StatusCode::kFailedPrecondition) {
+    // Somebody else moved the job (a cancel, another site): look again.
+    log::Debug("job {}: '{}' came too late: {}", job->row.id.text(), std::string(Name(event.kind)),
+               std::string(row.status().message()));
+    const JobId id = job->row.id;
+    Refresh(id);
+    Wake(id);
+    return false;
+  }
+  log::Warn("job {}: '{}' cannot be stored, trying again: {}", job->row.id.text(), std::string(Name(event.kind)),
+            std::string(row.status().message()));
+  WakeAt(job, clock_->Now() + kStoreRetry);
+  return false;
+}
+
+void SiteDispatcher::Step(const JobId& id) {
+  for (int round = 0; round < kMaxRecordsInARow; ++round) {
+    const auto found = jobs_.find(id);
+    if (found == jobs_.end()) return;
+    LiveJob* job = found->second.get();
+    if (!Mine(job->row)) {
+      Forget(id);
+      return;
+    }
+    const absl::Time now = clock_->Now();
+    if (job->row.record.attempt > 0 && !job->attempts_read && !LoadAttempts(job)) {
+      WakeAt(job, now + kStoreRetry);
+      return;
+    }
+    if (!job->spec_read && job->row.record.state != JobState::kQueued && !RequestOf(job)) {
+      WakeAt(job, now + kStoreRetry);
+      return;
+    }
+    if (job->row.record.state == JobState::kQueued) {
+      SetRow(JobRow(job->row));  // its back-off may be over
+      job = jobs_.find(id)->second.get();
+      if (job->row.record.not_before > now) WakeAt(job, job->row.record.not_before);
+    }
+    FollowAndDrain(job);
+    if (!jobs_.contains(id)) return;
+    job = jobs_.find(id)->second.get();
+    const std::vector<Action> actions = Reconcile(Snapshot(*job), now);
+    if (actions.empty()) {
+      for (const Errand* errand : {&job->staging, &job->start, &job->cancel, &job->collect}) {
+        if (!errand->under_way && !errand->done && errand->not_before > now) WakeAt(job, errand->not_before);
+      }
+      return;
+    }
+    bool recorded = false;
+    for (const Action& action : actions) {
+      if (const Record* record = std::get_if<Record>(&action)) {
+        recorded = true;
+        if (!Append(job, record->event, record->update)) return;
+        const auto still = jobs_.find(id);  // SetRow may have made it anew
+        if (still == jobs_.end()) return;
+        job = still->second.get();
+      } else {
+        RunErrand(job, action);
+      }
+    }
+    if (!recorded) return;
+  }
+  log::Error("job {} moves without end; looking again later", id.text());
+  if (const auto found = jobs_.find(id); found != jobs_.end()) WakeAt(found->second.get(), clock_->Now() + kIdle);
+}
+
+void SiteDispatcher::FinishErrand(Errand* errand, LiveJob* job, const absl::Status& status) {
+  errand->under_way = false;
+  Wake(job->row.id);
+  if (status.ok()) {
+    errand->failures = 0;
+    return;
+  }
+  ++errand->failures;
+  errand->last = status;
+  errand->not_before = clock_->Now() + RetryDelay(errand->failures, kFirstErrandRetry, kMaxErrandRetry,
+                                                  std::uniform_real_distribution<>(0, 1)(random_));
+}
+
+void SiteDispatcher::RunErrand(LiveJob* job, const Action& action) {
+  const AttemptKey key(job->row.id, job->row.record.attempt);
+  const auto context = [this](AgentClient* agent) {
+    return ErrandContext{store_, blobs_, agent, options_.call_timeout, options_.transfer_stall};
+  };
+  if (std::holds_alternative<StageInputs>(action)) {
+    job->staging.under_way = true;
+    transfers_->Submit([this, context, key, client = client_] {
+      const absl::Status status = SendInputs(context(client.get()), key.job(), &sending_);
+      Post([this, key, status] {
+        LiveJob* of = Find(key);
+        if (of == nullptr) return;
+        FinishErrand(&of->staging, of, status);
+        of->staging.done = status.ok();
+        if (!status.ok()) log::Warn("attempt {}: inputs not sent: {}", key.text(), std::string(status.message()));
+      });
+    });
+  } else if (std::holds_alternative<StartTheAttempt>(action)) {
+    job->start.under_way = true;
+    calls_->Submit([this, key, client = client_] {
+      absl::StatusOr<agent::v1::AttemptStatus> status;
+      auto request = MakeStartRequest(store_, key, options_.log_limit_bytes);
+      if (request.ok()) {
+        status = client->StartAttempt(*request, absl::Now() + options_.call_timeout);
+      } else {
+        // Our own trouble says nothing about the site.
+        status = absl::UnavailableError(request.status().message());
+      }
+      Post([this, key, status] {
+        LiveJob* of = Find(key);
+        if (of == nullptr) return;
+        const bool there = status.ok() && status->phase() != agent::v1::ATTEMPT_PHASE_ABSENT &&
+                           status->phase() != agent::v1::ATTEMPT_PHASE_UNSPECIFIED;
+        FinishErrand(&of->start, of,
+                     there          ? absl::OkStatus()
+                     : status.ok() ? absl::UnavailableError("the agent does not say where it is")
+                                   : status.status());
+        of->start.done = there;
+        if (status.ok()) {
+          OnStatus(*status, clock_->Now());
+        } else {
+          log::Warn("attempt {}: start: {}", key.text(), std::string(status.status().message()));
+        }
+      });
+    });
+  } else if (std::holds_alternative<CancelTheAttempt>(action)) {
+    job->cancel.under_way = true;
+    const absl::Time asked = clock_->Now();
+    calls_->Submit([this, key, asked, client = client_] {
+      const auto status = client->CancelAttempt(key.text(), "cancelled on request", absl::Now() + options_.call_timeout);
+      Post([this, key, asked, status] {
+        LiveJob* of = Find(key);
+        if (of == nullptr) return;
+        FinishErrand(&of->cancel, of, status.ok() ? absl::OkStatus() : status.status());
+        if (!status.ok()) {
+          log::Warn("attempt {}: cancel: {}", key.text(), std::string(status.status().message()));
+          return;
+        }
+        of->cancel.not_before = clock_->Now() + kCancelInterval;
+        if (status->phase() == agent::v1::ATTEMPT_PHASE_ABSENT) of->barred = true;
+        OnStatus(*status, asked);
+      });
+    });
+  } else if (std::holds_alternative<CollectOutputs>(action)) {
+    job->collect.under_way = true;
+    transfers_->Submit([this, context, key, client = client_] {
+      const absl::StatusOr<Collected> collected = BringOutputs(context(client.get()), key);
+      Post([this, key, collected] {
+        LiveJob* of = Find(key);
+        if (of == nullptr) return;
+        FinishErrand(&of->collect, of, collected.ok() ? absl::OkStatus() : collected.status());
+        if (collected.ok()) {
+          of->collected = *collected;
+        } else {
+          log::Warn("attempt {}: outputs not brought back: {}", key.text(), std::string(collected.status().message()));
+        }
+      });
+    });
+  }
+}
+
+// ---- placement ----
+
+std::optional<PlacementRequest> SiteDispatcher::RequestOf(LiveJob* job) {
+  if (!job->spec_read) {
+    const absl::StatusOr<v1::JobSpec> spec = store_->GetSpec(job->row.id);
+    if (!spec.ok()) {
+      log::Error("the spec of job {} cannot be read: {}", job->row.id.text(), std::string(spec.status().message()));
+      return std::nullopt;
+    }
+    job->train = spec->has_train();
+    job->retry = spec->retry();
+    job->spec_read = true;
+  }
+  PlacementRequest request;
+  request.site = job->row.requested_site;
+  request.ranks = job->row.ranks;
+  request.train = job->train;
+  return request;
+}
+
+void SiteDispatcher::Place() {
+  place_ = false;
+  next_place_ = absl::InfiniteFuture();
+  int looks = 0;
+  absl::flat_hash_set<JobId> passed;  // not for us, or not now
+  std::vector<SiteOffer> offers = board_->Offers();
+  while (waiting_ < options_.max_waiting && looks < kMaxLooksPerPlacement) {
+    // The owner with the fewest jobs at the site comes next; among equals the one who has waited longest.
+    const std::pair<absl::Time, JobId>* next = nullptr;
+    int fewest = 0;
+    for (const auto& [owner, line] : queue_) {
+      const auto placed = placed_by_owner_.find(owner);
+      const int count = placed == placed_by_owner_.end() ? 0 : placed->second;
+      const auto first = std::find_if(line.begin(), line.end(), [&](const auto& entry) { return !passed.contains(entry.second); });
+      if (first == line.end()) continue;
+      if (next == nullptr || count < fewest || (count == fewest && first->first < next->first)) {
+        next = &*first;
+        fewest = count;
+      }
+    }
+    if (next == nullptr) return;
+    ++looks;
+    const JobId id = next->second;
+    LiveJob* job = jobs_.find(id)->second.get();
+    passed.insert(id);
+    std::optional<PlacementRequest> request = RequestOf(job);
+    if (!request) {
+      WakeAt(job, clock_->Now() + kStoreRetry);
+      continue;
+    }
+    const JobRow row = job->row;
+    const int number = row.record.attempt + 1;
+    AttemptUpdate update;
+    if (row.record.attempt > 0 || row.resume) {
+      const absl::StatusOr<std::vector<AttemptRow>> attempts = store_->ListAttempts(id);
+      if (!attempts.ok()) {
+        WakeAt(job, clock_->Now() + kStoreRetry);
+        continue;
+      }
+      const std::string resume = ResumeFrom(id, *attempts, number, row.resume);
+      update.resume_attempt = resume;
+      if (const auto key = AttemptKey::Parse(resume); key.ok()) {
+        const absl::StatusOr<AttemptRow> from = store_->GetAttempt(*key);
+        if (from.ok()) request->bound_site = from->site;
+      }
+    }
+    for (SiteOffer& offer : offers) {
+      if (offer.name == options_.name) offer.free_slots = hello_.slots() - ranks_placed_;
+    }
+    JobEvent event;
+    event.time = clock_->Now();
+    event.actor = "gateway";
+    const std::string impossible = WhyImpossible(*request, offers);
+    if (!impossible.empty()) {
+      event.kind = EventKind::kFailed;
+      event.failure = FailureClass::kUser;
+      event.message = impossible;
+      Append(job, event, {});
+      Wake(id);
+      continue;
+    }
+    const std::optional<size_t> choice = ChooseSite(*request, offers);
+    if (!choice || offers[*choice].name != options_.name) {
+      next_place_ = clock_->Now() + kLookAgain;  // another site is better now; that may change
+      continue;
+    }
+    event.kind = EventKind::kPlaced;
+    event.attempt = number;
+    event.site = options_.name;
+    event.message = absl::StrCat("placed at site ", options_.name);
+    Append(job, event, update);
+    Wake(id);
+  }
+}
+
+}  // namespace itwin::server
