@@ -5,11 +5,12 @@
 #include <string>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "common/files.h"
 #include "common/sha256.h"
 
@@ -55,7 +56,7 @@ class BlobStore {
     const int64_t size_;
     int64_t offset_ = 0;
     bool complete_ = false;
-    bool claimed_ = false;
+    int64_t checked_ = 0;  // free space was looked at when so much was there
     FileDescriptor file_;
     Sha256 hash_;
   };
@@ -87,6 +88,8 @@ class BlobStore {
   absl::StatusOr<Reader> OpenReader(absl::string_view sha256) const;
   // Of a complete blob. kNotFound.
   absl::StatusOr<std::string> PathOf(absl::string_view sha256) const;
+  // Drops partial uploads that nobody has touched since then. Returns how many.
+  int RemoveStalePartials(absl::Time before);
   // Hashes and stores a small text (a document, a generated file). Returns its hash.
   absl::StatusOr<std::string> PutText(absl::string_view bytes);
 
@@ -97,9 +100,11 @@ class BlobStore {
   absl::Status Claim(const std::string& sha256);
   void Unclaim(const std::string& sha256);
 
+  absl::Status CheckRoom(int64_t bytes) const;
+
   const Options options_;
   absl::Mutex mu_;
-  absl::flat_hash_map<std::string, bool> writers_ ABSL_GUARDED_BY(mu_);  // hashes being written
+  absl::flat_hash_set<std::string> writers_ ABSL_GUARDED_BY(mu_);  // hashes being written
 };
 
 }  // namespace itwin::server

@@ -17,7 +17,4 @@ class SiteDirectory {
   virtual bool Exists(absl::string_view name) const = 0;
 };
 
-// The configured name nearest to `name` (edit distance), for "did you mean"; empty when none is near.
-std::string NearestSite(const SiteDirectory& sites, absl::string_view name);
-
 }  // namespace itwin::server

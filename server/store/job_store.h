@@ -55,7 +55,8 @@ class JobStore {
   virtual absl::StatusOr<v1::JobSpec> GetSpec(const JobId& job) = 0;
   // A full id or a prefix of at least 4 hex digits. kNotFound; several fit: kFailedPrecondition naming some;
   // kInvalidArgument when it is no prefix of an id.
-  virtual absl::StatusOr<JobId> ResolveJob(absl::string_view prefix) = 0;
+  // With an owner, only that owner's jobs are looked at.
+  virtual absl::StatusOr<JobId> ResolveJob(absl::string_view prefix, absl::string_view owner = "") = 0;
   // Newest first. kInvalidArgument for a page token that is not ours.
   virtual absl::StatusOr<JobPage> ListJobs(const JobFilter& filter) = 0;
   // Every job that is not final and whose version is larger than `after_version`, oldest version first. With a site:

@@ -33,7 +33,7 @@ constexpr char kGetJobByNumber[] = "SELECT " JOB_COLUMNS " FROM jobs WHERE num =
 constexpr char kGetNumber[] = "SELECT num FROM jobs WHERE id = ?";
 constexpr char kFindRequest[] = "SELECT num, content_sha256 FROM jobs WHERE owner = ? AND request_id = ?";
 constexpr char kGetSpec[] = "SELECT spec FROM specs WHERE job = ?";
-constexpr char kFindPrefix[] = "SELECT id FROM jobs WHERE id >= ?1 AND id < ?1 || 'g' ORDER BY id LIMIT 5";
+constexpr char kFindPrefix[] = "SELECT id FROM jobs WHERE id >= ?1 AND id < ?1 || 'g' AND (?2 = '' OR owner = ?2) ORDER BY id LIMIT 5";
 constexpr char kListLive[] =
     "SELECT " JOB_COLUMNS " FROM jobs INDEXED BY jobs_live WHERE state <= 10 AND version > ? ORDER BY version";
 constexpr char kCountLive[] = "SELECT coalesce(sum(live), 0) FROM owners";
@@ -355,7 +355,7 @@ absl::StatusOr<v1::JobSpec> GetSpec(SqliteConnection& c, const JobId& job) {
   return spec;
 }
 
-absl::StatusOr<JobId> Resolve(SqliteConnection& c, absl::string_view prefix) {
+absl::StatusOr<JobId> Resolve(SqliteConnection& c, absl::string_view prefix, absl::string_view owner) {
   const bool hex = std::all_of(prefix.begin(), prefix.end(), [](char ch) {
     return absl::ascii_isdigit(static_cast<unsigned char>(ch)) || (ch >= 'a' && ch <= 'f');
   });
@@ -365,7 +365,7 @@ absl::StatusOr<JobId> Resolve(SqliteConnection& c, absl::string_view prefix) {
                                                    kMinPrefix, " or more of them"));
   }
   std::vector<std::string> found;
-  Query q(c, kFindPrefix, prefix);
+  Query q(c, kFindPrefix, prefix, owner);
   while (q.Step()) found.push_back(q.Text(0));
   if (found.empty()) return NoJob(prefix);
   if (found.size() > 1) {

@@ -23,7 +23,7 @@ struct NumberedJob {
 absl::StatusOr<int64_t> NumberOf(SqliteConnection& c, const JobId& job);  // kNotFound
 absl::StatusOr<NumberedJob> Get(SqliteConnection& c, const JobId& job);   // kNotFound
 absl::StatusOr<v1::JobSpec> GetSpec(SqliteConnection& c, const JobId& job);
-absl::StatusOr<JobId> Resolve(SqliteConnection& c, absl::string_view prefix);
+absl::StatusOr<JobId> Resolve(SqliteConnection& c, absl::string_view prefix, absl::string_view owner);
 absl::StatusOr<JobPage> List(SqliteConnection& c, const JobFilter& filter);
 absl::StatusOr<std::vector<JobRow>> ListLive(SqliteConnection& c, absl::string_view site, int64_t after_version);
 int64_t CountLive(SqliteConnection& c, absl::string_view owner);

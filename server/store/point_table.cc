@@ -18,6 +18,8 @@ namespace {
 
 constexpr size_t kMaxCached = 200'000;  // entries of the writer's cache; beyond it starts anew
 
+constexpr int64_t kBlockOverhead = 8;   // points that take about as many bytes as the name of a series
+
 constexpr char kFindSeries[] = "SELECT id FROM series WHERE job = ? AND name = ?";
 constexpr char kCountSeries[] = "SELECT count(*) FROM series WHERE job = ?";
 constexpr char kInsertSeries[] = "INSERT INTO series (job, name) VALUES (?, ?)";
@@ -191,6 +193,7 @@ absl::StatusOr<PointsPage> ListPoints(SqliteConnection& c, int64_t job, int64_t 
       v1::PointBlock& block = page.blocks.emplace_back();
       block.set_series(it->second.name);
       block.set_attempt(attempt);
+      points += kBlockOverhead;
     }
     steps.clear();
     times.clear();
@@ -229,17 +232,11 @@ absl::StatusOr<std::vector<v1::SeriesBuckets>> QuerySeries(SqliteConnection& c, 
       r.times.Add(q.Int(4), q.Int(5));
     }
   }
-  int64_t total = 0;
+  const auto share = static_cast<int64_t>(kMaxBucketsPerAnswer / std::max<size_t>(1, reductions.size()));
   for (Reduction& r : reductions) {
     r.by_time = r.steps.min == r.steps.max;
-    total += std::min<int64_t>(buckets, r.points);
+    r.buckets.resize(static_cast<size_t>(std::min({int64_t{buckets}, std::max<int64_t>(1, share), r.points})));
   }
-  if (total > kMaxBucketsPerQuery) {
-    return absl::InvalidArgumentError(absl::StrCat(reductions.size(), " series with ", buckets,
-                                                   " buckets each are more than one answer can hold (",
-                                                   kMaxBucketsPerQuery, "); name fewer series, or fewer buckets"));
-  }
-  for (Reduction& r : reductions) r.buckets.resize(static_cast<size_t>(std::min<int64_t>(buckets, r.points)));
 
   std::vector<int64_t> steps, times;
   std::vector<double> values;

@@ -18,7 +18,7 @@ namespace itwin::server {
 inline constexpr int kMaxSeriesPerJob = 10'000;      // points of further series are refused and counted
 inline constexpr size_t kMaxSeriesNameBytes = 200;
 inline constexpr size_t kMaxSegmentPoints = 4096;    // so that summaries help plots of long series
-inline constexpr int64_t kMaxBucketsPerQuery = 2'000'000;  // of all series together
+inline constexpr int64_t kMaxBucketsPerAnswer = 50'000;    // of all series together; each gets fewer then
 
 // What the writer remembers between commits, to save look-ups. Belongs to the writer's thread; must be cleared when
 // anything is taken back.

@@ -82,7 +82,7 @@ absl::Status SqliteDatabase::Prepare() {
   // SQLite would allow a second process; two dispatchers over one database would not be right.
   const std::string lock_path = options_.path + ".lock";
   ITWIN_ASSIGN_OR_RETURN(lock_, OpenFile(lock_path, O_RDWR | O_CREAT, 0600));
-  if (flock(lock_.get(), LOCK_EX | LOCK_NB) != 0) {
+  if (options_.exclusive && flock(lock_.get(), LOCK_EX | LOCK_NB) != 0) {
     if (errno != EWOULDBLOCK) return ErrnoStatus(errno, lock_path);
     return absl::FailedPreconditionError(
         absl::StrCat(options_.path, " is in use by another itwin-gateway; stop that one first"));

@@ -24,6 +24,7 @@ class SqliteDatabase {
     int readers = 4;
     int max_waiting_writes = 4096;
     int64_t max_bytes = 0;  // 0: no limit
+    bool exclusive = true;
     std::function<void()> on_rollback;  // see CommitQueue::Hooks
   };
   // As SqliteJobStore::Open.

@@ -79,9 +79,10 @@ absl::StatusOr<std::unique_ptr<SqliteJobStore>> SqliteJobStore::Open(const Optio
   database.readers = options.readers;
   database.max_waiting_writes = options.max_waiting_writes;
   database.max_bytes = options.max_database_bytes;
+  database.exclusive = options.exclusive;
   database.on_rollback = [caches = store->caches_.get()] { caches->points.Clear(); };
   ITWIN_ASSIGN_OR_RETURN(store->database_, SqliteDatabase::Open(database));
-  ITWIN_RETURN_IF_ERROR(Annotate(store->Verify(/*all=*/false), options.path));
+  if (options.exclusive) ITWIN_RETURN_IF_ERROR(Annotate(store->Verify(/*all=*/false), options.path));
   return store;
 }
 
@@ -217,8 +218,8 @@ absl::StatusOr<v1::JobSpec> SqliteJobStore::GetSpec(const JobId& job) {
   return Read<v1::JobSpec>([&](SqliteConnection& c) { return job_table::GetSpec(c, job); });
 }
 
-absl::StatusOr<JobId> SqliteJobStore::ResolveJob(absl::string_view prefix) {
-  return Read<JobId>([&](SqliteConnection& c) { return job_table::Resolve(c, prefix); });
+absl::StatusOr<JobId> SqliteJobStore::ResolveJob(absl::string_view prefix, absl::string_view owner) {
+  return Read<JobId>([&](SqliteConnection& c) { return job_table::Resolve(c, prefix, owner); });
 }
 
 absl::StatusOr<JobPage> SqliteJobStore::ListJobs(const JobFilter& filter) {

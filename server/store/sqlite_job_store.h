@@ -25,6 +25,8 @@ class SqliteJobStore final : public JobStore, public TokenStore {
     int readers = 4;                // read connections
     int max_waiting_writes = 4096;  // beyond it: kResourceExhausted
     int64_t max_database_bytes = 0;  // 0: as the disk allows
+    // One gateway at a time. False is for short administrative commands beside a running one, such as adding a token.
+    bool exclusive = true;
   };
   struct Statistics {
     int64_t writes = 0;   // asked for
@@ -54,7 +56,7 @@ class SqliteJobStore final : public JobStore, public TokenStore {
 
   absl::StatusOr<JobRow> GetJob(const JobId& job) override;
   absl::StatusOr<v1::JobSpec> GetSpec(const JobId& job) override;
-  absl::StatusOr<JobId> ResolveJob(absl::string_view prefix) override;
+  absl::StatusOr<JobId> ResolveJob(absl::string_view prefix, absl::string_view owner = "") override;
   absl::StatusOr<JobPage> ListJobs(const JobFilter& filter) override;
   absl::StatusOr<std::vector<JobRow>> ListLive(absl::string_view site = "", int64_t after_version = 0) override;
   absl::StatusOr<int64_t> CountLive(absl::string_view owner = "") override;
