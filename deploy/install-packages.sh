@@ -2,6 +2,8 @@
 # Installs the Debian packages that a purpose needs, and only those that are missing.
 #   deploy/install-packages.sh build            what compiling needs (quickstart, test)
 #   deploy/install-packages.sh build test       also what the test suites need
+#   deploy/install-packages.sh cluster          SLURM, munge, sshd, MariaDB for deploy/testcluster; no service of
+#                                               theirs is started, and none is enabled at boot
 # Runs apt-get only when something is missing; uses sudo when not root.
 set -euo pipefail
 
@@ -19,13 +21,20 @@ test_packages=(
   python3-wheel jupyter-nbconvert jupyter-client zip curl openssl clang libclang-rt-14-dev
   strace procps util-linux
 )
+# mariadb-server-core is the program without the system service, its user or its data.
+cluster_packages=(
+  slurm-wlm slurm-client slurmdbd slurm-wlm-mysql-plugin munge openssh-server openssh-client
+  mariadb-server-core mariadb-client-core openmpi-bin libopenmpi-dev gcc libc6-dev
+  iproute2 util-linux python3 python3-pytest
+)
 
 wanted=()
 for purpose in "${@:-build}"; do
   case "$purpose" in
     build) wanted+=("${build_packages[@]}") ;;
     test) wanted+=("${test_packages[@]}") ;;
-    *) echo "install-packages.sh: unknown purpose '$purpose'; known: build, test" >&2; exit 2 ;;
+    cluster) wanted+=("${cluster_packages[@]}") ;;
+    *) echo "install-packages.sh: unknown purpose '$purpose'; known: build, test, cluster" >&2; exit 2 ;;
   esac
 done
 
@@ -53,5 +62,27 @@ if ((EUID != 0)); then
 fi
 echo "packages: installing ${#missing[@]} missing of ${#wanted[@]}: ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
+
+# Packages of the cluster bring services (sshd, munged, slurmd ...) that this machine has not asked for: nothing may
+# start now, and what was not enabled before is not started by the next boot either.
+services=(ssh munge slurmctld slurmd slurmdbd)
+policy=/usr/sbin/policy-rc.d
+guarded=() unwanted=()
+restore_policy() { ((${#guarded[@]} == 0)) || "${as_root[@]}" rm -f "${guarded[@]}"; }
+if [[ " $* " == *" cluster "* ]]; then
+  if [[ ! -e $policy ]]; then
+    trap restore_policy EXIT
+    guarded=("$policy")
+    printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee "$policy" >/dev/null
+    "${as_root[@]}" chmod 755 "$policy"
+  fi
+  if [[ -d /run/systemd/system ]]; then
+    for service in "${services[@]}"; do
+      systemctl is-enabled --quiet "$service" 2>/dev/null || unwanted+=("$service")
+    done
+  fi
+fi
+
 "${as_root[@]}" apt-get update -q
 "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
+if ((${#unwanted[@]})); then "${as_root[@]}" systemctl disable --quiet "${unwanted[@]}" 2>/dev/null || true; fi
