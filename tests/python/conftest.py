@@ -2,9 +2,6 @@
 
 import os
 import pathlib
-import re
-import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -80,7 +77,8 @@ class RealGateway:
         if endpoint_file.exists():
             endpoint_file.unlink()
         with open(self._log_path, "ab") as log:
-            self._process = subprocess.Popen([self._program, "serve", "--data", self.data, "--listen", listen],
+            self._process = subprocess.Popen([self._program, "serve", "--data", self.data, "--listen", listen,
+                                              "--slots", "4"],
                                              stdout=log, stderr=log, start_new_session=True)
 
         def ready():
@@ -102,6 +100,9 @@ class RealGateway:
             except subprocess.TimeoutExpired:
                 self.kill()
                 raise
+        # The agent outlives its gateway by design.
+        subprocess.run([self._program.with_name("itwin-agent"), "stop", "--root", self.data / "sites" / "local"],
+                       capture_output=True, timeout=60)
 
     def log(self):
         return self._log_path.read_text(errors="replace")[-4000:]
@@ -111,13 +112,22 @@ class RealGateway:
         found = [path.parent for path in self.data.rglob("metrics.jsonl") if path.parent.parent.name == job_id]
         return sorted(found, key=lambda path: int(path.name))
 
+    def client_files(self):
+        """Paths of the CA and the token that init made for its first user."""
+        client = self.data / "client"
+        values = dict(line.split(": ", 1) for line in (client / "config.yaml").read_text().splitlines() if ": " in line)
+        return {key: client / values[key].strip().strip("'\"") for key in ("ca_file", "token_file")}
+
     def write_config(self, path):
-        """A client configuration file for this gateway."""
-        token = next(iter(sorted(self.data.rglob("*token*"))), None)
-        ca = next(iter(sorted(self.data.rglob("ca.pem")) + sorted(self.data.rglob("ca.crt"))), None)
-        assert token and ca, f"init left no token or CA in {sorted(str(p) for p in self.data.rglob('*'))}"
-        path.write_text(f"endpoint: {self.endpoint}\nca_file: {ca}\ntoken_file: {token}\n")
+        """A client configuration file for this gateway, wherever it listens now."""
+        path.write_text(f"endpoint: {self.endpoint}\n" +
+                        "".join(f"{key}: {value}\n" for key, value in self.client_files().items()))
         return path
+
+    def connect(self):
+        """A connected itwin.Gateway."""
+        files = self.client_files()
+        return itwin.connect(self.endpoint, token=files["token_file"], ca=files["ca_file"])
 
 
 @pytest.fixture(scope="session")
