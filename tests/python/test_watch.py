@@ -11,6 +11,13 @@ from itwin.errors import JobFailedError, NotFoundError, UnavailableError, WaitTi
 from conftest import wait_until
 
 
+class RecordingView(notebook.DisplayView):
+    """Shows nothing; what it would show is in _html."""
+
+    def show(self):
+        pass
+
+
 def expected(job):
     return [(series, step, value) for series, _, step, _, value in job.points]
 
@@ -165,27 +172,43 @@ def test_outside_a_notebook_watch_is_text(fake, gw, capsys):
     assert "SUCCEEDED" in capsys.readouterr().out
 
 
-def test_notebook_view_follows_in_the_background(fake, gw):
+@pytest.mark.parametrize("face", [notebook.WidgetView, RecordingView])
+def test_notebook_view_follows_in_the_background(fake, gw, face, monkeypatch):
+    monkeypatch.setattr(notebook, "REDRAW_SECONDS", 0.01)
     job = fake.add_job(name="<b>wind</b>")
     fake.move(job, "RUNNING", progress={"step": 5, "steps": 10})
     fake.emit(job, *(("train/loss", i, 1.0 / (i + 1)) for i in range(20)))
-    view = notebook.JobView(gw.job(job.message.id))  # returns at once: the kernel stays free
-    wait_until(lambda: view._bar.value == 0.5 and len(view._curves.get("train/loss", notebook.Curve()).steps) == 20,
-               what="progress and curve")
+    view = face(gw.job(job.message.id))
+    monkeypatch.setattr(view, "show", lambda: None)
+    view.start()  # returns at once: the kernel stays free
+
+    def looks():
+        if face is RecordingView:
+            return view._html
+        return view._title.value + view._text.value
+    wait_until(lambda: "step 5/10" in looks() and "train/loss 0.05" in looks() and view._picture, what="progress and curve")
     fake.stop()
-    wait_until(lambda: "is away" in view._text.value, what="the outage")
+    wait_until(lambda: "is away" in looks(), what="the outage")
     fake.start()
+    wait_until(lambda: "is away" not in looks(), what="the return")
     fake.move(job, "SUCCEEDED", summary={"test/rmse": 0.25})
-    assert view.wait(30)
-    assert view._bar.value == 1.0 and view._bar.bar_style == "success"
-    assert "SUCCEEDED" in view._title.value and "&lt;b&gt;wind" in view._title.value and "<b>wind" not in view._title.value
-    assert "test/rmse 0.25" in view._text.value and view._picture.value.startswith(b"\x89PNG")
+    assert view.wait(30) and view.job.state == "SUCCEEDED"
+    assert "SUCCEEDED" in looks() and "&lt;b&gt;wind" in looks() and "<b>wind" not in looks() and "test/rmse 0.25" in looks()
+    if face is RecordingView:
+        assert "data:image/png;base64,iVBOR" in looks() and "width:100.0%" in looks()
+    else:
+        assert view._bar.value == 1.0 and view._bar.bar_style == "success" and view._image.value.startswith(b"\x89PNG")
 
 
-def test_notebook_view_can_be_stopped(fake, gw):
-    view = notebook.JobView(gw.job(fake.add_job().message.id))
+def test_notebook_view_can_be_stopped_and_tells_a_final_error(fake, gw, monkeypatch):
+    view = RecordingView(gw.job(fake.add_job().message.id))
+    view.start()
     view.stop()
     assert view.wait(30)
+    lost = RecordingView(gw.job("7f3c"))
+    fake.jobs.clear()
+    lost.start()
+    assert lost.wait(30) and "no job" in lost._html
 
 
 def test_curve_is_bounded_and_keeps_the_newest_point():

@@ -98,8 +98,8 @@ class Job:
         return self
 
     def watch(self, points=True):
-        """In a notebook: returns a live view and leaves the kernel free. Elsewhere: prints lines until the job has ended (an
-        interrupt stops the watching, not the job) and returns self."""
+        """In a notebook: shows a live view, leaves the kernel free and returns the view. Elsewhere: prints lines until the job has
+        ended (an interrupt stops the watching, not the job) and returns self."""
         from itwin import watch
         return watch.watch(self, points)
 

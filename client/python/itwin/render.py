@@ -76,11 +76,13 @@ def summary_text(job):
     return " · ".join(f"{name} {number(value)}" for name, value in sorted(job.summary.items()))
 
 
+def color(job):
+    return COLORS.get(states.name(job.state), WAITING_COLOR)
+
+
 def badge(job):
-    name = states.name(job.state)
-    color = COLORS.get(name, WAITING_COLOR)
-    return (f'<span style="background:{color};color:white;border-radius:4px;padding:1px 8px;'
-            f'font-family:monospace">{html.escape(name)}</span>')
+    return (f'<span style="background:{color(job)};color:white;border-radius:4px;padding:1px 8px;'
+            f'font-family:monospace">{html.escape(states.name(job.state))}</span>')
 
 
 def job_html_head(job):

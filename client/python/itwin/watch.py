@@ -4,7 +4,6 @@ import sys
 import time
 
 from itwin import render, states
-from itwin.errors import MissingPackageError
 from itwin.updates import UpdateStream
 
 LINE_SECONDS = 2.0  # at most one progress line in this time
@@ -13,11 +12,8 @@ LINE_SECONDS = 2.0  # at most one progress line in this time
 def watch(job, points=True):
     """See Job.watch()."""
     if in_notebook():
-        try:
-            from itwin import notebook
-            return notebook.JobView(job, points)
-        except (ImportError, MissingPackageError) as error:
-            print(f"(text only: {error})")
+        from itwin import notebook
+        return notebook.view(job, points)
     return print_lines(job, points)
 
 
