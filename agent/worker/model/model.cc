@@ -10,9 +10,10 @@
 namespace itwin::worker {
 namespace {
 
-// One sample through the model, so that what does not fit is told at once and as the user's matter.
-void TryOneSample(Model* model, const Dataset& dataset) {
-  const Batch batch = dataset.Gather(Split::kTrain, {0});
+// Two samples through the model, so that what does not fit is told at once and as the user's matter. Two: with one, a
+// sum over the batch cannot be told from a value per sample.
+void TrySamples(Model* model, const Dataset& dataset) {
+  const Batch batch = dataset.Gather(Split::kTrain, {0, dataset.size(Split::kTrain) - 1});
   model->Train(false);
   try {
     model->EvaluationStep(batch);
@@ -41,7 +42,7 @@ std::unique_ptr<Model> MakeModel(const TrainSpec& spec, const Dataset& dataset,
                                  const std::filesystem::path& work_dir) {
   auto model = spec.model.torchscript.empty() ? MakeBuiltinModel(spec, dataset)
                                               : MakeTorchScriptModel(spec, dataset, work_dir);
-  TryOneSample(model.get(), dataset);
+  TrySamples(model.get(), dataset);
   return model;
 }
 

@@ -60,7 +60,9 @@ std::optional<torch::jit::IValue> ConstantArgument(const torch::jit::Node* node,
   if (schema == nullptr) return std::nullopt;
   const auto index = schema->argumentIndexWithName(name);
   if (!index || static_cast<size_t>(*index) >= node->inputs().size()) return std::nullopt;
-  return torch::jit::toIValue(node->input(static_cast<size_t>(*index)));
+  const auto value = torch::jit::toIValue(node->input(static_cast<size_t>(*index)));
+  if (!value) return std::nullopt;  // said outright: an IValue can be made of LibTorch's own empty optional
+  return *value;
 }
 
 // The first operator whose training flag is a constant where it matters: it would not obey train() and eval().
