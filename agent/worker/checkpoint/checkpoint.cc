@@ -68,6 +68,11 @@ Json ReadManifest(const fs::path& step_directory) {
     throw AppError((step_directory / kManifest).string() + " has format " + manifest["format"].dump() +
                    "; this worker reads format " + std::to_string(kFormat));
   }
+  const Json checksum = manifest.value("manifest_sha256", Json());
+  manifest.erase("manifest_sha256");
+  if (checksum != Sha256Hex(manifest.dump())) {
+    throw AppError((step_directory / kManifest).string() + " does not have its own checksum");
+  }
   return manifest;
 }
 
@@ -182,17 +187,18 @@ fs::path CheckpointStore::Save(const CheckpointContents& contents) {
                        {"sha256", std::string(all[r].sha256, sizeof(all[r].sha256))}});
     }
     const Position& at = contents.position;
-    const Json manifest = {{"format", kFormat},
-                           {"step", at.step},
-                           {"epoch", at.epoch},
-                           {"next_batch", at.next_batch},
-                           {"epoch_loss_sum", ExactText(at.epoch_loss_sum)},
-                           {"epoch_samples", at.epoch_samples},
-                           {"world_size", contents.world_size},
-                           {"seed", contents.seed},
-                           {"spec_sha256", contents.spec_sha256},
-                           {"weights_sha256", contents.weights_sha256},
-                           {"files", files}};
+    Json manifest = {{"format", kFormat},
+                     {"step", at.step},
+                     {"epoch", at.epoch},
+                     {"next_batch", at.next_batch},
+                     {"epoch_loss_sum", ExactText(at.epoch_loss_sum)},
+                     {"epoch_samples", at.epoch_samples},
+                     {"world_size", contents.world_size},
+                     {"seed", contents.seed},
+                     {"spec_sha256", contents.spec_sha256},
+                     {"weights_sha256", contents.weights_sha256},
+                     {"files", files}};
+    manifest["manifest_sha256"] = Sha256Hex(manifest.dump());
     WriteFileDurably(partial / kManifest, manifest.dump(2) + "\n");
     fs::remove_all(final_path, ignored);  // of an earlier attempt in the same place
     fs::rename(partial, final_path, ignored);

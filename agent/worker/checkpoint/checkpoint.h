@@ -3,6 +3,7 @@
 //   optimizer.safetensors   its state, per parameter: "<state>/<parameter>"
 //   rank-<r>.safetensors    of each rank: its random generator and its own buffers
 //   manifest.json           written last: format, position, world size, size and SHA-256 of every file
+//                           and of itself
 // A directory is made as `step-<n>.partial` and renamed when it is whole, so a reader sees all of it or nothing.
 // Tensors are full and unpadded, in the model's parameter order: independent of buckets and world size.
 #pragma once

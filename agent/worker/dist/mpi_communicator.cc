@@ -213,7 +213,7 @@ MpiWorld::MpiWorld() {
   const int tasks = TasksOfLauncher();
   if (tasks > 1 && size() == 1) {
     throw UserError("the launcher started " + std::to_string(tasks) +
-                    " tasks, but MPI sees only one; start with `srun --mpi=pmix` or with mpirun of the "
+                    " tasks, but MPI sees only one; start with SLURM's `--mpi=pmix` or with mpirun of the "
                     "MPI that the worker was built with");
   }
 }

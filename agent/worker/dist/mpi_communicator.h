@@ -15,11 +15,11 @@ namespace itwin::worker {
 // MPI from start to finish. One per process.
 class MpiWorld {
  public:
-  // Whether a launcher (mpirun, srun) started this process as part of a job.
+  // Whether a launcher (mpirun, SLURM) started this process as part of a job.
   static bool Launched();
 
   // Calls MPI_Init_thread. Throws UserError when this MPI lacks MPI_THREAD_MULTIPLE, and when the launcher
-  // started several tasks but MPI sees one (srun without --mpi).
+  // started several tasks but MPI sees one (SLURM without --mpi).
   MpiWorld();
   // Finalizes; every rank must come here. Communicators must be gone.
   ~MpiWorld();

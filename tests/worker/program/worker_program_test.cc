@@ -1,0 +1,226 @@
+// The real program under the real mpirun.
+#include <cstdlib>
+#include <sstream>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include "agent/worker/checkpoint/durable_file.h"
+#include "agent/worker/report/metric_sink.h"
+#include "tests/testing/program.h"
+#include "tests/worker/data/scratch.h"
+
+namespace itwin::worker {
+namespace {
+
+using itwin::testing::PollUntil;
+using itwin::testing::Program;
+using testing::Scratch;
+using ::testing::HasSubstr;
+using Json = nlohmann::json;
+namespace fs = std::filesystem;
+
+class WorkerProgram : public ::testing::Test {
+ protected:
+  // A classification of synthetic data that learns within a second.
+  static Json Job() {
+    return Json::parse(R"({"name": "test", "train": {
+        "model": {"builtin": "mlp", "options": {"hidden": [32, 32], "dropout": 0.1}},
+        "data": {"synthetic": {"samples": "403", "input_shape": ["12"], "classes": "4"},
+                 "split": {"validation_fraction": 0.1, "test_fraction": 0.2}},
+        "loss": "cross_entropy", "optimizer": {"adam": {"lr": 0.003}}, "batch": 16, "epochs": 3, "seed": "5"}})");
+  }
+
+  fs::path Spool(const std::string& name) const { return scratch_ / name; }
+
+  std::unique_ptr<Program> Start(int ranks, const Json& job, const std::string& spool,
+                                 std::map<std::string, std::string> environment = {}) {
+    const fs::path spec = scratch_.Write(spool + ".json", job.dump());
+    std::vector<std::string> argv;
+    if (ranks > 0) argv = {"mpirun", "-n", std::to_string(ranks), "--oversubscribe"};
+    const char* bin = std::getenv("ITWIN_BIN");
+    argv.push_back((bin == nullptr ? std::string("bin") : std::string(bin)) + "/itwin-worker");
+    for (const std::string& a : {std::string("--spec"), spec.string(), std::string("--spool"), Spool(spool).string()}) {
+      argv.push_back(a);
+    }
+    environment.insert({{"OMPI_ALLOW_RUN_AS_ROOT", "1"},
+                        {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"},
+                        {"OMPI_MCA_btl_vader_single_copy_mechanism", "none"}});
+    return std::make_unique<Program>(argv, environment, scratch_ / (spool + ".log"));
+  }
+  int Run(int ranks, const Json& job, const std::string& spool,
+          std::map<std::string, std::string> environment = {}) {
+    const auto program = Start(ranks, job, spool, std::move(environment));
+    const int code = program->Wait();
+    log_ = program->Output();
+    return code;
+  }
+  Json Result(const std::string& spool) const {
+    return Json::parse(ReadWholeFile(Spool(spool) / "result.json"));
+  }
+  std::vector<Json> Lines(const std::string& spool) const {
+    std::vector<Json> lines;
+    std::istringstream in(ReadWholeFile(Spool(spool) / "metrics.jsonl"));
+    for (std::string line; std::getline(in, line);) lines.push_back(Json::parse(line));
+    return lines;
+  }
+  std::vector<std::pair<int64_t, double>> Losses(const std::string& spool) const {
+    std::vector<std::pair<int64_t, double>> losses;
+    for (const Json& line : Lines(spool)) {
+      if (line.contains("metrics") && line["metrics"].contains("train/loss")) {
+        losses.emplace_back(line["step"], line["metrics"]["train/loss"]);
+      }
+    }
+    return losses;
+  }
+  static std::string Hash(const Json& result) { return result["info"]["weights_sha256"]; }
+
+  Scratch scratch_;
+  std::string log_;
+};
+
+TEST_F(WorkerProgram, TrainsAloneAndUnderMpi) {
+  ASSERT_EQ(Run(0, Job(), "alone"), 0) << log_;
+  ASSERT_EQ(Run(2, Job(), "two"), 0) << log_;
+  EXPECT_THAT(log_, HasSubstr("2 rank(s)"));
+  const Json alone = Result("alone"), two = Result("two");
+  EXPECT_EQ(two["outcome"], "succeeded");
+  EXPECT_EQ(two["info"]["ranks"], 2);
+  EXPECT_EQ(two["info"]["strategy"], "ddp");
+  EXPECT_EQ(alone["info"]["strategy"], "single");
+  EXPECT_EQ(two["steps"], 54);
+  EXPECT_GT(two["metrics"]["test/accuracy"].get<double>(), 0.5);
+  for (const Json& output : two["outputs"]) {
+    EXPECT_EQ(fs::file_size(Spool("two") / "outputs" / output["path"].get<std::string>()), output["size"]);
+  }
+  EXPECT_EQ(Losses("two").size(), 54u);
+  EXPECT_TRUE(fs::exists(Spool("two") / "checkpoints" / "step-54" / "manifest.json"));
+}
+
+TEST_F(WorkerProgram, SameSeedSameRanksSameBits) {
+  ASSERT_EQ(Run(2, Job(), "a"), 0);
+  ASSERT_EQ(Run(2, Job(), "b"), 0);
+  EXPECT_EQ(Hash(Result("a")), Hash(Result("b")));
+  EXPECT_EQ(Losses("a"), Losses("b"));
+}
+
+TEST_F(WorkerProgram, StopFileSavesWith85AndTheNextAttemptEqualsTheWholeRun) {
+  Json job = Job();
+  job["train"]["epochs"] = 400;  // long enough for the stop file to be seen
+  job["train"]["validate_every"] = 100;
+  for (int ranks : {1, 2}) {
+    const std::string n = std::to_string(ranks);
+    ASSERT_EQ(Run(ranks, job, "whole" + n), 0) << log_;
+    auto first = Start(ranks, job, "first" + n);
+    ASSERT_TRUE(PollUntil([&] {
+      std::error_code error;
+      return fs::file_size(Spool("first" + n) / "metrics.jsonl", error) > 3000 && !error;
+    }));
+    scratch_.Write("first" + n + "/stop", "");
+    ASSERT_EQ(first->Wait(), 85) << first->Output();
+    const Json saved = Result("first" + n);
+    EXPECT_EQ(saved["outcome"], "saved");
+    EXPECT_THAT(saved["message"].get<std::string>(), HasSubstr("the stop file appeared"));
+    ASSERT_EQ(Run(ranks, job, "second" + n, {{"ITWIN_RESUME", Spool("first" + n) / "checkpoints"}}), 0) << log_;
+    EXPECT_EQ(Hash(Result("whole" + n)), Hash(Result("second" + n)));
+    EXPECT_EQ(Result("whole" + n)["metrics"]["test/loss"], Result("second" + n)["metrics"]["test/loss"]);
+    // Together the attempts have each step's point once, with the whole run's value.
+    auto losses = Losses("first" + n);
+    for (const auto& point : Losses("second" + n)) losses.push_back(point);
+    EXPECT_EQ(losses, Losses("whole" + n));
+  }
+}
+
+TEST_F(WorkerProgram, SignalsAndTheDeadlineSaveToo) {
+  Json job = Job();
+  job["train"]["epochs"] = 100000;
+  auto program = Start(0, job, "signal");
+  ASSERT_TRUE(PollUntil([&] { return fs::exists(Spool("signal") / "metrics.jsonl"); }));
+  program->Signal(SIGUSR1);
+  EXPECT_EQ(program->Wait(), 85) << program->Output();
+  EXPECT_THAT(Result("signal")["message"].get<std::string>(), HasSubstr("SIGUSR1"));
+  EXPECT_EQ(Run(2, job, "deadline", {{"ITWIN_DEADLINE", std::to_string(Now() + 5)}}), 85) << log_;
+  EXPECT_THAT(Result("deadline")["message"].get<std::string>(), HasSubstr("wall-time limit"));
+}
+
+TEST_F(WorkerProgram, FailuresHaveTheirExitCodeAndRecordUnderMpi) {
+  Json user = Job();
+  user["train"]["modle"] = 1;
+  Json diverging = Job();
+  diverging["train"]["optimizer"] = {{"sgd", {{"lr", 1e30}}}};
+  for (int ranks : {0, 3}) {
+    const std::string n = std::to_string(ranks);
+    EXPECT_EQ(Run(ranks, user, "user" + n), 2) << log_;
+    EXPECT_EQ(Result("user" + n)["failure"]["class"], "user");
+    EXPECT_THAT(Result("user" + n)["message"].get<std::string>(), HasSubstr("train.modle"));
+    EXPECT_EQ(Run(ranks, diverging, "nan" + n), 3) << log_;
+    const Json result = Result("nan" + n);
+    EXPECT_EQ(result["outcome"], "failed");
+    EXPECT_EQ(result["failure"]["class"], "app");
+    EXPECT_GT(result["failure"]["step"], 0);
+    EXPECT_THAT(result["message"].get<std::string>(), HasSubstr("not finite at step"));
+    EXPECT_EQ(Run(ranks, Job(), "full" + n, {{"ITWIN_METRICS", "/dev/full"}}), 4) << log_;
+    EXPECT_EQ(Result("full" + n)["failure"]["class"], "resource");
+  }
+}
+
+TEST_F(WorkerProgram, KilledRankEndsTheJob) {
+  Json job = Job();
+  job["train"]["epochs"] = 100000;
+  auto program = Start(2, job, "killed");
+  ASSERT_TRUE(PollUntil([&] {
+    std::error_code error;
+    return fs::file_size(Spool("killed") / "metrics.jsonl", error) > 0 && !error;
+  }));
+  // mpirun's children are the ranks.
+  std::vector<pid_t> ranks;
+  std::istringstream children(ReadWholeFile("/proc/" + std::to_string(program->pid()) + "/task/" +
+                                            std::to_string(program->pid()) + "/children"));
+  for (pid_t pid; children >> pid;) ranks.push_back(pid);
+  ASSERT_EQ(ranks.size(), 2u);
+  kill(ranks[1], SIGKILL);
+  const int code = program->Wait(std::chrono::seconds(30));
+  EXPECT_NE(code, 0);
+  EXPECT_NE(code, -1) << "the other rank went on";
+  EXPECT_FALSE(fs::exists(Spool("killed") / "result.json"));
+  EXPECT_TRUE(PollUntil([&] { return kill(ranks[0], 0) != 0; }));
+}
+
+TEST_F(WorkerProgram, DamagedCheckpointFallsBackToTheOneBefore) {
+  Json job = Job();
+  job["train"]["checkpoint"] = {{"every_epochs", 1}, {"keep", 3}};
+  ASSERT_EQ(Run(2, job, "whole"), 0) << log_;
+  fs::resize_file(Spool("whole") / "checkpoints/step-54/optimizer.safetensors", 100);
+  ASSERT_EQ(Run(2, job, "again", {{"ITWIN_RESUME", Spool("whole") / "checkpoints"}}), 0) << log_;
+  EXPECT_THAT(log_, HasSubstr("trying the checkpoint before it"));
+  EXPECT_THAT(log_, HasSubstr("going on from step 36"));
+  EXPECT_EQ(Hash(Result("whole")), Hash(Result("again")));
+  for (const auto& step : fs::directory_iterator(Spool("whole") / "checkpoints")) {
+    fs::remove(step.path() / "manifest.json");
+  }
+  EXPECT_EQ(Run(2, job, "none", {{"ITWIN_RESUME", Spool("whole") / "checkpoints"}}), 3) << log_;
+  EXPECT_EQ(Run(2, job, "nowhere", {{"ITWIN_RESUME", Spool("nothing")}}), 2) << log_;
+}
+
+TEST_F(WorkerProgram, SelfTestAndVersion) {
+  const char* bin = std::getenv("ITWIN_BIN");
+  const std::string worker = (bin == nullptr ? std::string("bin") : std::string(bin)) + "/itwin-worker";
+  const std::map<std::string, std::string> environment = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"},
+                                                          {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}};
+  for (const char* ranks : {"1", "3"}) {
+    Program program({"mpirun", "-n", ranks, "--oversubscribe", worker, "--self-test"}, environment,
+                    scratch_ / "self");
+    EXPECT_EQ(program.Wait(), 0) << program.Output();
+    EXPECT_THAT(program.Output(), HasSubstr(std::string("ranks ") + ranks));
+  }
+  Program version({worker, "--version"}, environment, scratch_ / "version");
+  EXPECT_EQ(version.Wait(), 0);
+  EXPECT_THAT(version.Output(), HasSubstr("itwin-worker "));
+  Program wrong({worker, "--sepc", "x"}, environment, scratch_ / "wrong");
+  EXPECT_EQ(wrong.Wait(), 2);
+  EXPECT_THAT(wrong.Output(), HasSubstr("unknown option --sepc"));
+}
+
+}  // namespace
+}  // namespace itwin::worker

@@ -1,0 +1,120 @@
+#include "agent/worker/spec/train_spec.h"
+
+#include <fstream>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "tests/worker/data/scratch.h"
+
+namespace itwin::worker {
+namespace {
+
+using ::itwin::worker::testing::Scratch;
+using ::itwin::worker::testing::UserErrorOf;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using Json = nlohmann::json;
+
+Json SmallJob() {
+  return Json::parse(R"({"name": "n", "train": {"model": {"builtin": "mlp"},
+      "data": {"synthetic": {"samples": "10", "input_shape": ["2"]}}}})");
+}
+// The small job with `text` merged into its train part.
+Json WithTrain(const std::string& text) {
+  Json job = SmallJob();
+  job["train"].merge_patch(Json::parse(text));
+  return job;
+}
+std::string ErrorOf(const Json& job) {
+  return UserErrorOf([&] { ParseSpec(job); });
+}
+
+TEST(TrainSpec, FillsEveryDefault) {
+  const TrainSpec spec = ParseSpec(SmallJob());
+  EXPECT_EQ(spec.name, "n");
+  EXPECT_EQ(spec.batch, 32);
+  EXPECT_EQ(spec.epochs, 1);
+  EXPECT_EQ(spec.validate_every, 1);
+  EXPECT_EQ(spec.checkpoint.keep, 2);
+  EXPECT_TRUE(spec.stop_on_nan);
+  EXPECT_TRUE(spec.ddp.overlap);
+  EXPECT_EQ(spec.ddp.bucket_mb, 25);
+  EXPECT_EQ(spec.ddp.first_bucket_mb, 1);
+  EXPECT_EQ(std::get<Adam>(spec.optimizer).lr, 1e-3);
+  EXPECT_EQ(spec.resources.ranks_per_node, 1);
+}
+
+TEST(TrainSpec, ReadsProtobufJson) {
+  const TrainSpec spec = ParseSpec(WithTrain(R"({
+      "optimizer": {"adamw": {"lr": 0.01}}, "batch": 12, "steps": "400", "seed": "18446744073709551615",
+      "stop_on_nan": false, "ddp": {"overlap": false}, "loss": "mse", "metrics": ["rmse"],
+      "checkpoint": {"every_epochs": 3, "keep": 5}, "clip_norm": 1.5})"));
+  EXPECT_EQ(std::get<AdamW>(spec.optimizer).lr, 0.01);
+  EXPECT_EQ(std::get<AdamW>(spec.optimizer).weight_decay, 1e-2);
+  EXPECT_EQ(spec.steps, 400);
+  EXPECT_EQ(spec.seed, 18446744073709551615ull);
+  EXPECT_FALSE(spec.stop_on_nan);
+  EXPECT_FALSE(spec.ddp.overlap);
+  EXPECT_THAT(spec.metrics, ElementsAre("rmse"));
+  EXPECT_EQ(spec.checkpoint.every_epochs, 3);
+  EXPECT_EQ(spec.clip_norm, 1.5);
+
+  Json job = SmallJob();
+  job["resources"] = Json::parse(R"({"nodes": 2, "ranks_per_node": 4, "time": "1800s"})");
+  EXPECT_EQ(ParseSpec(job).resources.time_seconds, 1800);
+}
+
+TEST(TrainSpec, ReadsDataAndTransforms) {
+  Json job = SmallJob();
+  job["train"]["data"] = Json::parse(R"({"netcdf": "winds.cdf", "variables": ["UWND", "VWND"],
+      "split": {"train": "0..108", "test": "108..132"},
+      "transforms": [{"crop": {"sizes": ["72", "144"]}}, {"fill_missing": {}}, {"standardize": {}},
+                     {"coarsen": {"factor": 4, "baselines": ["bilinear", "bicubic"]}}]})");
+  const DataSpec data = ParseSpec(job).data;
+  EXPECT_EQ(std::get<NetcdfFile>(data.source).path, "winds.cdf");
+  EXPECT_EQ(data.split.train->last, 108);
+  EXPECT_EQ(data.split.test->first, 108);
+  EXPECT_FALSE(data.split.validation);
+  ASSERT_EQ(data.transforms.size(), 4u);
+  EXPECT_THAT(std::get<Crop>(data.transforms[0]).sizes, ElementsAre(72, 144));
+  EXPECT_EQ(std::get<Coarsen>(data.transforms[3]).factor, 4);
+}
+
+TEST(TrainSpec, NamesTheBadField) {
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"epoch": 3})")), HasSubstr("train.epoch is not a known field"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"adam": {"lr": "fast"}}})")),
+              HasSubstr("train.optimizer.adam.lr is the string \"fast\"; it must be a number"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"adam": {"lr": 0}}})")), HasSubstr("train.optimizer.adam.lr"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"adam": {}, "sgd": {}}})")), HasSubstr("both"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"batch": -1})")), HasSubstr("train.batch is -1"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"batch": 1.5})")), HasSubstr("an integer"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"strategy": "zero3"})")), HasSubstr("known: single, ddp"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"model": null})")), HasSubstr("train.model is missing"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"data": {"split": {"train": "5..2"}}})")), HasSubstr("train.data.split.train"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"data": {"split": {"train": "0-5"}}})")), HasSubstr("0..108"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"data": {"transforms": [{"coarsen": {"factor": 1}}]}})")),
+              HasSubstr("train.data.transforms[0].coarsen.factor"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"sgd": {"nesterov": true}}})")), HasSubstr("momentum"));
+  EXPECT_THAT(ErrorOf(Json::parse(R"({"name": "x"})")), HasSubstr("train is missing"));
+  EXPECT_THAT(ErrorOf(Json::parse("[]")), HasSubstr("must be an object"));
+  Json job = SmallJob();
+  job["resources"] = Json::parse(R"({"time": "1h"})");
+  EXPECT_THAT(ErrorOf(job), HasSubstr("resources.time"));
+}
+
+TEST(ResolveFile, StaysInsideTheWorkingDirectoryAndReadsSiteFilesInPlace) {
+  const Scratch work, site;
+  work.Write("a.bin", "");
+  site.Write("b.bin", "");
+  EXPECT_EQ(ResolveFile("a.bin", work.path(), "f"), work / "a.bin");
+  EXPECT_EQ(ResolveFile("site:" + (site / "b.bin").string(), work.path(), "f"), site / "b.bin");
+  EXPECT_THAT(UserErrorOf([&] { ResolveFile("../a.bin", work.path(), "train.data.npz"); }),
+              HasSubstr("train.data.npz"));
+  EXPECT_THAT(UserErrorOf([&] { ResolveFile("none", work.path(), "train.data.npz"); }),
+              HasSubstr("there is no file \"none\""));
+  EXPECT_THAT(UserErrorOf([&] { ResolveFile("site:b", work.path(), "f"); }), HasSubstr("absolute"));
+}
+
+}  // namespace
+}  // namespace itwin::worker

@@ -1,0 +1,197 @@
+#include "agent/worker/training/optimizer.h"
+
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include <gtest/gtest.h>
+#include <torch/optim.h>
+#include <torch/utils.h>
+
+#include "agent/worker/error.h"
+#include "agent/worker/training/optimizer_kernels.h"
+
+namespace itwin::worker {
+namespace {
+
+constexpr int kSteps = 25;
+
+using TorchOptimizer = std::function<std::unique_ptr<torch::optim::Optimizer>(std::vector<at::Tensor>)>;
+
+std::vector<at::Tensor> MakeParameters(at::ScalarType type) {
+  torch::manual_seed(5);
+  std::vector<at::Tensor> parameters;
+  for (const std::vector<int64_t>& shape : {std::vector<int64_t>{33, 7}, {1}, {129}, {4, 3, 3, 3}}) {
+    parameters.push_back(torch::randn(shape, torch::dtype(type)).requires_grad_());
+  }
+  return parameters;
+}
+
+std::vector<std::pair<std::string, at::Tensor>> Named(const std::vector<at::Tensor>& parameters) {
+  std::vector<std::pair<std::string, at::Tensor>> named;
+  for (size_t i = 0; i < parameters.size(); ++i) named.emplace_back("p" + std::to_string(i), parameters[i]);
+  return named;
+}
+
+// A gradient that depends on the step and the parameter.
+at::Tensor GradientFor(const at::Tensor& p, int step) {
+  return (p.detach() * (0.1 * (step % 5)) + std::sin(step)).contiguous();
+}
+
+// Largest difference between ours and LibTorch's after some steps, relative to the movement.
+double Compare(const OptimizerSpec& spec, const TorchOptimizer& make_torch, at::ScalarType type,
+               int64_t bucket_bytes) {
+  std::vector<at::Tensor> ours = MakeParameters(type), theirs = MakeParameters(type);
+  FlatParameters flat(Named(ours), bucket_bytes, bucket_bytes);
+  Optimizer optimizer(spec, flat);
+  const auto reference = make_torch(theirs);
+  for (int step = 0; step < kSteps; ++step) {
+    for (size_t i = 0; i < ours.size(); ++i) {
+      ours[i].mutable_grad().copy_(GradientFor(theirs[i], step));
+      theirs[i].mutable_grad() = GradientFor(theirs[i], step);
+    }
+    optimizer.BeginStep();
+    for (size_t b = 0; b < flat.buckets().size(); ++b) optimizer.StepBucket(b, 1.0);
+    reference->step();
+    for (const at::Tensor& p : ours) EXPECT_EQ(p.grad().abs().sum().item<double>(), 0) << "gradient not cleared";
+  }
+  const std::vector<at::Tensor> start = MakeParameters(type);
+  double worst = 0;
+  for (size_t i = 0; i < ours.size(); ++i) {
+    EXPECT_GT((ours[i].detach() - start[i]).abs().max().item<double>(), 1e-4);
+    worst = std::max(worst, (ours[i].detach() - theirs[i].detach()).abs().max().item<double>());
+  }
+  return worst;
+}
+
+void ExpectEqualToTorch(const OptimizerSpec& spec, const TorchOptimizer& make_torch) {
+  for (int64_t bucket_bytes : {1, 1000, 1 << 20}) {
+    EXPECT_LT(Compare(spec, make_torch, at::kFloat, bucket_bytes), 2e-6);
+    EXPECT_LT(Compare(spec, make_torch, at::kDouble, bucket_bytes), 1e-14);
+  }
+}
+
+template <typename O, typename Options>
+TorchOptimizer Torch(const Options& options) {
+  return [=](std::vector<at::Tensor> p) { return std::make_unique<O>(p, options); };
+}
+
+TEST(Optimizer, SgdEqualsTorch) {
+  using torch::optim::SGD;
+  using torch::optim::SGDOptions;
+  ExpectEqualToTorch(Sgd{.lr = 0.02}, Torch<SGD>(SGDOptions(0.02)));
+  ExpectEqualToTorch(Sgd{.lr = 0.02, .momentum = 0.9, .weight_decay = 0.01, .dampening = 0.3},
+                     Torch<SGD>(SGDOptions(0.02).momentum(0.9).weight_decay(0.01).dampening(0.3)));
+  ExpectEqualToTorch(Sgd{.lr = 0.02, .momentum = 0.8, .nesterov = true},
+                     Torch<SGD>(SGDOptions(0.02).momentum(0.8).nesterov(true)));
+}
+
+TEST(Optimizer, AdamAndAdamWEqualTorch) {
+  using namespace torch::optim;  // NOLINT: names as in LibTorch
+  ExpectEqualToTorch(itwin::worker::Adam{}, Torch<torch::optim::Adam>(AdamOptions()));
+  ExpectEqualToTorch(
+      itwin::worker::Adam{.lr = 0.01, .beta1 = 0.8, .beta2 = 0.95, .eps = 1e-6, .weight_decay = 0.1},
+      Torch<torch::optim::Adam>(AdamOptions(0.01).betas({0.8, 0.95}).eps(1e-6).weight_decay(0.1)));
+  ExpectEqualToTorch(itwin::worker::AdamW{}, Torch<torch::optim::AdamW>(AdamWOptions()));
+  ExpectEqualToTorch(itwin::worker::AdamW{.lr = 0.02, .weight_decay = 0.2},
+                     Torch<torch::optim::AdamW>(AdamWOptions(0.02).weight_decay(0.2)));
+}
+
+TEST(Optimizer, RmsPropEqualsTorch) {
+  using torch::optim::RMSprop;
+  using torch::optim::RMSpropOptions;
+  ExpectEqualToTorch(RmsProp{}, Torch<RMSprop>(RMSpropOptions()));
+  ExpectEqualToTorch(RmsProp{.lr = 0.003, .alpha = 0.9, .weight_decay = 0.05, .momentum = 0.7},
+                     Torch<RMSprop>(RMSpropOptions(0.003).alpha(0.9).weight_decay(0.05).momentum(0.7)));
+}
+
+TEST(Optimizer, StateMovesToOtherBuckets) {
+  std::vector<at::Tensor> a = MakeParameters(at::kFloat), b = MakeParameters(at::kFloat);
+  FlatParameters small(Named(a), 1, 1), large(Named(b), 1 << 20, 1 << 20);
+  EXPECT_GT(small.buckets().size(), large.buckets().size());
+  const OptimizerSpec spec = AdamW{.lr = 0.01};
+  Optimizer first(spec, small), second(spec, large);
+  const auto step = [](Optimizer& o, FlatParameters& flat, std::vector<at::Tensor>& p, int n) {
+    for (at::Tensor& t : p) t.mutable_grad().copy_(GradientFor(t, n));
+    o.BeginStep();
+    for (size_t i = 0; i < flat.buckets().size(); ++i) o.StepBucket(i, 1.0);
+  };
+  for (int n = 0; n < 5; ++n) step(first, small, a, n);
+  second.LoadState(first.State());
+  for (size_t i = 0; i < a.size(); ++i) b[i].detach().copy_(a[i]);
+  for (int n = 5; n < 9; ++n) {
+    step(first, small, a, n);
+    step(second, large, b, n);
+  }
+  for (size_t i = 0; i < a.size(); ++i) EXPECT_TRUE(a[i].equal(b[i]));
+
+  Optimizer other(Sgd{.momentum = 0.9}, large);
+  EXPECT_THROW(other.LoadState(first.State()), WorkerError);
+}
+
+TEST(Optimizer, GradientScaleComesFirst) {
+  std::vector<at::Tensor> a = MakeParameters(at::kDouble), b = MakeParameters(at::kDouble);
+  FlatParameters flat_a(Named(a), 1, 1), flat_b(Named(b), 1, 1);
+  Optimizer scaled(Sgd{.lr = 0.1, .momentum = 0.9, .weight_decay = 0.1}, flat_a);
+  Optimizer plain(Sgd{.lr = 0.1, .momentum = 0.9, .weight_decay = 0.1}, flat_b);
+  for (size_t i = 0; i < a.size(); ++i) {
+    a[i].mutable_grad().fill_(4.0);
+    b[i].mutable_grad().fill_(1.0);
+  }
+  double elements = 0;
+  for (const at::Tensor& p : a) elements += static_cast<double>(p.numel());
+  EXPECT_NEAR(GradientNorm(flat_a), 4 * std::sqrt(elements), 1e-9);
+  scaled.BeginStep();
+  plain.BeginStep();
+  for (size_t i = 0; i < flat_a.buckets().size(); ++i) scaled.StepBucket(i, 0.25);
+  for (size_t i = 0; i < flat_b.buckets().size(); ++i) plain.StepBucket(i, 1.0);
+  for (size_t i = 0; i < a.size(); ++i) EXPECT_TRUE(a[i].equal(b[i]));
+}
+
+TEST(FlatParameters, LaysBucketsInReverseOrderAndKeepsValues) {
+  std::vector<at::Tensor> p = MakeParameters(at::kFloat), copy = MakeParameters(at::kFloat);
+  FlatParameters flat(Named(p), 1, 1000);
+  ASSERT_EQ(flat.buckets().size(), 2u);  // p3 alone (the first bucket is full at once), then p2, p1, p0
+  EXPECT_EQ(flat.buckets()[0].parameters, (std::vector<size_t>{3}));
+  EXPECT_EQ(flat.buckets()[1].parameters, (std::vector<size_t>{2, 1, 0}));
+  for (size_t i = 0; i < p.size(); ++i) EXPECT_TRUE(p[i].equal(copy[i]));
+  p[0].detach().fill_(3.0);
+  EXPECT_EQ(flat.ViewOf(flat.buckets()[1].values, 0).sum().item<float>(), 3.0f * 33 * 7);
+  flat.CheckGradientViews();
+  p[1].mutable_grad() = torch::zeros({1});
+  EXPECT_THROW(flat.CheckGradientViews(), WorkerError);
+}
+
+TEST(FlatParameters, FindsWhatIsNotFinite) {
+  std::vector<at::Tensor> p = MakeParameters(at::kFloat);
+  FlatParameters flat(Named(p), 1000, 1000);
+  EXPECT_TRUE(flat.AllFinite());
+  p[2].detach()[77] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_FALSE(flat.AllFinite());
+  p[2].detach()[77] = std::numeric_limits<float>::max();
+  EXPECT_TRUE(flat.AllFinite());
+  p[2].detach()[77] = -std::numeric_limits<float>::infinity();
+  EXPECT_FALSE(flat.AllFinite());
+}
+
+TEST(FlatParameters, TiedParametersCountOnceAndFrozenOnesStay) {
+  at::Tensor shared = torch::ones({3}).requires_grad_(), fixed = torch::ones({3});
+  FlatParameters flat({{"a", shared}, {"b", shared}, {"c", fixed}}, 1000, 1000);
+  ASSERT_EQ(flat.parameters().size(), 1u);
+  EXPECT_EQ(flat.parameters()[0].name, "a");
+  EXPECT_THROW(FlatParameters({{"c", fixed}}, 1, 1), WorkerError);
+  EXPECT_THROW(FlatParameters({{"h", torch::ones({2}, at::kHalf).requires_grad_()}}, 1, 1), WorkerError);
+}
+
+TEST(FlatParameters, StatusTravelsInTheLastBucket) {
+  std::vector<at::Tensor> p = MakeParameters(at::kFloat);
+  FlatParameters flat(Named(p), 1, 1);
+  flat.WriteStatus({.loss = 0.25, .not_finite = 0, .stop = 1});
+  EXPECT_EQ(flat.buckets().back().gradients.numel(), flat.buckets().back().values.numel() + 3);
+  EXPECT_EQ(flat.ReadStatus().loss, 0.25);
+  EXPECT_EQ(flat.ReadStatus().stop, 1);
+  for (const at::Tensor& t : p) EXPECT_EQ(t.grad().abs().sum().item<float>(), 0);
+}
+
+}  // namespace
+}  // namespace itwin::worker

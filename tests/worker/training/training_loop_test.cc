@@ -1,0 +1,392 @@
+#include "agent/worker/training/training_loop.h"
+
+#include <algorithm>
+#include <fstream>
+#include <mutex>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "agent/worker/dist/self_communicator.h"
+#include "agent/worker/error.h"
+#include "agent/worker/training/weights.h"
+#include "tests/worker/data/scratch.h"
+#include "tests/worker/training/ranks.h"
+#include "tests/worker/training/tiny_model.h"
+
+namespace itwin::worker {
+namespace {
+
+using testing::RunRanks;
+using testing::RunRanksOrThrow;
+using testing::Scratch;
+using testing::TinyDataset;
+using testing::TinyModel;
+using ::testing::HasSubstr;
+using ::testing::UnorderedElementsAreArray;
+
+// Keeps every point.
+class RecordingSink : public MetricSink {
+ public:
+  void Write(int64_t step, const Values& values) override {
+    for (const auto& [name, value] : values) points[name].emplace_back(step, value);
+  }
+  void Write(const Progress& p) override { progress.push_back(p); }
+  void Flush() override {}
+  std::map<std::string, std::vector<std::pair<int64_t, double>>> points;
+  std::vector<Progress> progress;
+};
+
+TrainSpec Spec() {
+  TrainSpec spec;
+  spec.batch = 8;
+  spec.epochs = 3;
+  spec.optimizer = Sgd{.lr = 0.1, .momentum = 0.9};
+  spec.seed = 11;
+  return spec;
+}
+
+// One run on some ranks; what rank 0 saw, and every rank's parameters at the end.
+struct Training {
+  TrainSpec spec = Spec();
+  TinyModel::Options model{};
+  int ranks = 1;
+  std::filesystem::path checkpoints{};
+  std::filesystem::path resume{};
+  std::filesystem::path stop_file{};
+  std::optional<double> deadline{};
+
+  RecordingSink sink{};
+  std::vector<NamedTensors> parameters{};
+  std::vector<NamedTensors> buffers{};
+  std::vector<TrainingOutcome> outcomes{};
+  std::vector<std::string> printed{};
+  std::vector<std::exception_ptr> errors{};
+
+  void Go(const Dataset& dataset) {
+    parameters.resize(ranks);
+    buffers.resize(ranks);
+    outcomes.resize(ranks);
+    errors = RunRanks(ranks, [&](Communicator& gradients, Communicator& control) {
+      const int rank = control.rank();
+      TinyModel::Options mine = model;
+      mine.start += 0.1 * rank;
+      TinyModel tiny(mine);
+      NullMetricSink drop;
+      CheckpointStore store(checkpoints, spec.checkpoint.keep, control);
+      StopRequest stop(rank == 0 ? stop_file : "", deadline);
+      TrainingLoop loop({.spec = spec,
+                         .dataset = dataset,
+                         .model = tiny,
+                         .gradients = gradients,
+                         .control = control,
+                         .metrics = rank == 0 ? static_cast<MetricSink&>(sink) : drop,
+                         .checkpoints = store,
+                         .stop = stop,
+                         .print = [&](const std::string& line) {
+                           if (rank == 0) printed.push_back(line);
+                         },
+                         .spec_sha256 = "spec"});
+      if (!resume.empty()) loop.Resume(LoadNewestCheckpoint(resume, control, [](const std::string&) {}));
+      outcomes[rank] = loop.Run();
+      for (const auto& [name, tensor] : tiny.parameters()) parameters[rank].emplace_back(name, tensor.detach().clone());
+      for (const auto& [name, tensor] : tiny.buffers()) buffers[rank].emplace_back(name, tensor.clone());
+    });
+  }
+  void GoOrThrow(const Dataset& dataset) {
+    Go(dataset);
+    for (const auto& error : errors) {
+      if (error) std::rethrow_exception(error);
+    }
+  }
+};
+
+double LargestDifference(const NamedTensors& a, const NamedTensors& b) {
+  double worst = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    worst = std::max(worst, a[i].second.sub(b[i].second).abs().max().item<double>());
+  }
+  return worst;
+}
+bool SameBits(const NamedTensors& a, const NamedTensors& b) {
+  if (a.size() != b.size() || a.empty()) return false;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (!a[i].second.equal(b[i].second)) return false;
+  }
+  return true;
+}
+WorkerError ErrorOf(const std::exception_ptr& error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const WorkerError& e) {
+    return e;
+  }
+  ADD_FAILURE() << "nothing was thrown";
+  return AppError("");
+}
+
+TEST(TrainingLoop, RanksEqualOneProcessWithTheLargeBatch) {
+  // 43 samples in batches of 8: the last batch has 3, so with 4 ranks one has none.
+  const Scratch scratch;
+  const TinyDataset dataset(43, 5, 6);
+  Training one{.checkpoints = scratch / "one"};
+  one.GoOrThrow(dataset);
+  const TinyModel start;
+  EXPECT_GT(LargestDifference(one.parameters[0], TinyModel().parameters()), 0.01);
+  for (int ranks : {2, 3, 4}) {
+    Training many{.ranks = ranks, .checkpoints = scratch / std::to_string(ranks)};
+    many.GoOrThrow(dataset);
+    EXPECT_LT(LargestDifference(one.parameters[0], many.parameters[0]), 1e-12) << ranks << " ranks";
+    for (int r = 1; r < ranks; ++r) EXPECT_TRUE(SameBits(many.parameters[0], many.parameters[r]));
+    for (const char* name : {"test/rmse", "validation/rmse", "train/loss_epoch", "test/ratio_to_zero"}) {
+      EXPECT_NEAR(one.outcomes[0].metrics.at(name), many.outcomes[0].metrics.at(name), 1e-12) << name;
+    }
+    EXPECT_EQ(many.sink.points["train/loss"].size(), 18u);
+    for (size_t i = 0; i < 18; ++i) {
+      EXPECT_NEAR(one.sink.points["train/loss"][i].second, many.sink.points["train/loss"][i].second, 1e-12);
+    }
+  }
+}
+
+TEST(TrainingLoop, BatchesSmallerThanTheRanks) {
+  const Scratch scratch;
+  const TinyDataset dataset(5, 0, 1);
+  Training one{.checkpoints = scratch / "one"}, many{.ranks = 4, .checkpoints = scratch / "many"};
+  one.spec.batch = many.spec.batch = 2;
+  one.GoOrThrow(dataset);
+  many.GoOrThrow(dataset);
+  EXPECT_LT(LargestDifference(one.parameters[0], many.parameters[0]), 1e-12);
+}
+
+TEST(TrainingLoop, EachEpochTouchesEachSampleOnceAndEvaluationNeverPads) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 5, 7);
+  Training run{.ranks = 3, .checkpoints = scratch / "c"};
+  run.spec.epochs = 1;
+  run.GoOrThrow(dataset);
+  for (const auto& [split, size] :
+       {std::pair{Split::kTrain, 43}, std::pair{Split::kValidation, 5}}) {
+    std::vector<int64_t> all(size);
+    for (int i = 0; i < size; ++i) all[i] = i;
+    EXPECT_THAT(dataset.Seen(split), UnorderedElementsAreArray(all));
+  }
+}
+
+TEST(TrainingLoop, OverlapAndBucketSizesDoNotChangeTheBits) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 0, 0);
+  Training a{.ranks = 3, .checkpoints = scratch / "a"}, b{.ranks = 3, .checkpoints = scratch / "b"},
+      c{.ranks = 3, .checkpoints = scratch / "c"};
+  b.spec.ddp.overlap = false;
+  c.spec.ddp.first_bucket_mb = c.spec.ddp.bucket_mb = 1e-6;
+  for (Training* run : {&a, &b, &c}) run->GoOrThrow(dataset);
+  EXPECT_TRUE(SameBits(a.parameters[0], b.parameters[0]));
+  EXPECT_TRUE(SameBits(a.parameters[0], c.parameters[0]));
+  EXPECT_EQ(a.outcomes[0].weights_sha256, b.outcomes[0].weights_sha256);
+}
+
+TEST(TrainingLoop, UnusedParametersAreNamedAndDoNotBlock) {
+  const Scratch scratch;
+  const TinyDataset dataset(20, 0, 0);
+  Training run{.model = {.unused = true}, .ranks = 2, .checkpoints = scratch / "c"};
+  run.GoOrThrow(dataset);
+  EXPECT_THAT(run.printed, ::testing::Contains(HasSubstr("no gradient in the first step: unused")));
+}
+
+TEST(TrainingLoop, ClippingEqualsOneProcess) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 0, 0);
+  Training one{.checkpoints = scratch / "1"}, many{.ranks = 3, .checkpoints = scratch / "3"},
+      off{.checkpoints = scratch / "off"};
+  one.spec.clip_norm = many.spec.clip_norm = 0.05;
+  for (Training* run : {&one, &many, &off}) run->GoOrThrow(dataset);
+  EXPECT_LT(LargestDifference(one.parameters[0], many.parameters[0]), 1e-12);
+  EXPECT_GT(LargestDifference(one.parameters[0], off.parameters[0]), 1e-3);
+}
+
+TEST(TrainingLoop, StopsAtTheStepLimitAndCountsWholeEpochs) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 5, 6);
+  Training run{.ranks = 2, .checkpoints = scratch / "c"};
+  run.spec.epochs = 100;
+  run.spec.steps = 8;  // 6 steps an epoch
+  run.GoOrThrow(dataset);
+  EXPECT_EQ(run.outcomes[0].steps, 8);
+  EXPECT_EQ(run.outcomes[0].epochs, 1);
+  EXPECT_EQ(run.sink.progress.back().steps, 8);
+  EXPECT_TRUE(run.outcomes[0].metrics.contains("test/rmse"));
+}
+
+TEST(TrainingLoop, ScoresTheTestSplitDuringTrainingWhenThereIsNoValidation) {
+  const Scratch scratch;
+  const TinyDataset dataset(16, 0, 6);
+  Training run{.checkpoints = scratch / "c"};
+  run.spec.epochs = 4;
+  run.spec.validate_every = 2;
+  run.GoOrThrow(dataset);
+  ASSERT_EQ(run.sink.points["test/rmse"].size(), 2u);  // after epoch 2, and at the end
+  const auto& metrics = run.outcomes[0].metrics;
+  EXPECT_NEAR(metrics.at("test/rmse") * metrics.at("test/rmse"), metrics.at("test/mse"), 1e-12);
+  EXPECT_NEAR(metrics.at("test/ratio_to_zero"), metrics.at("test/rmse") / metrics.at("test/zero_rmse"), 1e-12);
+}
+
+TEST(TrainingLoop, LossThatIsNotFiniteNamesStepAndRankOnEveryRankAndKeepsTheCheckpoint) {
+  const Scratch scratch;
+  TinyDataset dataset(40, 0, 0);
+  Training run{.ranks = 3, .checkpoints = scratch / "c"};
+  run.spec.checkpoint.every_epochs = 1;
+  run.Go(dataset);
+  ASSERT_FALSE(run.errors[0]);
+
+  dataset.broken_sample = 17;
+  const EpochOrder order(40, 8, run.spec.seed, 0);
+  int64_t step = -1;
+  int rank = -1;
+  for (int64_t g = 0; g < order.batches(); ++g) {
+    for (int r = 0; r < 3; ++r) {
+      const auto mine = order.OfRank(g, r, 3);
+      if (std::find(mine.begin(), mine.end(), 17) != mine.end()) step = g + 1, rank = r;
+    }
+  }
+  Training broken{.ranks = 3, .checkpoints = scratch / "d"};
+  broken.Go(dataset);
+  for (const auto& error : broken.errors) {
+    const WorkerError e = ErrorOf(error);
+    EXPECT_EQ(e.failure, FailureClass::kApp);
+    EXPECT_EQ(e.step, step);
+    EXPECT_EQ(e.rank, rank);
+    EXPECT_THAT(e.what(), HasSubstr("on rank " + std::to_string(rank)));
+  }
+  Training ignored{.ranks = 3, .checkpoints = scratch / "e"};
+  ignored.spec.stop_on_nan = false;
+  ignored.Go(dataset);
+  EXPECT_THAT(ErrorOf(ignored.errors[0]).what(), HasSubstr("weights are not finite"));
+}
+
+TEST(TrainingLoop, GoesOnFromAnyStepBitForBit) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 5, 6);
+  for (int ranks : {1, 2, 3}) {
+    const std::string name = std::to_string(ranks);
+    Training whole{.model = {.dropout = ranks == 1 ? 0.3 : 0.0}, .ranks = ranks, .checkpoints = scratch / ("w" + name)};
+    whole.spec.optimizer = AdamW{.lr = 0.01};
+    whole.GoOrThrow(dataset);
+    for (int64_t at : {1, 6, 10, 17}) {
+      const std::filesystem::path directory = scratch / (name + "-" + std::to_string(at));
+      Training first{.spec = whole.spec, .model = whole.model, .ranks = ranks, .checkpoints = directory};
+      first.spec.steps = at;
+      first.GoOrThrow(dataset);
+      Training second{.spec = whole.spec, .model = whole.model, .ranks = ranks, .checkpoints = directory,
+                 .resume = directory};
+      second.GoOrThrow(dataset);
+      EXPECT_TRUE(SameBits(whole.parameters[0], second.parameters[0])) << ranks << " ranks, from step " << at;
+      EXPECT_EQ(whole.outcomes[0].weights_sha256, second.outcomes[0].weights_sha256);
+      EXPECT_EQ(second.sink.points["train/loss"].front().first, at + 1);
+      EXPECT_EQ(whole.sink.points["train/loss_epoch"].back(), second.sink.points["train/loss_epoch"].back());
+      if (at % 6 == 0) {  // buffers are averaged at the end of an epoch, also of one that the step limit cut
+        EXPECT_TRUE(SameBits(whole.buffers[0], second.buffers[0]));
+      }
+    }
+  }
+}
+
+TEST(TrainingLoop, GoesOnAtAnotherNumberOfRanks) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 5, 6);
+  Training whole{.checkpoints = scratch / "w"};
+  whole.GoOrThrow(dataset);
+  Training first{.ranks = 3, .checkpoints = scratch / "c"};
+  first.spec.steps = 9;
+  first.GoOrThrow(dataset);
+  Training second{.ranks = 2, .checkpoints = scratch / "c", .resume = scratch / "c"};
+  second.GoOrThrow(dataset);
+  EXPECT_LT(LargestDifference(whole.parameters[0], second.parameters[0]), 1e-12);
+}
+
+TEST(TrainingLoop, RefusesACheckpointOfAnotherSpec) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 5, 6);
+  Training first{.checkpoints = scratch / "c"};
+  first.GoOrThrow(dataset);
+  SelfCommunicator self;
+  CheckpointContents contents = LoadNewestCheckpoint(scratch / "c", self, [](const std::string&) {});
+  TinyModel model;
+  RecordingSink sink;
+  CheckpointStore store(scratch / "c", 2, self);
+  StopRequest stop("", std::nullopt);
+  const TrainSpec spec = Spec();
+  TrainingLoop loop({.spec = spec, .dataset = dataset, .model = model, .gradients = self, .control = self,
+                     .metrics = sink, .checkpoints = store, .stop = stop, .print = [](const std::string&) {},
+                     .spec_sha256 = "another"});
+  EXPECT_THROW(loop.Resume(contents), WorkerError);
+}
+
+TEST(TrainingLoop, StopFileSavesAndTheNextAttemptEndsAsIfNothingHadBeen) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 5, 6);
+  Training whole{.ranks = 2, .checkpoints = scratch / "w"};
+  whole.GoOrThrow(dataset);
+  Training first{.ranks = 2, .checkpoints = scratch / "c", .stop_file = scratch.Write("stop", "")};
+  first.GoOrThrow(dataset);
+  for (const TrainingOutcome& outcome : first.outcomes) EXPECT_TRUE(outcome.saved);
+  EXPECT_EQ(first.outcomes[0].steps, 1);
+  EXPECT_THAT(first.outcomes[0].message, HasSubstr("the stop file appeared; saved at step 1"));
+  Training second{.ranks = 2, .checkpoints = scratch / "c", .resume = scratch / "c"};
+  second.GoOrThrow(dataset);
+  EXPECT_TRUE(SameBits(whole.parameters[0], second.parameters[0]));
+  EXPECT_TRUE(SameBits(whole.buffers[0], second.buffers[0]));
+  EXPECT_FALSE(second.outcomes[0].saved);
+}
+
+TEST(TrainingLoop, SavesWhenTheDeadlineIsNear) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 5, 6);
+  Training run{.ranks = 2, .checkpoints = scratch / "c", .deadline = Now() + 3};
+  run.GoOrThrow(dataset);
+  EXPECT_TRUE(run.outcomes[0].saved);
+  EXPECT_THAT(run.outcomes[0].message, HasSubstr("wall-time limit"));
+}
+
+TEST(TrainingLoop, KeepsTheNewestCheckpoints) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 0, 0);
+  Training run{.checkpoints = scratch / "c"};
+  run.spec.checkpoint = {.every_epochs = 1, .keep = 2};
+  run.spec.epochs = 5;
+  run.GoOrThrow(dataset);
+  std::vector<std::string> names;
+  for (const auto& entry : std::filesystem::directory_iterator(scratch / "c")) {
+    names.push_back(entry.path().filename());
+  }
+  EXPECT_THAT(names, ::testing::UnorderedElementsAre("step-24", "step-30"));
+}
+
+TEST(TrainingLoop, WeightsThatDifferNameTheRank) {
+  const auto errors = RunRanks(3, [](Communicator&, Communicator& control) {
+    TinyModel model;
+    if (control.rank() == 2) model.parameters()[1].second.detach()[3] += 1e-9;
+    CompareWeights(model, control);
+  });
+  for (const auto& error : errors) EXPECT_THAT(ErrorOf(error).what(), HasSubstr("rank 2 does not have"));
+}
+
+TEST(TrainingLoop, BatchesFromTheThreadAreTheSame) {
+  const TinyDataset dataset(43, 0, 0);
+  const EpochOrder order(43, 8, 1, 0), next(43, 8, 1, 1);
+  BatchSource direct(dataset, 1, 2), threaded(dataset, 1, 2);
+  threaded.UseThread();
+  for (const auto& [epoch, first] : {std::pair{&order, 0}, std::pair{&next, 2}, std::pair{&order, 5}}) {
+    direct.Start(*epoch, first);
+    threaded.Start(*epoch, first);
+    for (int64_t g = first; g < epoch->batches() - (epoch == &next ? 2 : 0); ++g) {
+      const BatchSource::Item a = direct.Next(), b = threaded.Next();
+      EXPECT_EQ(a.local_samples, b.local_samples);
+      EXPECT_TRUE(a.batch.at("input").equal(b.batch.at("input")));
+    }
+  }
+  EXPECT_TRUE(threaded.threaded());
+  EXPECT_FALSE(direct.threaded());
+}
+
+}  // namespace
+}  // namespace itwin::worker
