@@ -181,6 +181,7 @@ def test_a_lost_reply_makes_one_job(fake, gw):
     job = gw.submit(model="mlp", data={"synthetic": {"samples": 1}})
     ids = {request.request_id for method, request in fake.calls if method == "SubmitJob"}
     assert len(ids) == 1 and list(fake.jobs) == [job.id] and names(fake, "SubmitJob") == 3
+    assert gw.submit(model="mlp", data={"synthetic": {"samples": 1}}).id != job.id  # asked for again: another job
 
 
 def test_an_upload_goes_on_where_it_broke_off(fake, gw, tmp_path):

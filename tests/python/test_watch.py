@@ -85,6 +85,8 @@ def test_short_slices_lose_nothing(fake, gw, monkeypatch):
         fake.emit(job, ("a", step, 0.5))
         count = [method for method, _ in fake.calls].count("WatchJob")
         wait_until(lambda: [method for method, _ in fake.calls].count("WatchJob") > count, what="the next slice")
+    # Between slices a unary call, which has its own deadline, tells a quiet job from a dead connection.
+    assert [method for method, _ in fake.calls].count("GetJob") >= 5
     fake.move(job, "SUCCEEDED")
     watcher.finish()
     assert triples(watcher.points) == expected(job)
