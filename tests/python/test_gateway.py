@@ -68,11 +68,12 @@ def test_a_module_goes_out_and_comes_back_trained(gateway, gw):
     assert job.id in [found.id for found in gw.jobs(name="linear")] and gw.job(job.id[:6]).id == job.id
 
 
-def test_own_training_step_and_tied_options(gw):
+def test_a_training_step_of_its_own(gw):
     x, y = linear_task(100)
-    job = gw.submit(model=modules.OwnStep(), data={"input": x, "target": y}, optimizer="sgd", epochs=1, batch=10)
+    job = gw.submit(model=modules.OwnStep(), data={"input": x, "target": y}, split={"test_fraction": 0.2},
+                    optimizer="sgd", epochs=1, batch=10)
     assert job.wait(120).state == "SUCCEEDED", job.reason
-    assert "train/mae" in set(job.metrics().series)
+    assert "test/mae" in set(job.metrics().series)
 
 
 def test_a_frame_for_a_builtin_model(gw):

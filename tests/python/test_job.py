@@ -51,10 +51,11 @@ def test_nan_and_infinity_survive(fake, gw, job):
 
 
 def test_plot_has_one_panel_per_metric(fake, gw, job):
-    fake.emit(job, ("validation/loss", 19, 0.5), ("node/cpu_percent", 0, 50.0))
+    fake.emit(job, ("train/loss_epoch", 19, 0.5), ("node/cpu_percent", 0, 50.0), ("perf/wait_s", 0, 1.0))
     axes = gw.job("7f3c").plot()
     assert [axis.get_title() for axis in axes] == ["loss", "rmse"]
-    assert [line.get_label() for line in axes[0].lines] == ["train/loss", "validation/loss"]
+    assert [line.get_label() for line in axes[0].lines] == ["train/loss", "train/loss_epoch"]
+    assert [axis.get_title() for axis in gw.job("7f3c").plot(["*"])] == ["loss", "cpu_percent", "rmse", "wait_s"]
 
 
 def test_events_table_pages_to_the_end(fake, gw, job):

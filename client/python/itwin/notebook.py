@@ -220,7 +220,7 @@ def draw(lines):
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    groups = dict(list(plot.panels(sorted(lines)).items())[:3])
+    groups = dict(list(plot.panels(lines).items())[:3])
     if not groups:
         return None
     figure = Figure(figsize=(4.2 * len(groups), 2.8), dpi=90, layout="constrained")

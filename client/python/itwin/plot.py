@@ -2,6 +2,7 @@
 
 import math
 
+from itwin import render
 from itwin.errors import require
 
 BUCKETS = 500
@@ -10,19 +11,14 @@ MOST_LINES = 12
 
 
 def panels(names, everything=False):
-    """{panel title: [series]}: "train/loss" and "validation/loss" share the panel "loss". Node monitors only with
-    `everything`."""
+    """{panel title: [series]}: "train/loss", "train/loss_epoch" and "test/loss" share the panel "loss", which comes first. Monitors
+    only with `everything`."""
     groups = {}
-    for name in names:
-        if name.startswith("node/") and not everything:
-            continue
-        title = name.rpartition("/")[2]
-        if title not in groups and len(groups) == MOST_PANELS:
-            continue
-        lines = groups.setdefault(title, [])
-        if len(lines) < MOST_LINES:
-            lines.append(name)
-    return groups
+    for name in sorted(names):
+        if everything or not render.is_monitor(name):
+            groups.setdefault(name.rpartition("/")[2].removesuffix("_epoch"), []).append(name)
+    titles = sorted(groups, key=lambda title: ("loss" not in title, title))[:MOST_PANELS]
+    return {title: groups[title][:MOST_LINES] for title in titles}
 
 
 def draw_buckets(series, axes=None, title="", everything=False):

@@ -71,9 +71,14 @@ def headline(job):
     return f"job {job.id[:8]} {job.name or 'unnamed'}: {states.name(job.state)}{place_text(job)}{attempt}"
 
 
+def is_monitor(name):
+    """Series about the machines rather than the model: shown only when asked for."""
+    return name.startswith(("node/", "perf/"))
+
+
 def summary_text(job):
     """The result record's final metrics: "test/rmse 0.2269 · …"."""
-    return " · ".join(f"{name} {number(value)}" for name, value in sorted(job.summary.items()))
+    return " · ".join(f"{name} {number(value)}" for name, value in sorted(job.summary.items()) if not is_monitor(name))
 
 
 def color(job):

@@ -68,8 +68,8 @@ def print_lines(job, points=True, out=None, clock=time.monotonic):
 
 
 def progress_line(message, newest):
-    """"epoch 12/40 · step … · train/loss 0.0521 · test/rmse 0.2373", at most six series, node monitors left out."""
+    """"epoch 12/40 · step … · train/loss 0.0521 · test/rmse 0.2373", at most six series, monitors left out."""
     parts = [render.progress_text(message)] if render.progress_text(message) else []
-    shown = [(name, value) for name, value in sorted(newest.items()) if not name.startswith("node/")]
+    shown = [(name, value) for name, value in sorted(newest.items()) if not render.is_monitor(name)]
     parts += [f"{name} {render.number(value)}" for name, value in shown[:6]]
     return " · ".join(parts)
