@@ -14,6 +14,8 @@ build_directory() { if [[ "$1" == dev ]]; then echo build; else echo "build-$1";
 prepare_compiler_cache() {
   export CCACHE_SLOPPINESS=pch_defines,time_macros,include_file_mtime,include_file_ctime
   export CCACHE_MAXSIZE=${CCACHE_MAXSIZE:-10G}
+  # Another clone of the same sources finds the same objects.
+  export CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
 }
 
 # Runs a noisy command quietly; shows the end of its output when it fails.
