@@ -34,6 +34,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 PYTHON = "/usr/bin/python3"
 MARKER = ".itwin-testcluster"
 SSH_PORT = 22
+MUNGE_SOCKET = "munge.socket.2"  # the name that munge's own tools expect under /run/munge
 USERS = ("ada", "bob")
 PROGRAMS = ("/usr/sbin/slurmctld", "/usr/sbin/slurmd", "/usr/sbin/munged", "/usr/sbin/sshd", "/usr/bin/sbatch",
             "/usr/bin/srun", "/usr/bin/sinfo", "/usr/bin/scontrol", "/usr/bin/nsenter", "/usr/bin/setpriv",
@@ -471,7 +472,7 @@ class Cluster:
         description = {
             "cluster": site, "directory": directory, "port": state["sites"][site]["port"],
             "control": (control, state["nodes"][control]["address"]),
-            "munge_socket": directory / "munge" / "socket",
+            "munge_socket": directory / "munge" / MUNGE_SOCKET,
             "nodes": [(name, state["nodes"][name]["address"]) for name in self.names("compute", site=site)],
         }
         self.write(etc / "slurm.conf", site_files.slurm_conf(description, options))
@@ -525,7 +526,8 @@ class Cluster:
         processes.write_json(config, {
             "hostname": name, "shared": [str(self.directory), *self.state["options"]["bind"]],
             "directories": [[str(directory / "tmp"), "/tmp"], [str(directory / "var-tmp"), "/var/tmp"]],
-            "run": ["/run/sshd", "/run/lock"], "owned": [["/run/mysqld", slurm.pw_uid, slurm.pw_gid]], "late": late})
+            "run": ["/run/sshd", "/run/lock"], "owned": [["/run/mysqld", slurm.pw_uid, slurm.pw_gid]], "late": late,
+            "links": [[str(self.site_directory(site) / "munge"), "/run/munge"]]})
         pid = self.holder(node, config, self.log(site, f"{name}.log"), processes.NODE_NAMESPACES)
         switch = self.state["switch"]["holder"]["pid"]
         port = self.port_of(name)
@@ -561,7 +563,7 @@ class Cluster:
         if service == "munge":
             # Through the node's view both are the same path; the proper directory of the others lies with the node.
             place = directory / "munge"
-            return (["/usr/sbin/munged", "--foreground", "--force", f"--socket={place}/socket",
+            return (["/usr/sbin/munged", "--foreground", "--force", f"--socket={place}/{MUNGE_SOCKET}",
                      f"--pid-file={place}/munged.pid", f"--log-file={place}/munged.log", f"--seed-file={place}/seed",
                      f"--key-file={etc}/munge.key", "--num-threads=2"], (munge.pw_uid, munge.pw_gid))
         if service == "slurmctld" and control:
@@ -594,7 +596,7 @@ class Cluster:
         if service == "munge":  # a socket of a killed daemon would look alive
             place = self.munge_directory(name)
             with contextlib.suppress(FileNotFoundError):
-                (place / "socket").unlink()
+                (place / MUNGE_SOCKET).unlink()
 
         def record(found):
             node["services"][service] = found
@@ -615,7 +617,7 @@ class Cluster:
         if not processes.alive(record):
             raise ClusterError(f"{service} on {name} ended; the end of its log:\n{self.log_tail(service, name)}")
         if service == "munge":
-            return self.answers_unix(self.munge_directory(name) / "socket")
+            return self.answers_unix(self.munge_directory(name) / MUNGE_SOCKET)
         if service == "sshd":
             return self.answers_tcp(self.node(name)["address"], SSH_PORT, b"SSH-")
         if service == "slurmctld":
@@ -772,6 +774,18 @@ class Cluster:
 
         wait_until(f"all nodes of {site} to be idle", ready, seconds,
                    explain=lambda: f"{self.node_states(site)}\n{self.log_tail('slurmctld', self.control_node(site))}")
+
+    def wait_usable(self, site, seconds):
+        """After a fault: the controller answers and no node is down, silent or drained; jobs may run on them."""
+        names = set(self.names("compute", site=site))
+
+        def usable():
+            states = self.node_states(site)
+            return set(states) == names and all(state in ("idle", "mixed", "allocated", "completing")
+                                                for state in states.values())
+
+        wait_until(f"all nodes of {site} to be usable", usable, seconds, interval=0.1,
+                   explain=lambda: str(self.node_states(site)))
 
     def check_jobs(self, site, seconds):
         """A job by sbatch and one by srun, over every node, as an ordinary user."""

@@ -56,6 +56,8 @@ def private_view(config):
     for path, uid, gid in config["owned"]:
         os.makedirs(path, mode=0o755, exist_ok=True)
         os.chown(path, uid, gid)
+    for source, target in config["links"]:
+        os.symlink(source, target)
     for source, target in config["late"]:
         if os.path.exists(target):
             bind(source, target)

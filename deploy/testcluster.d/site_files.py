@@ -41,6 +41,7 @@ def slurm_conf(site, options):
             "AccountingStorageType=accounting_storage/slurmdbd",
             f"AccountingStorageHost={site['control'][1]}",
             f"AccountingStoragePort={site['port'] + 2}",
+            f"AccountingStoragePass={site['munge_socket']}",  # with munge: where its socket is
             "AccountingStoreFlags=job_comment",
         ]
     if options["accounting"] or options["memory_kill"]:
