@@ -336,9 +336,9 @@ class Downscale : public Net {
     channels_ = form.input[0];
     rows_ = form.target[1];
     columns_ = form.target[2];
-    const auto hidden = options->Ints("hidden", {32, 32}, 1, 16, 1, 1024);
-    std::vector<int64_t> default_kernels(hidden.size() + 1, 3);
-    default_kernels[0] = 5;
+    const auto hidden = options->Ints("hidden", {16, 16}, 1, 16, 1, 1024);
+    std::vector<int64_t> default_kernels(hidden.size() + 1, 5);
+    default_kernels.back() = 3;
     const auto kernels =
         options->Ints("kernels", default_kernels, hidden.size() + 1, hidden.size() + 1, 1, 31);
     position_channels_ = options->Int("position_channels", 8, 0, 256);

@@ -154,7 +154,7 @@ TEST(BuiltinModel, DownscaleIsTheNetworkThatItsDescriptionSays) {
   const at::Tensor smooth = at::upsample_bilinear2d(coarse, {12, 20}, false);
   at::Tensor x = at::cat({smooth, w.at("position").expand({3, 8, 12, 20})}, 1);
   x = at::conv2d(x, w.at("conv1.weight"), w.at("conv1.bias"), 1, 2).relu();
-  x = at::conv2d(x, w.at("conv2.weight"), w.at("conv2.bias"), 1, 1).relu();
+  x = at::conv2d(x, w.at("conv2.weight"), w.at("conv2.bias"), 1, 2).relu();
   x = at::conv2d(x, w.at("conv3.weight"), w.at("conv3.bias"), 1, 1) + smooth;
   EXPECT_LT((model->Predict(coarse) - x).abs().max().item<double>(), 1e-5);
 }
