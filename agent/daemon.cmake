@@ -1,0 +1,40 @@
+# itwin-agent: no network library beyond gRPC on a Unix socket, no database; static, so that one file is all that has to
+# be brought to a site.
+add_library(itwin_agent_lib STATIC
+  agent.cc control_loop.cc follow_loop.cc
+  rpc/acceptor.cc rpc/admin.cc rpc/agent_service.cc rpc/connect.cc rpc/follow_reactor.cc rpc/root_lock.cc rpc/socket.cc
+  scheduler/bounded_log.cc scheduler/launch.cc scheduler/lease.cc scheduler/process_scheduler.cc
+  scheduler/process_tree.cc scheduler/supervisor.cc scheduler/verdict.cc
+  spool/attempt_directory.cc spool/fault_point.cc spool/input_store.cc spool/lifecycle.cc spool/mailbox.cc
+  spool/spool_files.cc spool/tail.cc)
+add_library(itwin::agent ALIAS itwin_agent_lib)
+target_link_libraries(itwin_agent_lib
+  PRIVATE itwin::warnings nlohmann_json::nlohmann_json
+  PUBLIC itwin::common itwin::grpc_status itwin::proto itwin::proto_grpc)
+
+add_library(itwin_agent_main OBJECT main.cc)
+target_link_libraries(itwin_agent_main PRIVATE itwin::warnings itwin::agent CLI11::CLI11)
+add_executable(itwin-agent $<TARGET_OBJECTS:itwin_agent_main>)
+
+if(ITWIN_STATIC_AGENT AND NOT ITWIN_SANITIZE)
+  # The packages' CMake targets name shared libraries; pkg-config knows the static ones, of which the linker takes what
+  # it needs, in whatever order (hence the group).
+  find_package(PkgConfig REQUIRED)
+  pkg_check_modules(ITWIN_GRPC_STATIC REQUIRED grpc++)
+  pkg_check_modules(ITWIN_PROTOBUF_STATIC REQUIRED protobuf)
+  set(itwin_own_archives)
+  foreach(library itwin_agent_lib itwin_grpc_status itwin_proto_grpc itwin_proto itwin_common)
+    add_dependencies(itwin-agent ${library})
+    list(APPEND itwin_own_archives $<TARGET_FILE:${library}>)
+  endforeach()
+  set_property(TARGET itwin-agent PROPERTY LINK_DEPENDS ${itwin_own_archives})
+  # gRPC can resolve names and protobuf can look up users; glibc warns that this needs its shared libraries at run time.
+  # The agent does neither: it speaks on a Unix socket.
+  target_link_options(itwin-agent PRIVATE -static -Wl,--no-warnings)
+  target_link_libraries(itwin-agent PRIVATE itwin::warnings
+    -Wl,--start-group ${itwin_own_archives} ${ITWIN_GRPC_STATIC_STATIC_LIBRARIES}
+    ${ITWIN_PROTOBUF_STATIC_STATIC_LIBRARIES} -Wl,--end-group)
+else()
+  target_link_libraries(itwin-agent PRIVATE itwin::warnings itwin::agent)
+endif()
+install(TARGETS itwin-agent RUNTIME)

@@ -4,6 +4,9 @@
 // library can be changed in one place.
 #include <spdlog/spdlog.h>
 
+#include <cstdint>
+#include <string>
+
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 
@@ -11,6 +14,10 @@ namespace itwin {
 
 // Sets level ("debug", "info", "warning", "error") and format. Unknown level: kInvalidArgument.
 absl::Status InitLog(absl::string_view program, absl::string_view level);
+
+// The same into a file, which is kept below `max_bytes` (one older file, `<path>.1`, stays).
+absl::Status InitFileLog(absl::string_view program, absl::string_view level, const std::string& path,
+                         int64_t max_bytes);
 
 namespace log {
 template <typename... Args>

@@ -1,0 +1,43 @@
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "agent/scheduler/launch.h"
+
+namespace itwin::agent {
+
+// The daemon of one spool root, put together: scheduler, loops, gRPC server, socket. All its state is the spool;
+// it can be killed at any moment and started again.
+class Agent {
+ public:
+  struct Options {
+    std::string root = {};           // absolute
+    int slots = 1;              // ranks that may run at once
+    std::string agent_program = {};  // this program, for the scripts of attempts
+    LaunchOptions launch = {};
+    // Without connections and unfinished attempts for this long, Wait returns.
+    absl::Duration idle_exit = absl::InfiniteDuration();
+    // After SIGTERM, for calls under way.
+    absl::Duration stop_limit = absl::Seconds(5);
+  };
+  // On return connections are accepted. kAlreadyExists: another agent serves the root. kInvalidArgument: an option.
+  static absl::StatusOr<std::unique_ptr<Agent>> Start(Options options);
+  ~Agent();  // Stop()
+
+  // Returns when `signal_fd` becomes readable or the agent has been idle for long enough.
+  void Wait(int signal_fd);
+  // Ends calls and loops; attempts go on. Idempotent.
+  void Stop();
+
+  const std::string& socket_path() const;
+
+ private:
+  struct Parts;
+  explicit Agent(std::unique_ptr<Parts> parts);
+  std::unique_ptr<Parts> parts_;
+};
+
+}  // namespace itwin::agent
