@@ -34,6 +34,8 @@ absl::StatusOr<bool> ParseSwitch(absl::string_view name, absl::string_view text)
 
 // Fills what is empty in `options` from the file.
 absl::Status ReadConfigFile(const std::string& path, bool token_given, ConnectOptions* options) {
+  std::string endpoint_of_file;
+  const bool own_ca = options->ca_file.empty();  // so the file's is used, if it has one
   absl::StatusOr<std::string> text = ReadFile(path, kMaxConfigBytes);
   if (!text.ok()) return Explain(text.status(), "configuration", "give a readable YAML file or unset ITWIN_CONFIG");
   const auto wrong = [&](absl::string_view where, absl::string_view what) {
@@ -49,13 +51,21 @@ absl::Status ReadConfigFile(const std::string& path, bool token_given, ConnectOp
       return wrong(value->where, absl::StrCat(key, ": unknown key; ", UnknownNameHint(key, known)));
     }
     if (value->kind != YamlNode::Kind::kScalar) return wrong(value->where, absl::StrCat(key, ": expected text"));
-    if (key == "endpoint" && options->endpoint.empty()) options->endpoint = value->text;
+    if (key == "endpoint") endpoint_of_file = value->text;
     if (key == "server_name" && options->server_name.empty()) options->server_name = value->text;
     if (key == "ca_file" && options->ca_file.empty()) options->ca_file = RelativeTo(directory, value->text);
     if (key == "token_file" && !token_given) options->token_file = RelativeTo(directory, value->text);
     if (key == "insecure" && !options->insecure) {
       ITWIN_ASSIGN_OR_RETURN(options->insecure, ParseSwitch(absl::StrCat(path, ": ", value->where, ": insecure"), value->text));
     }
+  }
+  if (options->endpoint.empty()) options->endpoint = endpoint_of_file;
+  // The token was given for the file's gateway: another one gets it only if it proves itself to the file's CA.
+  const bool proven = own_ca && !options->ca_file.empty() && !options->insecure;
+  if (!token_given && !options->token_file.empty() && options->endpoint != endpoint_of_file && !proven) {
+    return absl::UnauthenticatedError(
+        absl::StrCat("the token of ", path, " belongs to ", endpoint_of_file.empty() ? "another gateway" : endpoint_of_file,
+                     " and is not sent to ", options->endpoint, "; set ITWIN_TOKEN_FILE for this gateway"));
   }
   return absl::OkStatus();
 }
