@@ -42,7 +42,7 @@ absl::Status SendOne(const ErrandContext& context, const std::string& sha256, co
   int64_t offset = std::clamp<int64_t>(there[0].received_bytes(), 0, reader->size());
   const int64_t begin = offset;
   const auto next = [&]() -> absl::StatusOr<std::string> {
-    absl::StatusOr<std::string> chunk = reader->Read(offset, kTransferChunkBytes);
+    absl::StatusOr<std::string> chunk = reader->Read(offset, kInputChunkBytes);
     if (chunk.ok()) offset += static_cast<int64_t>(chunk->size());
     return chunk;
   };

@@ -20,7 +20,7 @@
 namespace itwin::server {
 
 inline constexpr size_t kMaxOutputFiles = 10'000;
-inline constexpr int64_t kTransferChunkBytes = 512 << 10;
+inline constexpr int64_t kInputChunkBytes = 512 << 10;
 
 // Inputs on their way to one site: two jobs with the same input send it once. Thread-safe.
 class SendingInputs {

@@ -1,0 +1,270 @@
+#include "server/gateway.h"
+
+#include <errno.h>
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/resource_quota.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "absl/time/clock.h"
+#include "common/clock.h"
+#include "common/files.h"
+#include "common/log.h"
+#include "common/status_macros.h"
+#include "common/version.h"
+#include "server/artifacts/blob_store.h"
+#include "server/dispatch/site_board.h"
+#include "server/dispatch/site_dispatcher.h"
+#include "server/init.h"
+#include "server/jobs/event_hub.h"
+#include "server/jobs/job_service.h"
+#include "server/rpc/artifacts_rpc.h"
+#include "server/rpc/authenticator.h"
+#include "server/rpc/jobs_rpc.h"
+#include "server/rpc/limits.h"
+#include "server/rpc/sites_rpc.h"
+#include "server/rpc/task_pool.h"
+#include "server/store/sqlite_job_store.h"
+#include "server/tunnel/process_tunnel.h"
+
+namespace itwin::server {
+namespace {
+
+constexpr absl::Duration kShutdownLimit = absl::Seconds(5);  // for calls under way
+constexpr int kFeederThreads = 4;
+constexpr int kFileThreads = 4;
+constexpr int kCallThreads = 4;      // per site
+constexpr int kTransferThreads = 3;  // per site
+constexpr int kKeepaliveMs = 60'000;
+constexpr int kMinPingIntervalMs = 5'000;
+
+// One gateway per data directory. The file holds the process id, for people and for `stop`.
+absl::StatusOr<FileDescriptor> LockDirectory(const DataDirectory& data) {
+  const std::string path = data.run("lock");
+  ITWIN_ASSIGN_OR_RETURN(FileDescriptor lock, OpenFile(path, O_RDWR | O_CREAT, 0600));
+  if (flock(lock.get(), LOCK_EX | LOCK_NB) != 0) {
+    if (errno != EWOULDBLOCK) return ErrnoStatus(errno, path);
+    const auto pid = ReadFile(data.run("pid"), 64);
+    const std::string who = pid.ok() ? absl::StrCat(" (process ", absl::StripAsciiWhitespace(*pid), ")") : "";
+    return absl::FailedPreconditionError(absl::StrCat("another itwin-gateway", who, " serves ", data.root,
+                                                      "; stop it with: itwin-gateway stop --data ", data.root));
+  }
+  return lock;
+}
+
+absl::Status CheckInitialised(const DataDirectory& data) {
+  for (const std::string& path : {data.database(), data.tls("server.key"), data.tls("server.pem")}) {
+    if (access(path.c_str(), F_OK) != 0) {
+      return absl::FailedPreconditionError(absl::StrCat(path, " is missing; run first: itwin-gateway init --data ", data.root));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+struct Gateway::Parts {
+  DataDirectory data;
+  FileDescriptor lock;
+  SystemClock clock;
+  std::unique_ptr<SqliteJobStore> store;
+  std::unique_ptr<BlobStore> blobs;
+  std::unique_ptr<EventHub> hub;
+  std::unique_ptr<SiteBoard> board;
+  std::vector<std::unique_ptr<Tunnel>> tunnels;
+  std::vector<std::unique_ptr<SiteDispatcher>> dispatchers;
+  std::unique_ptr<JobService> jobs;
+  std::unique_ptr<TokenAuthenticator> authenticator;
+  std::unique_ptr<TaskPool> feeders;
+  std::unique_ptr<TaskPool> files;
+  std::unique_ptr<JobsRpc> jobs_rpc;
+  std::unique_ptr<ArtifactsRpc> artifacts_rpc;
+  std::unique_ptr<SitesRpc> sites_rpc;
+  std::unique_ptr<grpc::Server> server;
+  int port = 0;
+  std::string endpoint;
+  bool stopped = false;
+
+  absl::Status Open(const Options& options);
+  absl::Status OpenSites(const Options& options);
+  absl::Status Serve(const GatewayConfig& config);
+  void Stop();
+};
+
+absl::Status Gateway::Parts::Open(const Options& options) {
+  const GatewayConfig& config = options.config;
+  data.root = options.data;
+  ITWIN_RETURN_IF_ERROR(CheckInitialised(data));
+  ITWIN_ASSIGN_OR_RETURN(lock, LockDirectory(data));
+
+  SqliteJobStore::Options store_options;
+  store_options.path = data.database();
+  store_options.log_mirror_bytes = int64_t{config.log_mirror_mib} << 20;
+  store_options.max_live_jobs_per_owner = config.live_jobs_per_owner;
+  ITWIN_ASSIGN_OR_RETURN(store, SqliteJobStore::Open(store_options));
+  BlobStore::Options blob_options;
+  blob_options.directory = data.root;
+  ITWIN_ASSIGN_OR_RETURN(blobs, BlobStore::Open(blob_options));
+  hub = std::make_unique<EventHub>(kMaxWatchers);
+  store->AddListener(hub.get());
+
+  ITWIN_RETURN_IF_ERROR(OpenSites(options));
+  jobs = std::make_unique<JobService>(store.get(), blobs.get(), board.get());
+  ITWIN_RETURN_IF_ERROR(Serve(config));
+  for (const auto& dispatcher : dispatchers) dispatcher->Start();
+
+  ITWIN_RETURN_IF_ERROR(UpdateClientEndpoint(data, endpoint));
+  ITWIN_RETURN_IF_ERROR(WriteFileAtomically(data.run("pid"), absl::StrCat(getpid(), "\n")));
+  // Last: whoever waits for this file finds a gateway that serves.
+  return WriteFileAtomically(data.run("endpoint"), endpoint + "\n");
+}
+
+absl::Status Gateway::Parts::OpenSites(const Options& options) {
+  const GatewayConfig& config = options.config;
+  std::vector<SiteConfig> sites;
+  if (config.local.enabled) {
+    SiteConfig local;
+    local.name = "local";
+    local.max_waiting = config.local.max_waiting;
+    local.spool_retention = config.local.spool_retention;
+    std::string agent = options.agent_program;
+    if (agent.empty()) {
+      ITWIN_ASSIGN_OR_RETURN(agent, FindAgentProgram());
+    }
+    ITWIN_RETURN_IF_ERROR(MakeDirectories(data.site("local"), 0700));
+    local.command = {agent, "connect", "--root", data.site("local"), "--log-level", config.log_level};
+    if (config.local.slots > 0) {
+      local.command.insert(local.command.end(), {"--slots", absl::StrCat(config.local.slots)});
+    }
+    if (!config.local.launcher.empty()) {
+      local.command.insert(local.command.end(), {"--launcher", config.local.launcher});
+    }
+    sites.push_back(std::move(local));
+  }
+  sites.insert(sites.end(), config.sites.begin(), config.sites.end());
+
+  std::vector<std::string> names;
+  for (const SiteConfig& site : sites) names.push_back(site.name);
+  board = std::make_unique<SiteBoard>(names);
+  for (const SiteConfig& site : sites) {
+    tunnels.push_back(std::make_unique<ProcessTunnel>(ProcessTunnelOptions{.argv = site.command, .env = {}}));
+    Tunnel* const tunnel = tunnels.back().get();
+    SiteOptions site_options;
+    site_options.name = site.name;
+    site_options.adopts_strays = dispatchers.empty();
+    site_options.max_waiting = site.max_waiting;
+    site_options.spool_retention = site.spool_retention;
+    dispatchers.push_back(std::make_unique<SiteDispatcher>(
+        std::move(site_options),
+        SiteDispatcher::Dependencies{
+            .store = store.get(),
+            .blobs = blobs.get(),
+            .board = board.get(),
+            .clock = &clock,
+            .connect = [tunnel](absl::Time deadline) -> absl::StatusOr<std::unique_ptr<AgentClient>> {
+              ITWIN_ASSIGN_OR_RETURN(std::unique_ptr<TunnelStream> stream, tunnel->Open(deadline));
+              return MakeGrpcAgentClient(std::move(stream));
+            },
+            .gateway_id = store->gateway_id(),
+            .gateway_version = kVersion,
+            .calls = std::make_unique<WorkerPool>(kCallThreads),
+            .transfers = std::make_unique<WorkerPool>(kTransferThreads)}));
+    ITWIN_RETURN_IF_ERROR(Annotate(dispatchers.back()->Open(), absl::StrCat("site ", site.name)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Gateway::Parts::Serve(const GatewayConfig& config) {
+  ITWIN_ASSIGN_OR_RETURN(const HostAndPort listen, ParseListen(config.listen));
+  authenticator = std::make_unique<TokenAuthenticator>(store.get());
+  feeders = std::make_unique<TaskPool>(kFeederThreads);
+  files = std::make_unique<TaskPool>(kFileThreads);
+  jobs_rpc = std::make_unique<JobsRpc>(
+      JobsRpc::Parts{jobs.get(), store.get(), hub.get(), authenticator.get(), feeders.get()});
+  artifacts_rpc = std::make_unique<ArtifactsRpc>(ArtifactsRpc::Parts{blobs.get(), authenticator.get(), files.get()});
+  sites_rpc = std::make_unique<SitesRpc>(board.get(), authenticator.get(), absl::Now());
+
+  grpc::SslServerCredentialsOptions tls(GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE);
+  grpc::SslServerCredentialsOptions::PemKeyCertPair pair;
+  ITWIN_ASSIGN_OR_RETURN(pair.private_key, ReadFile(data.tls("server.key")));
+  ITWIN_ASSIGN_OR_RETURN(pair.cert_chain, ReadFile(data.tls("server.pem")));
+  tls.pem_key_cert_pairs.push_back(std::move(pair));
+
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  grpc::ServerBuilder builder;
+  builder.AddListeningPort(config.listen, grpc::SslServerCredentials(tls), &port);
+  builder.RegisterService(jobs_rpc.get());
+  builder.RegisterService(artifacts_rpc.get());
+  builder.RegisterService(sites_rpc.get());
+  builder.SetMaxReceiveMessageSize(kMaxReceiveMessageBytes);
+  builder.SetResourceQuota(grpc::ResourceQuota("gateway").SetMaxThreads(config.rpc_threads));
+  // Two gateways on one port would share its clients between them.
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  // Watchers whose machine went away are noticed; clients may ask for the same.
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, kMinPingIntervalMs);
+  server = builder.BuildAndStart();
+  if (server == nullptr || port == 0) {
+    return absl::UnavailableError(absl::StrCat("cannot listen at ", config.listen,
+                                               "; is the port taken? Choose another with --listen, port 0 for any"));
+  }
+  endpoint = ClientEndpoint(listen.host, port);
+  return absl::OkStatus();
+}
+
+void Gateway::Parts::Stop() {
+  if (stopped) return;
+  stopped = true;
+  if (server) ::unlink(data.run("endpoint").c_str());
+  if (hub) hub->Close();  // ends the watch streams
+  if (server) {
+    server->Shutdown(absl::ToChronoTime(absl::Now() + kShutdownLimit));
+    server->Wait();
+  }
+  for (const auto& dispatcher : dispatchers) dispatcher->Stop();
+  feeders.reset();
+  files.reset();
+  server.reset();
+  dispatchers.clear();
+  if (store && hub) store->RemoveListener(hub.get());
+  if (lock.valid()) ::unlink(data.run("pid").c_str());
+  store.reset();
+  lock.Reset();
+}
+
+absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Create(const Options& options) {
+  auto parts = std::make_unique<Parts>();
+  std::unique_ptr<Gateway> gateway(new Gateway(std::move(parts)));
+  ITWIN_RETURN_IF_ERROR(gateway->parts_->Open(options));
+  return gateway;
+}
+
+Gateway::Gateway(std::unique_ptr<Parts> parts) : parts_(std::move(parts)) {}
+Gateway::~Gateway() { Stop(); }
+int Gateway::port() const { return parts_->port; }
+const std::string& Gateway::endpoint() const { return parts_->endpoint; }
+void Gateway::Stop() { parts_->Stop(); }
+
+absl::StatusOr<std::string> FindAgentProgram() {
+  std::error_code error;
+  const std::filesystem::path own = std::filesystem::read_symlink("/proc/self/exe", error).parent_path();
+  const std::filesystem::path places[] = {own / "itwin-agent", own.parent_path() / "libexec" / "itwin" / "itwin-agent"};
+  for (const std::filesystem::path& place : places) {
+    if (access(place.c_str(), X_OK) == 0) return place.lexically_normal().string();
+  }
+  return absl::NotFoundError(absl::StrCat("itwin-agent is neither at ", places[0].string(), " nor at ", places[1].string(),
+                                          "; install it there, or switch the embedded site off (local.enabled: false)"));
+}
+
+}  // namespace itwin::server

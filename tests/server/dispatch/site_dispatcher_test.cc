@@ -1,0 +1,336 @@
+// The loop of a site against a site in memory, with the real database; time and turns are the test's.
+#include "server/dispatch/site_dispatcher.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "server/store/sqlite_job_store.h"
+#include "tests/fakes/fake_agent.h"
+#include "tests/testing/fake_clock.h"
+#include "tests/testing/status_matchers.h"
+#include "tests/testing/temp_directory.h"
+#include "tests/testing/wait.h"
+
+namespace itwin::server {
+namespace {
+
+using ::itwin::testing::FakeClock;
+using ::itwin::testing::FakeSite;
+using ::itwin::testing::WaitUntil;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+
+// Runs what it is given at once: one thread, one order.
+class InlineExecutor : public Executor {
+ public:
+  void Submit(std::function<void()> task) override { task(); }
+  void Stop() override {}
+};
+
+class SiteDispatcherTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    auto store = SqliteJobStore::Open({.path = directory_ / "gateway.db"});
+    ASSERT_OK(store);
+    store_ = *std::move(store);
+    auto blobs = BlobStore::Open({.directory = directory_.path(), .min_free_bytes = 0});
+    ASSERT_OK(blobs);
+    blobs_ = *std::move(blobs);
+    Restart();
+  }
+  void TearDown() override {
+    if (dispatcher_) dispatcher_->Stop();
+    dispatcher_.reset();
+  }
+
+  // A gateway that begins anew over the same database.
+  void Restart() {
+    if (dispatcher_) dispatcher_->Stop();
+    SiteOptions options;
+    options.name = "local";
+    options.adopts_strays = true;
+    options.max_waiting = 3;
+    options.seed = 7;
+    dispatcher_ = std::make_unique<SiteDispatcher>(
+        std::move(options),
+        SiteDispatcher::Dependencies{.store = store_.get(),
+                                     .blobs = blobs_.get(),
+                                     .board = &board_,
+                                     .clock = &clock_,
+                                     .connect = [this](absl::Time) { return site_.Connect(); },
+                                     .gateway_id = "test",
+                                     .gateway_version = "test",
+                                     .calls = std::make_unique<InlineExecutor>(),
+                                     .transfers = std::make_unique<InlineExecutor>()});
+    ASSERT_OK(dispatcher_->Open());
+  }
+
+  JobId Submit(const std::string& owner = "alice", int ranks = 1, const std::string& site = "any") {
+    NewJob job;
+    job.owner = owner;
+    job.request_id = absl::StrCat("r", ++requests_);
+    job.spec.set_site(site);
+    job.spec.mutable_command()->add_argv("true");
+    job.spec.mutable_resources()->set_ranks_per_node(ranks);
+    job.spec.mutable_resources()->set_nodes(1);
+    for (const std::string& hash : inputs_) {
+      v1::InputFile* input = job.spec.add_inputs();
+      input->set_path(absl::StrCat("in", job.spec.inputs_size()));
+      input->set_sha256(hash);
+    }
+    job.message = "submitted";
+    auto submitted = store_->Submit(job);
+    EXPECT_OK(submitted);
+    return submitted->job.id;
+  }
+  JobRow Row(const JobId& id) { return *store_->GetJob(id); }
+  JobState State(const JobId& id) { return Row(id).record.state; }
+  std::string Key(const JobId& id) { return AttemptKey(id, Row(id).record.attempt).text(); }
+
+  // Turns of the loop until it has come to `state`; the reader's thread may need a moment.
+  ::testing::AssertionResult Reaches(const JobId& id, JobState state) {
+    const bool reached = WaitUntil([&] {
+      dispatcher_->RunOnce();
+      return State(id) == state;
+    }, absl::Seconds(10));
+    if (reached) return ::testing::AssertionSuccess();
+    return ::testing::AssertionFailure() << "is " << Name(State(id)) << ": " << Row(id).record.reason;
+  }
+  void Turns(int count = 5) {
+    for (int i = 0; i < count; ++i) dispatcher_->RunOnce();
+  }
+  void Advance(absl::Duration by) {
+    clock_.Advance(by);
+    Turns();
+  }
+  std::vector<std::string> Kinds(const JobId& id) {
+    std::vector<std::string> out;
+    for (const StoredEvent& event : *store_->ListEvents(id, 0, 1000)) out.emplace_back(Name(event.event.kind));
+    return out;
+  }
+  void RequestCancel(const JobId& id) {
+    JobEvent event;
+    event.kind = EventKind::kCancelRequested;
+    event.actor = "user:alice";
+    ASSERT_OK(store_->AppendEvent(id, event));
+  }
+
+  testing::TempDirectory directory_;
+  FakeClock clock_{absl::Now()};
+  FakeSite site_;
+  SiteBoard board_{{"local"}};
+  std::unique_ptr<SqliteJobStore> store_;
+  std::unique_ptr<BlobStore> blobs_;
+  std::unique_ptr<SiteDispatcher> dispatcher_;
+  std::vector<std::string> inputs_;
+  int requests_ = 0;
+};
+
+TEST_F(SiteDispatcherTest, BringsAJobThroughItsLife) {
+  inputs_ = {*blobs_->PutText("the input")};
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  EXPECT_EQ(site_.inputs().size(), 1u);
+  site_.Run(Key(id));
+  ASSERT_TRUE(Reaches(id, JobState::kRunning));
+  site_.Write(Key(id), "{\"step\":3,\"metrics\":{\"x\":1}}\n");
+  site_.Exit(Key(id), 0);
+  ASSERT_TRUE(Reaches(id, JobState::kSucceeded));
+  EXPECT_THAT(Kinds(id), ElementsAre("submitted", "placed", "staged", "accepted", "started", "ended", "succeeded"));
+  EXPECT_EQ(store_->ListPoints(id, 0, {}, 100)->blocks.size(), 1u);
+  EXPECT_EQ(Row(id).summary.at("x"), 1);
+}
+
+TEST_F(SiteDispatcherTest, ALostAnswerIsLookedUpAndNothingStartsTwice) {
+  site_.LoseNextStart();
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kSubmitUnknown));
+  EXPECT_THAT(Row(id).record.reason, HasSubstr("the answer was lost"));
+  Advance(absl::Seconds(2));
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  EXPECT_EQ(site_.attempts().at(Key(id)).starts, 1);
+  EXPECT_EQ(Row(id).record.attempt, 1);
+}
+
+TEST_F(SiteDispatcherTest, RestartsAtEveryStateGoOn) {
+  const JobId id = Submit();
+  for (const JobState state : {JobState::kPending, JobState::kRunning}) {
+    ASSERT_TRUE(Reaches(id, state));
+    Restart();
+    Turns();
+    EXPECT_EQ(State(id), state);
+    if (state == JobState::kPending) site_.Run(Key(id));
+  }
+  site_.Write(Key(id), "{\"metrics\":{\"x\":1}}\n");
+  Turns();
+  Restart();
+  site_.Write(Key(id), "{\"metrics\":{\"x\":2}}\n");
+  site_.Exit(Key(id), 0);
+  ASSERT_TRUE(Reaches(id, JobState::kSucceeded));
+  EXPECT_EQ(store_->ListPoints(id, 0, {}, 100)->blocks[0].values_size(), 2);
+  EXPECT_EQ(site_.attempts().at(Key(id)).starts, 1);
+}
+
+TEST_F(SiteDispatcherTest, ASiteThatIsAwayPausesAndFailsNothing) {
+  const JobId running = Submit();
+  ASSERT_TRUE(Reaches(running, JobState::kPending));
+  site_.Run(Key(running));
+  ASSERT_TRUE(Reaches(running, JobState::kRunning));
+  site_.SetReachable(false);
+  ASSERT_TRUE(WaitUntil([&] {
+    Turns(1);
+    return board_.ListSites()[0].state() == v1::SITE_STATE_UNREACHABLE;
+  }));
+  EXPECT_THAT(board_.ListSites()[0].reason(), HasSubstr("broke"));
+  const JobId queued = Submit();
+  for (int i = 0; i < 100; ++i) Advance(absl::Seconds(60));
+  EXPECT_EQ(State(running), JobState::kRunning);
+  EXPECT_EQ(State(queued), JobState::kQueued);
+  site_.Exit(Key(running), 0);
+  site_.SetReachable(true);
+  Advance(absl::Seconds(60));
+  ASSERT_TRUE(Reaches(running, JobState::kSucceeded));
+  ASSERT_TRUE(Reaches(queued, JobState::kPending));
+}
+
+TEST_F(SiteDispatcherTest, AnAttemptThatTheSiteForgotIsDoneAgainOnlyAfterItSaidSoTwice) {
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  site_.Run(Key(id));
+  ASSERT_TRUE(Reaches(id, JobState::kRunning));
+  site_.Forget(Key(id));
+  Advance(absl::Seconds(11));  // the periodic list: absent once
+  EXPECT_EQ(State(id), JobState::kRunning);
+  Advance(absl::Seconds(3));
+  ASSERT_TRUE(Reaches(id, JobState::kQueued));
+  EXPECT_EQ(Row(id).record.retries_infra, 1);
+  Advance(absl::Seconds(2));
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  EXPECT_EQ(Row(id).record.attempt, 2);
+}
+
+TEST_F(SiteDispatcherTest, OnlySoManyWaitAtTheSiteAndOwnersTakeTurns) {
+  std::vector<JobId> alices, bobs;
+  for (int i = 0; i < 5; ++i) alices.push_back(Submit("alice"));
+  for (int i = 0; i < 5; ++i) bobs.push_back(Submit("bob"));
+  Turns(20);
+  EXPECT_EQ(site_.attempts().size(), 3u);
+  EXPECT_EQ(State(bobs[0]), JobState::kPending) << "the second owner does not wait behind the first one's five";
+  EXPECT_EQ(board_.ListSites()[0].live_jobs(), 3);
+  for (const auto& [key, attempt] : site_.attempts()) site_.Run(key);
+  ASSERT_TRUE(WaitUntil([&] {
+    Turns(1);
+    return site_.attempts().size() == 6;
+  }));
+}
+
+TEST_F(SiteDispatcherTest, WhatCanNeverRunIsNotQueuedForEver) {
+  const JobId id = Submit("alice", 5);
+  ASSERT_TRUE(Reaches(id, JobState::kFailed));
+  EXPECT_EQ(Row(id).record.failure, FailureClass::kUser);
+  EXPECT_THAT(Row(id).record.reason, HasSubstr("5 ranks"));
+  EXPECT_THAT(Row(id).record.reason, HasSubstr("4 slots"));
+  const JobId stray = Submit("alice", 1, "removed");
+  ASSERT_TRUE(Reaches(stray, JobState::kFailed));
+  EXPECT_THAT(Row(stray).record.reason, HasSubstr("'removed'"));
+}
+
+TEST_F(SiteDispatcherTest, ARefusalFailsTheJobInTheSitesWords) {
+  site_.RefuseStarts("invalid partition specified: gpu");
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kFailed));
+  EXPECT_EQ(Row(id).record.failure, FailureClass::kUser);
+  EXPECT_THAT(Row(id).record.reason, HasSubstr("invalid partition specified: gpu"));
+  EXPECT_TRUE(site_.attempts().at(Key(id)).barred);
+}
+
+TEST_F(SiteDispatcherTest, CancelOfAQueuedJobIsImmediate) {
+  site_.SetReachable(false);
+  const JobId id = Submit();
+  Turns();
+  RequestCancel(id);
+  ASSERT_TRUE(Reaches(id, JobState::kCancelled));
+  EXPECT_THAT(site_.attempts(), IsEmpty());
+}
+
+TEST_F(SiteDispatcherTest, CancelOfARunningJobWaitsForItsEnd) {
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  site_.Run(Key(id));
+  ASSERT_TRUE(Reaches(id, JobState::kRunning));
+  RequestCancel(id);
+  Turns();
+  EXPECT_TRUE(site_.attempts().at(Key(id)).cancel);
+  EXPECT_EQ(State(id), JobState::kRunning);
+  site_.Exit(Key(id), 143);
+  ASSERT_TRUE(Reaches(id, JobState::kCancelled));
+}
+
+TEST_F(SiteDispatcherTest, BadLinesAreNotedOnceAndCounted) {
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  site_.Run(Key(id));
+  site_.Write(Key(id), "garbage\n");
+  ASSERT_TRUE(WaitUntil([&] {
+    Turns(1);
+    return Kinds(id).back() == "note";
+  }));
+  for (int i = 0; i < 10; ++i) {
+    site_.Write(Key(id), "more garbage\n{\"metrics\":{\"x\":1}}\n");
+    Turns();
+  }
+  site_.Exit(Key(id), 0);
+  ASSERT_TRUE(Reaches(id, JobState::kSucceeded));
+  std::vector<std::string> notes;
+  for (const StoredEvent& event : *store_->ListEvents(id, 0, 1000)) {
+    if (event.event.kind == EventKind::kNote) notes.push_back(event.event.message);
+  }
+  EXPECT_THAT(notes, ElementsAre(HasSubstr("garbage"), HasSubstr("in all, 11 lines")));
+}
+
+TEST_F(SiteDispatcherTest, OutputsComeBackWithTheirHashes) {
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  site_.Run(Key(id));
+  ASSERT_TRUE(Reaches(id, JobState::kRunning));
+  const std::string key = Key(id);
+  site_.Write(key, "");
+  site_.SetOutput(key, "a/model.pt", std::string(100'000, 'm'));
+  site_.SetOutput(key, "empty", "");
+  site_.Exit(key, 0);
+  ASSERT_TRUE(Reaches(id, JobState::kSucceeded));
+  const auto outputs = store_->ListOutputs(id);
+  ASSERT_OK(outputs);
+  ASSERT_EQ(outputs->size(), 2u);
+  for (const v1::OutputFile& file : *outputs) EXPECT_TRUE(blobs_->StatBlob(file.sha256())->complete);
+}
+
+TEST_F(SiteDispatcherTest, AMissingArtifactNamesTheFile) {
+  inputs_ = {std::string(64, 'a')};
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kFailed));
+  EXPECT_EQ(Row(id).record.failure, FailureClass::kUser);
+  EXPECT_THAT(Row(id).record.reason, HasSubstr("'in1'"));
+}
+
+TEST_F(SiteDispatcherTest, OldSpoolsAreRemovedAndForeignOnesLeft) {
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  site_.Run(Key(id));
+  site_.Exit(Key(id), 0);
+  ASSERT_TRUE(Reaches(id, JobState::kSucceeded));
+  site_.Run("ffffffffffffffff-1");
+  Advance(absl::Hours(24 * 6));
+  EXPECT_EQ(site_.attempts().size(), 2u);
+  Advance(absl::Hours(24 * 2));
+  Advance(absl::Hours(2));
+  EXPECT_THAT(site_.attempts(), ElementsAre(::testing::Key("ffffffffffffffff-1")));
+}
+
+}  // namespace
+}  // namespace itwin::server
