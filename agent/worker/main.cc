@@ -297,6 +297,7 @@ int Train(World& world, RunState& state) {
                    {"weights_sha256", outcome.weights_sha256},
                    {"worker", ITWIN_VERSION},
                    {"libtorch", TorchVersion()},
+                   {"blas_kernels", machine.blas_kernels},
                    {"blas_gflops_per_thread", gflops},
                    {"seconds", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()}};
     WriteFileDurably(contract.result, RenderResult(result));
@@ -315,8 +316,9 @@ int SelfTest(World& world) {
   }
   if (world.rank() != 0) return 0;
   const double gflops = MeasureBlas();
-  std::printf("ranks %d on %d node(s), %d thread(s) each; LibTorch %s; BLAS %.1f Gflop/s per thread%s\n",
-              world.size(), machine.nodes, machine.threads, TorchVersion().c_str(), gflops,
+  std::printf("ranks %d on %d node(s), %d thread(s) each; LibTorch %s; BLAS %s %.1f Gflop/s per thread%s\n",
+              world.size(), machine.nodes, machine.threads, TorchVersion().c_str(),
+              machine.blas_kernels.empty() ? "(not OpenBLAS)" : machine.blas_kernels.c_str(), gflops,
               gflops < kSlowGflops ? "" : ": ok");
   if (gflops < kSlowGflops) std::printf("%s\n", SlowBlasWarning(gflops).c_str());
   return 0;

@@ -67,6 +67,7 @@ Machine SetUpMachine(Communicator& communicator, int cpus_per_rank) {
   machine.nodes = static_cast<int>(hosts.size());
   const int cpus = CPU_COUNT(&mine.cpus);
   machine.threads = std::max(1, cpus_per_rank > 0 ? std::min(cpus_per_rank, cpus) : cpus / std::max(1, sharing));
+  machine.blas_kernels = ChooseBlasKernels();
   SetComputeThreads(machine.threads);
   return machine;
 }

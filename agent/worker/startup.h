@@ -13,6 +13,7 @@ struct Machine {
   int local_size = 1;
   int nodes = 1;
   int threads = 1;     // compute threads of this rank
+  std::string blas_kernels;  // see ChooseBlasKernels
 };
 
 // The C library's allocator gives big blocks back to the system and fetches them again in every step unless told

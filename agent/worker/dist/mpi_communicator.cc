@@ -203,6 +203,8 @@ bool MpiWorld::Launched() {
 }
 
 MpiWorld::MpiWorld() {
+  // A collective that waits for a slower rank shall not take the processor from this rank's own computing.
+  setenv("OMPI_MCA_mpi_yield_when_idle", "1", /*overwrite=*/0);
   int provided = 0;
   MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &provided);
   if (provided < MPI_THREAD_MULTIPLE) {

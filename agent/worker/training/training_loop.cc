@@ -251,6 +251,7 @@ void TrainingLoop::ReportUnusedParameters() {
 
 void TrainingLoop::FinishEpoch() {
   const bool whole = position_.next_batch >= order_->batches();
+  epoch_metrics_.clear();
   MetricSink::Values values;
   if (position_.epoch_samples > 0) {
     values.emplace_back("train/loss_epoch", position_.epoch_loss_sum / static_cast<double>(position_.epoch_samples));
@@ -261,7 +262,7 @@ void TrainingLoop::FinishEpoch() {
     values.emplace_back("perf/comm_wait_s", clock_->epoch_communication_wait);
   }
   setup_.metrics.Write(position_.step, values);
-  for (const auto& [name, value] : values) last_metrics_[name] = value;
+  for (const auto& [name, value] : values) epoch_metrics_[name] = last_metrics_[name] = value;
   if (whole) {
     position_ = {.step = position_.step, .epoch = position_.epoch + 1};
   }
@@ -282,8 +283,8 @@ void TrainingLoop::FinishEpoch() {
     std::string line = Text("epoch %lld/%d", static_cast<long long>(position_.epoch), spec_.epochs);
     for (const char* name : {"train/loss_epoch", "validation/loss", "validation/rmse", "validation/accuracy",
                              "test/rmse", "test/accuracy", "perf/samples_per_second"}) {
-      const auto found = last_metrics_.find(name);
-      if (found != last_metrics_.end()) line += Text("  %s %.5g", name, found->second);
+      const auto found = epoch_metrics_.find(name);
+      if (found != epoch_metrics_.end()) line += Text("  %s %.5g", name, found->second);
     }
     setup_.print(line);
   }
@@ -311,7 +312,7 @@ void TrainingLoop::EvaluateSplit(Split split) {
   MetricSink::Values values;
   for (const auto& [name, value] : metrics) {
     values.emplace_back(prefix + name, value);
-    last_metrics_[prefix + name] = value;
+    epoch_metrics_[prefix + name] = last_metrics_[prefix + name] = value;
   }
   setup_.metrics.Write(position_.step, values);
   const double seconds = Seconds() - start;

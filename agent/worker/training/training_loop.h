@@ -95,6 +95,7 @@ class TrainingLoop {
   std::string weights_sha256_;
   int64_t saved_step_ = -1;
   std::map<std::string, double> last_metrics_;
+  std::map<std::string, double> epoch_metrics_;  // those of the epoch just done
   std::map<std::string, double> test_baselines_;
   MetricSink::Values step_values_;
   std::unique_ptr<Clock> clock_;
