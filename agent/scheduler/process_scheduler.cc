@@ -327,12 +327,13 @@ void ProcessScheduler::Start(Entry& entry) {
   options.directory = directory.path();
   options.env = {{"ITWIN_SCHEDULER_ID", entry.id}};
   options.new_session = true;
-  absl::StatusOr<FileDescriptor> log_file = OpenFile(directory.script_log_path(), O_WRONLY | O_CREAT | O_APPEND);
-  absl::StatusOr<Subprocess> child = log_file.status();
-  if (log_file.ok()) {
-    options.stdout_fd = options.stderr_fd = log_file->get();
-    child = Subprocess::Start(options);
-  }
+  const auto start = [&]() -> absl::StatusOr<Subprocess> {
+    ITWIN_ASSIGN_OR_RETURN(const FileDescriptor log_file,
+                           OpenFile(directory.script_log_path(), O_WRONLY | O_CREAT | O_APPEND));
+    options.stdout_fd = options.stderr_fd = log_file.get();
+    return Subprocess::Start(options);
+  };
+  absl::StatusOr<Subprocess> child = start();
   FaultPoint("scheduler.after_start");
   if (!child.ok()) {
     entry.note = absl::StrCat("the script could not be started: ", child.status().message());
