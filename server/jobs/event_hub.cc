@@ -43,8 +43,8 @@ absl::StatusOr<WatchTopic::Shared> WatchTopic::GetOrRead(const Shared& key,
         !SameCursor(entry.from, key.from)) {
       continue;
     }
-    // "Nothing new" is only right as long as nothing has changed.
-    if (entry.update != nullptr || entry.seen == now) return entry;
+    // "Nothing new" is only right as long as nothing has changed, and a new watcher is told the job as it is now.
+    if (entry.seen == now || (entry.update != nullptr && key.job_seen != 0)) return entry;
   }
   absl::StatusOr<Shared> made = read();
   if (!made.ok()) return made;

@@ -36,6 +36,11 @@ absl::StatusOr<JobWatch::Step> JobWatch::Next() {
     }
     WatchTopic& topic = subscription_->topic();
     if (!more_ && topic.counts() == seen_) return Step{};
+    // Which attempt is the newest is this watcher's question, before it shares answers with others.
+    if (options_.logs && options_.cursor.log_attempt() == 0) {
+      ITWIN_ASSIGN_OR_RETURN(const JobRow row, store_.GetJob(options_.job));
+      options_.cursor.set_log_attempt(row.record.attempt);
+    }
     WatchTopic::Shared key;
     key.from = options_.cursor;
     key.points = options_.points;

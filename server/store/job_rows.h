@@ -135,15 +135,16 @@ struct SpoolCommit {
   int64_t cursor = 0;  // where the file stands now
 };
 
+// Every member has a default, so that callers can name just those they mean.
 struct JobFilter {
-  std::vector<JobState> states;  // empty: all
+  std::vector<JobState> states = {};  // empty: all
   bool live_only = false;
-  std::string site;
-  std::string name_contains;
-  std::map<std::string, std::string> labels;
-  std::string owner;  // empty: all
+  std::string site = {};
+  std::string name_contains = {};
+  std::map<std::string, std::string> labels = {};
+  std::string owner = {};  // empty: all
   int page_size = 50;
-  std::string page_token;
+  std::string page_token = {};
 };
 struct JobPage {
   std::vector<JobRow> jobs;

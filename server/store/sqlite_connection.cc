@@ -49,6 +49,20 @@ absl::Status StatusOf(int code, int system_error, absl::string_view message) {
   }
 }
 
+// Why the last operation on one of the connection's files failed; sqlite3_system_errno has been overwritten by the
+// clean-up by the time an error is caught.
+int LastErrno(sqlite3* handle) {
+  for (const int which : {SQLITE_FCNTL_JOURNAL_POINTER, SQLITE_FCNTL_FILE_POINTER}) {
+    sqlite3_file* file = nullptr;
+    int error = 0;
+    if (sqlite3_file_control(handle, "main", which, &file) == SQLITE_OK && file != nullptr && file->pMethods != nullptr &&
+        file->pMethods->xFileControl(file, SQLITE_FCNTL_LAST_ERRNO, &error) == SQLITE_OK && error != 0) {
+      return error;
+    }
+  }
+  return sqlite3_system_errno(handle);
+}
+
 }  // namespace
 
 SqliteConnection::SqliteConnection(std::unique_ptr<SQLite::Database> database) : database_(std::move(database)) {}
@@ -69,7 +83,7 @@ absl::Status SqliteConnection::Guard(absl::FunctionRef<absl::Status()> body) {
   try {
     return body();
   } catch (const SQLite::Exception& e) {
-    return StatusOf(e.getErrorCode(), sqlite3_system_errno(database_->getHandle()), e.what());
+    return StatusOf(e.getErrorCode(), LastErrno(database_->getHandle()), e.what());
   }
 }
 

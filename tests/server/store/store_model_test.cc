@@ -26,8 +26,8 @@ TEST(StoreModel, AgreesWithTheTable) {
   std::map<JobId, int> events;
   std::vector<JobId> ids;
   int accepted = 0, refused = 0;
-  for (int i = 0; i < 4000; ++i) {
-    if (ids.size() < 30 && random() % 20 == 0) {
+  for (int i = 0; i < 8000; ++i) {
+    if (ids.size() < 120 && random() % 20 == 0) {
       const auto row = store->Submit(MakeJob(absl::StrCat("r", i), absl::StrCat("owner", random() % 3)));
       ASSERT_OK(row);
       ids.push_back(row->job.id);
@@ -59,7 +59,7 @@ TEST(StoreModel, AgreesWithTheTable) {
     } else {
       ++refused;
     }
-    if (i % 800 == 799) store.reset(), store = OpenStore(directory / "itwin.db");
+    if (i % 1600 == 1599) store.reset(), store = OpenStore(directory / "itwin.db");
   }
   ASSERT_OK(store->Verify(true));
   for (const auto& [id, record] : model) {
