@@ -92,7 +92,10 @@ class Cluster:
         deadline = time.monotonic() + seconds
         evicted = False
         while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                raise ClusterError(f"{self.directory} was removed by another command") from None
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.stat(path).st_ino == os.fstat(fd).st_ino:
@@ -229,6 +232,7 @@ class Cluster:
                     raise ClusterError(f"a cluster with other options is up in {self.directory}; `down` it first")
                 self.say("cleaning up after a start that was cut off")
                 self.remove_all()
+                self.remove_content()
             started = time.monotonic()
             self.state = {"version": 1, "phase": "starting", "directory": str(self.directory),
                           "starting": processes.identity(os.getpid()), "options": options,
@@ -917,7 +921,7 @@ class Cluster:
         """Removes the cluster, whole or half made. Returns False if there was none."""
         if not self.directory.exists():
             return False
-        if not (self.directory / MARKER).exists():
+        if not (self.directory / MARKER).exists() and {path.name for path in self.directory.iterdir()} != {"lock"}:
             raise ClusterError(f"{self.directory} is not a cluster's directory (no {MARKER}); nothing was touched")
         if os.geteuid() != 0:
             raise ClusterError("needs root; run it with sudo")
@@ -972,14 +976,17 @@ class Cluster:
                     found.append(path)
         return found
 
-    def remove_directory(self):
-        if not (self.directory / MARKER).exists() or self.mounts():
-            raise ClusterError(f"{self.directory} is not safe to remove")
-        # Marker and lock last: cut off in the middle, the next `down` still knows the directory as a cluster's.
+    def remove_content(self):
+        if self.mounts():
+            raise ClusterError(f"{self.directory} is not safe to remove: {', '.join(self.mounts())} is mounted")
         for path in self.directory.iterdir():
             if path.name not in (MARKER, "lock", "state.json"):
                 self.remove_tree(path)
-        for name in ("state.json", "state.json.new", "lock", MARKER):
+
+    def remove_directory(self):
+        # State, marker and lock last: cut off in the middle, the next `down` still knows what this is.
+        self.remove_content()
+        for name in ("state.json", MARKER, "lock"):
             with contextlib.suppress(FileNotFoundError):
                 (self.directory / name).unlink()
         with contextlib.suppress(OSError):

@@ -5,7 +5,7 @@ as one JSON object per connection on a Unix socket, answers are one JSON object.
 
 A link is one of: up; cut (connections reset, new ones refused); half-open (nothing passes, nobody is told; what was sent
 arrives after `restore`). `lose` forgets the present connections without a word, as a router that rebooted does:
-they stay silent for ever, new ones work. Delay and throttle hold in each direction and add up; what is on its way when
+they stay silent until a `cut`, and neither side hears of the other's end; new ones work. Delay and throttle hold in each direction and add up; what is on its way when
 the link is cut is lost.
 """
 import asyncio
@@ -220,8 +220,6 @@ class Connection:
                 if not await self._pass():
                     while await loop.sock_recv(source, CHUNK):  # a lost connection swallows everything
                         pass
-                    with contextlib.suppress(OSError):
-                        source.close()
                     return
                 piece = CHUNK if not direction.rate else max(1024, min(CHUNK, int(direction.rate / 20)))
                 data = await loop.sock_recv(source, piece)
@@ -248,7 +246,7 @@ class Connection:
             await writing
         writing.cancel()
         self.finished += 1
-        if self.finished == 2:
+        if self.finished == 2:  # both sides have ended, in their own time
             self.close()
 
     async def _guard(self, work):

@@ -59,13 +59,14 @@ def file_hashes():
 
 
 def namespaces():
-    """Every network, mount and process namespace in which a process lives."""
+    """Every network, mount and process namespace in which a process lives (a dead one not yet reaped does not)."""
     found = set()
     for entry in os.listdir("/proc"):
         if entry.isdigit():
-            for kind in ("net", "mnt", "pid"):
-                with contextlib.suppress(OSError):
-                    found.add(os.readlink(f"/proc/{entry}/ns/{kind}"))
+            with contextlib.suppress(OSError):
+                names = {os.readlink(f"/proc/{entry}/ns/{kind}") for kind in ("net", "mnt", "pid")}
+                if pathlib.Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX":
+                    found |= names
     return found
 
 
@@ -278,7 +279,7 @@ def test_ssh_is_as_strict_as_a_site(cluster):
     assert stranger.returncode == 255 and "Permission denied" in stranger.stderr
     forward = subprocess.run(["ssh", "-F", cluster.status["ssh_config"], "-W", f"{cluster.status['nodes']['n1']['address']}:6818",
                               "login"], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    assert forward.returncode != 0 and "prohibited" in forward.stderr
+    assert forward.returncode != 0 and "forwarding failed" in forward.stderr
     through = subprocess.run(["ssh", "-F", cluster.status["ssh_config"], "-J", "jump", "login-direct", "hostname"],
                              capture_output=True, text=True, check=False)
     assert through.stdout == "login\n", through.stderr
@@ -376,7 +377,10 @@ def test_wan_lose_forgets_connections_but_takes_new_ones(healthy_wan):
         assert healthy_wan.wan("status")["login"]["lost_connections"] == 1
     finally:
         echo.close()
-    wait_for("the lost connection to be tidied", lambda: not healthy_wan.wan("status")["login"]["lost_connections"])
+    # Neither side hears of the other's end: the session on the login node lives on until the link is cut.
+    assert healthy_wan.wan("status")["login"]["lost_connections"] == 1
+    healthy_wan.wan("cut")
+    assert healthy_wan.wan("status")["login"]["lost_connections"] == 0
 
 
 def test_wan_flaps(healthy_wan):
@@ -416,7 +420,7 @@ def test_controller_and_munge_are_killed_and_started(cluster):
     cluster.tool("start", "slurmctld")
     cluster.tool("kill", "munge")
     assert "authentication" in cluster.ssh("login", "squeue", check=False).stderr
-    assert cluster.ssh("login2", "squeue", check=False).returncode == 0  # each node has its own
+    assert cluster.ssh("login2", "munge -n < /dev/null").startswith("MUNGE:")  # each node has its own
     cluster.tool("start", "munge")
     cluster.tool("ready")
     cluster.ssh("login", "srun -N2 true")
@@ -482,30 +486,40 @@ def test_two_clusters_side_by_side(cluster):
     assert cluster.ssh("login", "hostname") == "login\n"
 
 
-def start_until(one, reached):
-    """Starts `up` and returns its process when state.json satisfies `reached`."""
+@contextlib.contextmanager
+def start_until(one, stage):
+    """Starts `up` and hands its process over when state.json says that the stage is reached."""
     process = subprocess.Popen([TOOL, "up", "--dir", one.directory, *one.options], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, start_new_session=True)
 
     def now():
         assert process.poll() is None, "up ended before it could be killed"
         with contextlib.suppress(OSError, ValueError):
-            return reached(json.loads((one.directory / "state.json").read_text()))
+            return STAGES[stage](json.loads((one.directory / "state.json").read_text()))
         return False
 
-    wait_for("the stage", now, 60, interval=0.001)
-    return process
+    try:
+        wait_for(f"the stage {stage}", now, 60, interval=0.001)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        one.close()
+
+
+def node(state, name):
+    return state["nodes"].get(name, {"services": {}})
 
 
 STAGES = {
     "first_note": lambda state: True,
     "switch": lambda state: "holder" in state["switch"],
     "network": lambda state: "subnet" in state,
-    "first_node": lambda state: "holder" in state["nodes"]["login"],
-    "last_node": lambda state: "holder" in state["nodes"]["n2"],
+    "first_node": lambda state: "holder" in node(state, "login"),
+    "last_node": lambda state: "holder" in node(state, "n2"),
     "wan": lambda state: "process" in state["wan"],
-    "slurmctld": lambda state: "slurmctld" in state["nodes"]["login"]["services"],
-    "slurmd": lambda state: "slurmd" in state["nodes"]["n1"]["services"],
+    "slurmctld": lambda state: "slurmctld" in node(state, "login")["services"],
+    "slurmd": lambda state: "slurmd" in node(state, "n1")["services"],
 }
 
 
@@ -513,10 +527,8 @@ STAGES = {
 def test_killed_start_leaves_nothing_after_down(stage):
     traces = Traces()
     one = Cluster("--nodes", "2", "--home-size", "10M")
-    process = start_until(one, STAGES[stage])
-    process.kill()
-    process.wait()
-    one.close()
+    with start_until(one, stage) as process:
+        process.kill()
     traces.assert_nothing_left(one.directory)
 
 
@@ -525,42 +537,41 @@ def test_killed_start_leaves_nothing_after_down(stage):
 def test_interrupted_start_cleans_up_by_itself(stage, number):
     traces = Traces()
     one = Cluster("--nodes", "2", "--home-size", "10M")
-    process = start_until(one, STAGES[stage])
-    os.killpg(process.pid, number)  # as the terminal does it: the helper commands get it too
-    assert process.wait(60) in (128 + number, 1)
-    traces.assert_nothing_left(one.directory)
-    one.close()
+    with start_until(one, stage) as process:
+        os.killpg(process.pid, number)  # as the terminal does it: the helper commands get it too
+        assert process.wait(60) in (128 + number, 1)
+        traces.assert_nothing_left(one.directory)
 
 
 def test_down_stops_a_start_that_is_under_way():
     traces = Traces()
     one = Cluster("--nodes", "2")
-    process = start_until(one, STAGES["first_node"])
-    one.tool("down")
-    assert process.wait(30) != 0
-    traces.assert_nothing_left(one.directory)
-    one.close()
+    with start_until(one, "first_node") as process:
+        one.tool("down")
+        assert process.wait(30) != 0
+        traces.assert_nothing_left(one.directory)
 
 
 def test_start_after_a_killed_start():
     traces = Traces()
     one = Cluster("--nodes", "1")
-    process = start_until(one, STAGES["first_node"])
-    process.kill()
-    process.wait()
-    one.up()
-    assert one.ssh("login", "srun hostname") == "n1\n"
-    one.close()
+    with start_until(one, "first_node") as process:
+        process.kill()
+        process.wait()
+        one.up()
+        assert one.ssh("login", "srun hostname") == "n1\n"
     traces.assert_nothing_left(one.directory)
 
 
 def test_failed_start_cleans_up_and_says_why():
     traces = Traces()
-    one = Cluster("--nodes", "1", "--slurm-conf", "NoSuchWord=1", "--timeout", "20")
-    result = one.tool("up", "--nodes", "1", "--slurm-conf", "NoSuchWord=1", check=False)
-    assert result.returncode == 1 and "slurmctld on login ended" in result.stderr and "NoSuchWord" in result.stderr
-    traces.assert_nothing_left(one.directory)
-    one.close()
+    one = Cluster()
+    try:
+        result = one.tool("up", "--nodes", "1", "--slurm-conf", "NoSuchWord=1", check=False)
+        assert result.returncode == 1 and "slurmctld on login ended" in result.stderr and "NoSuchWord" in result.stderr
+        traces.assert_nothing_left(one.directory)
+    finally:
+        one.close()
 
 
 def test_foreign_directories_are_not_touched():
@@ -575,7 +586,7 @@ def test_foreign_directories_are_not_touched():
         shutil.rmtree(base)
 
 
-def test_unreachable_directory_is_refused(tmp_path):
-    os.chmod(tmp_path, 0o700)
-    result = subprocess.run([TOOL, "up", "--dir", tmp_path / "c"], capture_output=True, text=True, check=False)
-    assert result.returncode == 1 and "ordinary users cannot enter" in result.stderr
+def test_unreachable_directory_is_refused():
+    with tempfile.TemporaryDirectory(prefix="itwin-tc-", dir="/var/tmp") as private:
+        result = subprocess.run([TOOL, "up", "--dir", f"{private}/c"], capture_output=True, text=True, check=False)
+        assert result.returncode == 1 and "ordinary users cannot enter" in result.stderr
