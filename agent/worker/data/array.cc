@@ -28,15 +28,24 @@ size_t ElementSize(ElementType type) {
 
 const char* ElementName(ElementType type) {
   switch (type) {
-    case ElementType::kBool: return "bool";
-    case ElementType::kUint8: return "uint8";
-    case ElementType::kInt8: return "int8";
-    case ElementType::kInt16: return "int16";
-    case ElementType::kInt32: return "int32";
-    case ElementType::kInt64: return "int64";
-    case ElementType::kFloat16: return "float16";
-    case ElementType::kFloat32: return "float32";
-    case ElementType::kFloat64: return "float64";
+    case ElementType::kBool:
+      return "bool";
+    case ElementType::kUint8:
+      return "uint8";
+    case ElementType::kInt8:
+      return "int8";
+    case ElementType::kInt16:
+      return "int16";
+    case ElementType::kInt32:
+      return "int32";
+    case ElementType::kInt64:
+      return "int64";
+    case ElementType::kFloat16:
+      return "float16";
+    case ElementType::kFloat32:
+      return "float32";
+    case ElementType::kFloat64:
+      return "float64";
   }
   return "?";
 }
@@ -45,7 +54,8 @@ size_t CheckedBytes(const std::vector<int64_t>& shape, ElementType type, const s
   bool empty = false;
   for (const int64_t dimension : shape) {
     if (dimension < 0) {
-      throw UserError(what + ": shape " + ShapeText(shape) + " has a negative dimension; the file is damaged");
+      throw UserError(what + ": shape " + ShapeText(shape) +
+                      " has a negative dimension; the file is damaged");
     }
     if (dimension == 0) empty = true;
   }

@@ -38,24 +38,26 @@ void RequireSameSamples(const std::map<std::string, StoredArray>& part, const st
   const at::Tensor& first = part.at(a).values;
   const at::Tensor& second = part.at(b).values;
   if (first.size(0) != second.size(0)) {
-    throw UserError("train.data: \"" + a + "\" has shape " + ShapeText(first.sizes().vec()) + " and \"" + b +
-                    "\" has " + ShapeText(second.sizes().vec()) +
+    throw UserError("train.data: \"" + a + "\" has shape " + ShapeText(first.sizes().vec()) +
+                    " and \"" + b + "\" has " + ShapeText(second.sizes().vec()) +
                     "; the first dimension counts the samples and must be the same");
   }
 }
 
-// Finds input and target by the spec's names or by "input" and "target"; drops arrays that are not per sample.
+// Finds input and target by the spec's names or by "input" and "target"; drops arrays that are not
+// per sample.
 void ResolveNames(const DataSpec& spec, SampleStore* store) {
   for (auto& part : store->parts) {
-    for (const auto& [wanted, fallback, chosen] :
-         {std::tuple{&spec.input, "input", &store->input}, {&spec.target, "target", &store->target}}) {
+    for (const auto& [wanted, fallback, chosen] : {std::tuple{&spec.input, "input", &store->input},
+                                                   {&spec.target, "target", &store->target}}) {
       if (wanted->empty()) {
         if (part.count(fallback) > 0) *chosen = fallback;
         continue;
       }
       if (part.count(*wanted) == 0) {
         throw UserError(std::string("train.data.") + fallback + ": no array \"" + *wanted + "\"" +
-                        NearestHint(*wanted, Names(part)) + " (arrays here: " + JoinNames(Names(part)) + ")");
+                        NearestHint(*wanted, Names(part)) +
+                        " (arrays here: " + JoinNames(Names(part)) + ")");
       }
       *chosen = *wanted;
     }
@@ -66,7 +68,8 @@ void ResolveNames(const DataSpec& spec, SampleStore* store) {
   }
 }
 
-Loaded Load(const NetcdfFile& source, const DataSpec& spec, uint64_t, const std::filesystem::path& work_dir) {
+Loaded Load(const NetcdfFile& source, const DataSpec& spec, uint64_t,
+            const std::filesystem::path& work_dir) {
   const NetcdfField read =
       ReadNetcdf(ResolveFile(source.path, work_dir, "train.data.netcdf"), spec.variables);
   Loaded loaded;
@@ -89,7 +92,8 @@ StoredArray LoadImages(const std::filesystem::path& path, const char* field) {
   StoredArray images = StoreArray(ReadIdx(path), false);
   if (images.values.dim() < 2 || images.values.numel() == 0) {
     throw UserError(std::string(field) + ": " + path.string() + " has shape " +
-                    ShapeText(images.values.sizes().vec()) + "; images are [samples, rows, columns]");
+                    ShapeText(images.values.sizes().vec()) +
+                    "; images are [samples, rows, columns]");
   }
   if (images.values.dim() == 3) images.values = images.values.unsqueeze(1);  // one channel
   if (images.values.scalar_type() == at::kByte) {
@@ -101,10 +105,11 @@ StoredArray LoadImages(const std::filesystem::path& path, const char* field) {
   return images;
 }
 
-Loaded Load(const IdxFiles& source, const DataSpec&, uint64_t, const std::filesystem::path& work_dir) {
+Loaded Load(const IdxFiles& source, const DataSpec&, uint64_t,
+            const std::filesystem::path& work_dir) {
   Loaded loaded;
-  const auto add = [&](const std::string& images, const std::string& labels, const char* images_field,
-                       const char* labels_field) {
+  const auto add = [&](const std::string& images, const std::string& labels,
+                       const char* images_field, const char* labels_field) {
     const auto images_path = ResolveFile(images, work_dir, images_field);
     const auto labels_path = ResolveFile(labels, work_dir, labels_field);
     auto& part = loaded.store.parts.emplace_back();
@@ -112,9 +117,11 @@ Loaded Load(const IdxFiles& source, const DataSpec&, uint64_t, const std::filesy
     part["target"] = StoreArray(ReadIdx(labels_path), true);
     RequireSameSamples(part, "input", "target");
   };
-  add(source.train_images, source.train_labels, "train.data.idx.train_images", "train.data.idx.train_labels");
+  add(source.train_images, source.train_labels, "train.data.idx.train_images",
+      "train.data.idx.train_labels");
   if (!source.test_images.empty()) {
-    add(source.test_images, source.test_labels, "train.data.idx.test_images", "train.data.idx.test_labels");
+    add(source.test_images, source.test_labels, "train.data.idx.test_images",
+        "train.data.idx.test_labels");
     const auto train_shape = loaded.store.parts[0]["input"].sample_shape();
     const auto test_shape = loaded.store.parts[1]["input"].sample_shape();
     if (train_shape != test_shape) {
@@ -122,7 +129,8 @@ Loaded Load(const IdxFiles& source, const DataSpec&, uint64_t, const std::filesy
                       " but the training images " + ShapeText(train_shape));
     }
   }
-  loaded.store.record.push_back({{"scale", {{"arrays", {"input"}}, {"multiply", 1.0 / 255}, {"add", 0.0}}}});
+  loaded.store.record.push_back(
+      {{"scale", {{"arrays", {"input"}}, {"multiply", 1.0 / 255}, {"add", 0.0}}}});
   return loaded;
 }
 
@@ -132,7 +140,8 @@ void AddArray(const std::string& name, const Array& array, bool as_classes,
   part->emplace(name, StoreArray(array, as_classes));
 }
 
-Loaded Load(const NpzFile& source, const DataSpec& spec, uint64_t, const std::filesystem::path& work_dir) {
+Loaded Load(const NpzFile& source, const DataSpec& spec, uint64_t,
+            const std::filesystem::path& work_dir) {
   const std::string target = spec.target.empty() ? "target" : spec.target;
   Loaded loaded;
   auto& part = loaded.store.parts.emplace_back();
@@ -142,20 +151,25 @@ Loaded Load(const NpzFile& source, const DataSpec& spec, uint64_t, const std::fi
   return loaded;
 }
 
-Loaded Load(const NpyFiles& source, const DataSpec&, uint64_t, const std::filesystem::path& work_dir) {
+Loaded Load(const NpyFiles& source, const DataSpec&, uint64_t,
+            const std::filesystem::path& work_dir) {
   Loaded loaded;
   auto& part = loaded.store.parts.emplace_back();
-  AddArray("input", ReadNpy(ResolveFile(source.input, work_dir, "train.data.npy.input")), false, &part);
+  AddArray("input", ReadNpy(ResolveFile(source.input, work_dir, "train.data.npy.input")), false,
+           &part);
   if (!source.target.empty()) {
-    AddArray("target", ReadNpy(ResolveFile(source.target, work_dir, "train.data.npy.target")), true, &part);
+    AddArray("target", ReadNpy(ResolveFile(source.target, work_dir, "train.data.npy.target")), true,
+             &part);
   }
-  if (part.count("input") == 0) throw UserError("train.data.npy.input: is a single number, not samples");
+  if (part.count("input") == 0)
+    throw UserError("train.data.npy.input: is a single number, not samples");
   return loaded;
 }
 
-Loaded Load(const CsvFile& source, const DataSpec&, uint64_t, const std::filesystem::path& work_dir) {
-  const CsvTable table = ReadCsv(ResolveFile(source.path, work_dir, "train.data.csv.path"), source.inputs,
-                                 source.targets, source.target_is_class);
+Loaded Load(const CsvFile& source, const DataSpec&, uint64_t,
+            const std::filesystem::path& work_dir) {
+  const CsvTable table = ReadCsv(ResolveFile(source.path, work_dir, "train.data.csv.path"),
+                                 source.inputs, source.targets, source.target_is_class);
   Loaded loaded;
   auto& part = loaded.store.parts.emplace_back();
   AddArray("input", table.inputs, false, &part);
@@ -163,31 +177,38 @@ Loaded Load(const CsvFile& source, const DataSpec&, uint64_t, const std::filesys
   return loaded;
 }
 
-Loaded Load(const SyntheticData& source, const DataSpec&, uint64_t seed, const std::filesystem::path&) {
+Loaded Load(const SyntheticData& source, const DataSpec&, uint64_t seed,
+            const std::filesystem::path&) {
   const std::string field = "train.data.synthetic";
   if (source.samples < 1) {
     throw UserError(field + ".samples: " + std::to_string(source.samples) + " must be at least 1");
   }
-  if (source.input_shape.empty()) throw UserError(field + ".input_shape: name the shape of one sample");
-  if (source.classes < 0) throw UserError(field + ".classes: " + std::to_string(source.classes) + " is negative");
+  if (source.input_shape.empty())
+    throw UserError(field + ".input_shape: name the shape of one sample");
+  if (source.classes < 0)
+    throw UserError(field + ".classes: " + std::to_string(source.classes) + " is negative");
   const std::vector<int64_t> target_shape =
       source.target_shape.empty() ? std::vector<int64_t>{1} : source.target_shape;
   double inputs = 1, outputs = source.classes > 0 ? static_cast<double>(source.classes) : 1;
-  for (const auto& [name, shape] : {std::pair{"input_shape", &source.input_shape}, {"target_shape", &target_shape}}) {
+  for (const auto& [name, shape] :
+       {std::pair{"input_shape", &source.input_shape}, {"target_shape", &target_shape}}) {
     for (const int64_t size : *shape) {
       if (size < 1) {
         throw UserError(field + "." + name + ": " + ShapeText(*shape) + " has a dimension below 1");
       }
       if (name == std::string("input_shape")) inputs *= static_cast<double>(size);
-      if (name == std::string("target_shape") && source.classes == 0) outputs *= static_cast<double>(size);
+      if (name == std::string("target_shape") && source.classes == 0)
+        outputs *= static_cast<double>(size);
     }
   }
-  const double bytes = 4 * (static_cast<double>(source.samples) * (inputs + outputs) + inputs * outputs);
+  const double bytes =
+      4 * (static_cast<double>(source.samples) * (inputs + outputs) + inputs * outputs);
   const double memory =
       static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
   if (bytes > memory / 2) {
-    throw UserError(field + ": needs " + std::to_string(static_cast<int64_t>(std::min(bytes / 1048576, 1e15))) +
-                    " MiB with its linear map, more than half of this machine's memory; make it smaller");
+    throw UserError(
+        field + ": needs " + std::to_string(static_cast<int64_t>(std::min(bytes / 1048576, 1e15))) +
+        " MiB with its linear map, more than half of this machine's memory; make it smaller");
   }
   // The generator's stream does not depend on the number of threads.
   const at::Generator generator = at::detail::createCPUGenerator(seed ^ 0xda7aULL);
@@ -211,7 +232,8 @@ Loaded Load(const SyntheticData& source, const DataSpec&, uint64_t seed, const s
 }
 
 const char* TransformName(const Transform& transform) {
-  constexpr const char* kNames[] = {"standardize", "scale", "crop", "coarsen", "fill_missing", "window", "reshape"};
+  constexpr const char* kNames[] = {"standardize",  "scale",  "crop",   "coarsen",
+                                    "fill_missing", "window", "reshape"};
   static_assert(std::variant_size_v<Transform> == std::size(kNames));
   return kNames[transform.index()];
 }
@@ -221,7 +243,8 @@ class ArrayDataset : public Dataset {
   ArrayDataset(SampleStore store, int64_t classes)
       : parts_(std::move(store.parts)), baselines_(std::move(store.baselines)), classes_(classes) {
     for (size_t s = 0; s < splits_.size(); ++s) splits_[s] = at::tensor(store.splits[s], at::kLong);
-    preprocessing_ = {{"format", 1}, {"transforms", std::move(store.record)}, {"classes", classes_}};
+    preprocessing_ = {
+        {"format", 1}, {"transforms", std::move(store.record)}, {"classes", classes_}};
     for (const auto& [name, shape] : sample_shapes()) preprocessing_["arrays"][name] = shape;
   }
 
@@ -233,8 +256,8 @@ class ArrayDataset : public Dataset {
     at::Tensor wanted = at::empty({static_cast<int64_t>(indices.size())}, at::kLong);
     for (size_t i = 0; i < indices.size(); ++i) {
       if (indices[i] < 0 || indices[i] >= members.numel()) {
-        throw AppError("sample " + std::to_string(indices[i]) + " is not in the " + SplitName(split) +
-                       " split of " + std::to_string(members.numel()));
+        throw AppError("sample " + std::to_string(indices[i]) + " is not in the " +
+                       SplitName(split) + " split of " + std::to_string(members.numel()));
       }
       wanted.data_ptr<int64_t>()[i] = member[indices[i]];
     }
@@ -251,8 +274,9 @@ class ArrayDataset : public Dataset {
     for (const std::string& name : baselines_) {
       const at::Tensor& input = batch.at("input");
       const auto size = batch.at("target").sizes().slice(2);
-      predictions[name] = name == "bicubic" ? at::upsample_bicubic2d(input, size, /*align_corners=*/false)
-                                            : at::upsample_bilinear2d(input, size, /*align_corners=*/false);
+      predictions[name] = name == "bicubic"
+                              ? at::upsample_bicubic2d(input, size, /*align_corners=*/false)
+                              : at::upsample_bilinear2d(input, size, /*align_corners=*/false);
     }
     return predictions;
   }
@@ -281,7 +305,8 @@ class ArrayDataset : public Dataset {
 // Renames input and target to what models see, and refuses what no model could use.
 void Finish(const DataSpec& spec, int64_t missing_cells, SampleStore* store) {
   for (auto& part : store->parts) {
-    for (const auto& [chosen, name] : {std::pair{&store->input, "input"}, {&store->target, "target"}}) {
+    for (const auto& [chosen, name] :
+         {std::pair{&store->input, "input"}, {&store->target, "target"}}) {
       if (chosen->empty()) {
         throw UserError(std::string("train.data.") + name + ": say which array is the " + name +
                         " (arrays here: " + JoinNames(Names(part)) + ")" +
@@ -305,7 +330,8 @@ void Finish(const DataSpec& spec, int64_t missing_cells, SampleStore* store) {
       if (missing_cells > 0 && array.is_float && array.values.isnan().any().item<bool>()) {
         throw UserError("train.data: the file marks " + std::to_string(missing_cells) +
                         " cells as missing and array \"" + name +
-                        "\" still has some; add the transform fill_missing: {} (before standardize), or crop them "
+                        "\" still has some; add the transform fill_missing: {} (before "
+                        "standardize), or crop them "
                         "away");
       }
     }
@@ -334,8 +360,8 @@ int64_t CountClasses(const SampleStore& store) {
 std::unique_ptr<Dataset> OpenDataset(const DataSpec& spec, uint64_t seed,
                                      const std::filesystem::path& work_dir) {
   const at::NoGradGuard no_grad;
-  Loaded loaded =
-      std::visit([&](const auto& source) { return Load(source, spec, seed, work_dir); }, spec.source);
+  Loaded loaded = std::visit([&](const auto& source) { return Load(source, spec, seed, work_dir); },
+                             spec.source);
   SampleStore& store = loaded.store;
   for (const auto& part : store.parts) {
     if (part.empty()) throw UserError("train.data: has no arrays of samples");
@@ -351,7 +377,8 @@ std::unique_ptr<Dataset> OpenDataset(const DataSpec& spec, uint64_t seed,
   for (size_t i = 0; i < spec.transforms.size(); ++i) {
     const Transform& transform = spec.transforms[i];
     ApplyTransform(transform,
-                   "train.data.transforms[" + std::to_string(i) + "]." + TransformName(transform), &store);
+                   "train.data.transforms[" + std::to_string(i) + "]." + TransformName(transform),
+                   &store);
   }
   Finish(spec, loaded.missing_cells, &store);
   const int64_t classes = CountClasses(store);

@@ -8,8 +8,8 @@
 #include <utility>
 
 #include "agent/worker/data/mapped_file.h"
-#include "agent/worker/error.h"
 #include "agent/worker/data/nearest_name.h"
+#include "agent/worker/error.h"
 
 namespace itwin::worker {
 namespace {
@@ -17,7 +17,8 @@ namespace {
 constexpr size_t kMaxColumns = 100000;
 constexpr size_t kShownCharacters = 40;  // of a bad field, in an error
 
-// Walks over the fields of a mapped file. After Next, field() and line() are the newest field and its line.
+// Walks over the fields of a mapped file. After Next, field() and line() are the newest field and
+// its line.
 class Scanner {
  public:
   Scanner(std::string_view text, std::string what) : rest_(text), what_(std::move(what)) {
@@ -67,7 +68,8 @@ class Scanner {
     while (true) {
       const size_t quote = rest_.find('"', at);
       if (quote == std::string_view::npos) {
-        throw UserError(what_ + ", line " + std::to_string(line_) + ": a quoted field does not end");
+        throw UserError(what_ + ", line " + std::to_string(line_) +
+                        ": a quoted field does not end");
       }
       unquoted_.append(rest_.substr(at, quote - at));
       if (quote + 1 < rest_.size() && rest_[quote + 1] == '"') {
@@ -142,7 +144,8 @@ CsvTable ReadCsv(const std::filesystem::path& path, const std::vector<std::strin
     header.emplace_back(Trim(scanner.field()));
     if (header.size() > kMaxColumns) throw UserError(what + ": has more than 100000 columns");
   }
-  // Column -> where its number goes: 1 + position among the inputs, or -1 - position among the targets.
+  // Column -> where its number goes: 1 + position among the inputs, or -1 - position among the
+  // targets.
   struct Use {
     size_t column;
     size_t position;
@@ -155,12 +158,14 @@ CsvTable ReadCsv(const std::filesystem::path& path, const std::vector<std::strin
       const auto found = std::find(header.begin(), header.end(), names[i]);
       if (found == header.end()) {
         throw UserError(std::string("train.data.csv.") + (is_target ? "targets" : "inputs") +
-                        ": no column \"" + names[i] + "\" in " + what + NearestHint(names[i], header));
+                        ": no column \"" + names[i] + "\" in " + what +
+                        NearestHint(names[i], header));
       }
       uses.push_back({static_cast<size_t>(found - header.begin()), i, is_target});
     }
   }
-  std::sort(uses.begin(), uses.end(), [](const Use& a, const Use& b) { return a.column < b.column; });
+  std::sort(uses.begin(), uses.end(),
+            [](const Use& a, const Use& b) { return a.column < b.column; });
 
   std::vector<std::byte> input_bytes, target_bytes;
   std::vector<float> input_row(inputs.size()), target_row(targets.size());
@@ -177,9 +182,10 @@ CsvTable ReadCsv(const std::filesystem::path& path, const std::vector<std::strin
         double value = 0;
         if (!ParseNumber(scanner.field(), &value)) {
           const std::string_view shown = scanner.field().substr(0, kShownCharacters);
-          throw UserError(what + ", line " + std::to_string(scanner.line()) + ", column \"" +
-                          header[column] + "\": " +
-                          (shown.empty() ? "is empty" : "\"" + std::string(shown) + "\" is not a number"));
+          throw UserError(
+              what + ", line " + std::to_string(scanner.line()) + ", column \"" + header[column] +
+              "\": " +
+              (shown.empty() ? "is empty" : "\"" + std::string(shown) + "\" is not a number"));
         }
         if (!use.is_target) {
           input_row[use.position] = static_cast<float>(value);
@@ -187,7 +193,8 @@ CsvTable ReadCsv(const std::filesystem::path& path, const std::vector<std::strin
           target_row[use.position] = static_cast<float>(value);
         } else if (value < 0 || value != std::floor(value) || value > 1e9) {
           throw UserError(what + ", line " + std::to_string(scanner.line()) + ", column \"" +
-                          header[column] + "\": " + std::string(scanner.field().substr(0, kShownCharacters)) +
+                          header[column] +
+                          "\": " + std::string(scanner.field().substr(0, kShownCharacters)) +
                           " is not a class number 0, 1, 2, …");
         } else {
           Append<int64_t>(&target_bytes, static_cast<int64_t>(value));
@@ -196,8 +203,9 @@ CsvTable ReadCsv(const std::filesystem::path& path, const std::vector<std::strin
       ++column;
     }
     if (column != header.size()) {
-      throw UserError(what + ", line " + std::to_string(scanner.line()) + ": has " + std::to_string(column) +
-                      " fields, the header has " + std::to_string(header.size()));
+      throw UserError(what + ", line " + std::to_string(scanner.line()) + ": has " +
+                      std::to_string(column) + " fields, the header has " +
+                      std::to_string(header.size()));
     }
     for (const float value : input_row) Append(&input_bytes, value);
     if (!target_is_class) {
@@ -210,11 +218,10 @@ CsvTable ReadCsv(const std::filesystem::path& path, const std::vector<std::strin
   CsvTable table;
   table.inputs = OwnedArray(ElementType::kFloat32, {rows, static_cast<int64_t>(inputs.size())},
                             std::move(input_bytes));
-  table.targets =
-      target_is_class
-          ? OwnedArray(ElementType::kInt64, {rows}, std::move(target_bytes))
-          : OwnedArray(ElementType::kFloat32, {rows, static_cast<int64_t>(targets.size())},
-                       std::move(target_bytes));
+  table.targets = target_is_class ? OwnedArray(ElementType::kInt64, {rows}, std::move(target_bytes))
+                                  : OwnedArray(ElementType::kFloat32,
+                                               {rows, static_cast<int64_t>(targets.size())},
+                                               std::move(target_bytes));
   return table;
 }
 

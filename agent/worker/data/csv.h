@@ -1,5 +1,5 @@
-// Comma-separated numbers with a header line (RFC 4180: fields may be quoted, "" is a quote, lines end in LF or
-// CRLF).
+// Comma-separated numbers with a header line (RFC 4180: fields may be quoted, "" is a quote, lines
+// end in LF or CRLF).
 #pragma once
 
 #include <filesystem>
@@ -10,9 +10,10 @@
 
 namespace itwin::worker {
 
-// Selected columns of a file, each array float32 [rows, columns]. With `target_is_class` (one target column) the
-// targets are int64 [rows]. Throws UserError: an unknown column (with the nearest known one), a field that is not a
-// number (with line and column), a line with too many or too few fields, no rows.
+// Selected columns of a file, each array float32 [rows, columns]. With `target_is_class` (one
+// target column) the targets are int64 [rows]. Throws UserError: an unknown column (with the
+// nearest known one), a field that is not a number (with line and column), a line with too many or
+// too few fields, no rows.
 struct CsvTable {
   Array inputs;
   Array targets;

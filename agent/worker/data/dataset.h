@@ -1,5 +1,6 @@
-// A dataset is a set of named arrays whose first dimension is the sample, cut into three splits. All of it is
-// in memory (or mapped) after OpenDataset; every rank opens the same files and sees the same samples.
+// A dataset is a set of named arrays whose first dimension is the sample, cut into three splits.
+// All of it is in memory (or mapped) after OpenDataset; every rank opens the same files and sees
+// the same samples.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,8 @@
 
 namespace itwin::worker {
 
-// Arrays of some samples by name; "input" and "target" are always there. First dimension: the sample.
+// Arrays of some samples by name; "input" and "target" are always there. First dimension: the
+// sample.
 using Batch = std::map<std::string, at::Tensor>;
 
 enum class Split { kTrain, kValidation, kTest };
@@ -28,8 +30,8 @@ class Dataset {
   // Samples in the split; 0 when there is no such split.
   virtual int64_t size(Split split) const = 0;
 
-  // The samples with these indices (0 <= index < size(split), any order), as contiguous tensors that the
-  // caller may keep. `indices` is not empty.
+  // The samples with these indices (0 <= index < size(split), any order), as contiguous tensors
+  // that the caller may keep. `indices` is not empty.
   virtual Batch Gather(Split split, const std::vector<int64_t>& indices) const = 0;
 
   // Predictions to compare a model with, such as "bilinear" and "bicubic"; empty for most data.
@@ -43,13 +45,15 @@ class Dataset {
   // Number of classes when the target is a class number (int64), else 0.
   virtual int64_t classes() const = 0;
 
-  // What was done to the arrays, with the statistics of the training split: what a user of the trained model must
-  // do to new data. Models write it beside their weights as preprocessing.json. Empty when nothing is known.
+  // What was done to the arrays, with the statistics of the training split: what a user of the
+  // trained model must do to new data. Models write it beside their weights as preprocessing.json.
+  // Empty when nothing is known.
   virtual nlohmann::json preprocessing() const { return nlohmann::json::object(); }
 };
 
-// Reads, splits and transforms. The drawing of fractions depends on the seed alone. Throws UserError for a
-// file, variable, shape or range that cannot work (naming it), and for an empty training split.
+// Reads, splits and transforms. The drawing of fractions depends on the seed alone. Throws
+// UserError for a file, variable, shape or range that cannot work (naming it), and for an empty
+// training split.
 std::unique_ptr<Dataset> OpenDataset(const DataSpec& spec, uint64_t seed,
                                      const std::filesystem::path& work_dir);
 

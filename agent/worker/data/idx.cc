@@ -12,12 +12,18 @@ namespace {
 
 ElementType TypeOf(int code, const std::string& what) {
   switch (code) {
-    case 0x08: return ElementType::kUint8;
-    case 0x09: return ElementType::kInt8;
-    case 0x0b: return ElementType::kInt16;
-    case 0x0c: return ElementType::kInt32;
-    case 0x0d: return ElementType::kFloat32;
-    case 0x0e: return ElementType::kFloat64;
+    case 0x08:
+      return ElementType::kUint8;
+    case 0x09:
+      return ElementType::kInt8;
+    case 0x0b:
+      return ElementType::kInt16;
+    case 0x0c:
+      return ElementType::kInt32;
+    case 0x0d:
+      return ElementType::kFloat32;
+    case 0x0e:
+      return ElementType::kFloat64;
     default:
       throw UserError(what + ": IDX element type " + std::to_string(code) +
                       " is not known; the file is damaged");

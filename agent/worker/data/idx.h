@@ -7,7 +7,8 @@
 
 namespace itwin::worker {
 
-// Byte elements stay in the mapped file. Throws UserError for another kind of file, or one that is cut off.
+// Byte elements stay in the mapped file. Throws UserError for another kind of file, or one that is
+// cut off.
 Array ReadIdx(const std::filesystem::path& path);
 
 }  // namespace itwin::worker

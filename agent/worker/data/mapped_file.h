@@ -9,7 +9,8 @@ namespace itwin::worker {
 
 class MappedFile {
  public:
-  // Throws UserError naming the path when it cannot be opened or is no regular file. An empty file has size 0.
+  // Throws UserError naming the path when it cannot be opened or is no regular file. An empty file
+  // has size 0.
   static std::shared_ptr<const MappedFile> Open(const std::filesystem::path& path);
 
   ~MappedFile();

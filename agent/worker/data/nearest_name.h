@@ -6,7 +6,8 @@
 
 namespace itwin::worker {
 
-// The known name with the smallest edit distance (letter case ignored), or "" when none is near enough to be meant.
+// The known name with the smallest edit distance (letter case ignored), or "" when none is near
+// enough to be meant.
 std::string NearestName(const std::string& name, const std::vector<std::string>& known);
 
 // "; did you mean \"UWND\"?", or "" when nothing is near. To be appended to an error.

@@ -10,9 +10,9 @@
 #include <optional>
 #include <utility>
 
-#include "agent/worker/error.h"
 #include "agent/worker/data/nearest_name.h"
 #include "agent/worker/data/netcdf_header.h"
+#include "agent/worker/error.h"
 
 namespace itwin::worker {
 namespace {
@@ -32,7 +32,8 @@ class File {
   explicit File(const std::filesystem::path& path) : path_(path.string()) {
     const int result = nc_open(path.c_str(), NC_NOWRITE, &id_);
     if (result != NC_NOERR) {
-      throw UserError("train.data.netcdf: cannot read " + path_ + " as NetCDF: " + nc_strerror(result));
+      throw UserError("train.data.netcdf: cannot read " + path_ +
+                      " as NetCDF: " + nc_strerror(result));
     }
   }
   ~File() { nc_close(id_); }
@@ -84,7 +85,8 @@ class File {
   }
 
   void Read(const Variable& variable, std::vector<float>* cells) const {
-    // Values beyond float's range become infinite and are reported as NC_ERANGE; that is no reason to stop.
+    // Values beyond float's range become infinite and are reported as NC_ERANGE; that is no reason
+    // to stop.
     const int result = nc_get_var_float(id_, variable.id, cells->data());
     if (result != NC_ERANGE) Check(result, "variable " + variable.name);
   }
@@ -116,8 +118,8 @@ bool IsNumeric(const Variable& variable) {
   return variable.type != NC_CHAR && variable.type != NC_STRING && variable.type <= NC_UINT64;
 }
 
-std::vector<Variable> Select(const std::vector<Variable>& all, const std::vector<std::string>& names,
-                             const std::string& path) {
+std::vector<Variable> Select(const std::vector<Variable>& all,
+                             const std::vector<std::string>& names, const std::string& path) {
   std::vector<Variable> selected;
   if (names.empty()) {
     const Variable* largest = nullptr;
@@ -136,7 +138,8 @@ std::vector<Variable> Select(const std::vector<Variable>& all, const std::vector
       }
     }
     if (largest == nullptr) {
-      throw UserError("train.data.netcdf: " + path + " has no numeric variable of two or more dimensions");
+      throw UserError("train.data.netcdf: " + path +
+                      " has no numeric variable of two or more dimensions");
     }
     for (const Variable& variable : all) {
       if (IsNumeric(variable) && variable.shape == largest->shape) selected.push_back(variable);
@@ -168,26 +171,30 @@ std::vector<Variable> Select(const std::vector<Variable>& all, const std::vector
   return selected;
 }
 
-// A header may lie. For the classic format CheckClassicNetcdf has compared it with the file; for NetCDF-4, which may be
-// compressed, the bound is the machine's memory.
+// A header may lie. For the classic format CheckClassicNetcdf has compared it with the file; for
+// NetCDF-4, which may be compressed, the bound is the machine's memory.
 void CheckFitsMemory(const std::filesystem::path& path, size_t bytes) {
-  const double memory = static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
+  const double memory =
+      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
   if (static_cast<double>(bytes) > memory) {
-    throw ResourceError("train.data.netcdf: " + path.string() + ": the variables need " + std::to_string(bytes >> 20) +
+    throw ResourceError("train.data.netcdf: " + path.string() + ": the variables need " +
+                        std::to_string(bytes >> 20) +
                         " MiB, more than this machine has; name fewer in train.data.variables");
   }
 }
 
 }  // namespace
 
-NetcdfField ReadNetcdf(const std::filesystem::path& path, const std::vector<std::string>& variables) {
+NetcdfField ReadNetcdf(const std::filesystem::path& path,
+                       const std::vector<std::string>& variables) {
   CheckClassicNetcdf(path);
   const File file(path);
   const std::vector<Variable> selected = Select(file.List(), variables, path.string());
   const std::vector<int64_t>& shape = selected.front().shape;
   std::vector<int64_t> stacked = shape;
   stacked.insert(stacked.begin() + 1, static_cast<int64_t>(selected.size()));
-  const size_t bytes = CheckedBytes(stacked, ElementType::kFloat32, "train.data.netcdf: " + path.string());
+  const size_t bytes =
+      CheckedBytes(stacked, ElementType::kFloat32, "train.data.netcdf: " + path.string());
   CheckFitsMemory(path, bytes);
 
   NetcdfField result;
@@ -202,7 +209,8 @@ NetcdfField ReadNetcdf(const std::filesystem::path& path, const std::vector<std:
     // Compared in float, as the cells are: -99.9 in a float file is not the double -99.9.
     std::vector<float> missing;
     for (const char* name : {"_FillValue", "missing_value"}) {
-      if (const auto value = file.Number(variable, name)) missing.push_back(static_cast<float>(*value));
+      if (const auto value = file.Number(variable, name))
+        missing.push_back(static_cast<float>(*value));
     }
     if (variable.type == NC_FLOAT || variable.type == NC_DOUBLE) {
       missing.push_back(static_cast<float>(NC_FILL_FLOAT));  // never written

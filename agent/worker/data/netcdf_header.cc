@@ -27,7 +27,8 @@ class HeaderWalker {
   void Walk() {
     at_ = 4;
     const uint64_t records = Count();
-    // A file that was still being written says "as many as there are"; the library counts them itself.
+    // A file that was still being written says "as many as there are"; the library counts them
+    // itself.
     const bool streaming = records == (version_ == 5 ? std::numeric_limits<uint64_t>::max()
                                                      : std::numeric_limits<uint32_t>::max());
     std::vector<uint64_t> dimensions;
@@ -49,7 +50,8 @@ class HeaderWalker {
       const uint64_t rank = Count();
       for (uint64_t d = 0; d < rank; ++d) {
         const uint64_t id = Count();
-        if (id >= dimensions.size()) throw Damaged("a variable names a dimension that is not there");
+        if (id >= dimensions.size())
+          throw Damaged("a variable names a dimension that is not there");
         if (d == 0 && dimensions[id] == 0) {
           variable.has_records = true;
         } else {
@@ -91,7 +93,8 @@ class HeaderWalker {
     return a + b;
   }
   uint64_t Product(uint64_t a, uint64_t b) const {
-    if (b != 0 && a > std::numeric_limits<uint64_t>::max() / b) throw Damaged("a size does not fit 64 bits");
+    if (b != 0 && a > std::numeric_limits<uint64_t>::max() / b)
+      throw Damaged("a size does not fit 64 bits");
     return a * b;
   }
   uint64_t Padded(uint64_t bytes) const { return Sum(bytes, (4 - bytes % 4) % 4); }
@@ -106,7 +109,8 @@ class HeaderWalker {
   uint64_t Number(size_t bytes) {  // big-endian
     Need(bytes);
     uint64_t value = 0;
-    for (size_t i = 0; i < bytes; ++i) value = value << 8 | std::to_integer<uint64_t>(file_.data()[at_ + i]);
+    for (size_t i = 0; i < bytes; ++i)
+      value = value << 8 | std::to_integer<uint64_t>(file_.data()[at_ + i]);
     at_ += bytes;
     return value;
   }
@@ -115,7 +119,8 @@ class HeaderWalker {
   uint64_t ListLength(uint32_t tag) {
     const uint64_t found = Number(4);
     const uint64_t length = Count();
-    if (found != tag && (found != 0 || length != 0)) throw Damaged("its header has a list of an unknown kind");
+    if (found != tag && (found != 0 || length != 0))
+      throw Damaged("its header has a list of an unknown kind");
     Need(length);  // an element has at least one byte
     return length;
   }
@@ -129,7 +134,8 @@ class HeaderWalker {
   }
   uint64_t TypeBytes(uint64_t type) const {
     constexpr uint64_t kBytes[] = {0, 1, 1, 2, 4, 4, 8, 1, 2, 4, 8, 8};
-    if (type < 1 || type >= std::size(kBytes)) throw Damaged("element type " + std::to_string(type) + " is not known");
+    if (type < 1 || type >= std::size(kBytes))
+      throw Damaged("element type " + std::to_string(type) + " is not known");
     return kBytes[type];
   }
 

@@ -18,7 +18,8 @@ static_assert(std::endian::native == std::endian::little, "readers assume a litt
 constexpr size_t kMaxHeaderBytes = 1 << 20;
 constexpr size_t kMaxDimensions = 32;
 
-// A reader of the few forms that NumPy writes into a header: {'key': 'text' | True | False | (1, 2,), …}.
+// A reader of the few forms that NumPy writes into a header: {'key': 'text' | True | False | (1,
+// 2,), …}.
 class HeaderParser {
  public:
   HeaderParser(std::string_view text, const std::string& what) : text_(text), what_(what) {}
@@ -31,7 +32,8 @@ class HeaderParser {
       if (key == "descr") {
         SkipSpace();
         if (!text_.empty() && text_.front() == '[') {
-          throw UserError(what_ + ": is a structured array (records); save each field as an array of its own");
+          throw UserError(
+              what_ + ": is a structured array (records); save each field as an array of its own");
         }
         descr = QuotedText();
       } else if (key == "fortran_order") {
@@ -60,7 +62,8 @@ class HeaderParser {
     return UserError(what_ + ": bad .npy header (" + why + "); save it again with numpy.save");
   }
   void SkipSpace() {
-    while (!text_.empty() && (text_.front() == ' ' || text_.front() == '\n')) text_.remove_prefix(1);
+    while (!text_.empty() && (text_.front() == ' ' || text_.front() == '\n'))
+      text_.remove_prefix(1);
   }
   bool Accept(char c) {
     SkipSpace();
@@ -83,7 +86,8 @@ class HeaderParser {
   }
   bool Truth() {
     SkipSpace();
-    for (const auto& [word, value] : {std::pair{std::string_view("True"), true}, {"False", false}}) {
+    for (const auto& [word, value] :
+         {std::pair{std::string_view("True"), true}, {"False", false}}) {
       if (text_.substr(0, word.size()) == word) {
         text_.remove_prefix(word.size());
         return value;
@@ -153,21 +157,22 @@ Array ParseNpy(const std::byte* data, size_t size, std::shared_ptr<const void> o
     throw UserError(what + ": its .npy header claims " + std::to_string(header_bytes) +
                     " bytes, more than there are; the file is cut off or damaged");
   }
-  HeaderParser header(
-      std::string_view(reinterpret_cast<const char*>(data) + start, header_bytes), what);
+  HeaderParser header(std::string_view(reinterpret_cast<const char*>(data) + start, header_bytes),
+                      what);
   header.Parse();
   const ElementType type = TypeOf(header.descr, what);
   const size_t bytes = CheckedBytes(header.shape, type, what);
   const size_t available = size - start - header_bytes;
   if (bytes > available) {
-    throw UserError(what + ": shape " + ShapeText(header.shape) + " of " + ElementName(type) + " needs " +
-                    std::to_string(bytes) + " bytes but the file has " + std::to_string(available) +
-                    "; it is cut off");
+    throw UserError(what + ": shape " + ShapeText(header.shape) + " of " + ElementName(type) +
+                    " needs " + std::to_string(bytes) + " bytes but the file has " +
+                    std::to_string(available) + "; it is cut off");
   }
   // One dimension has the same layout either way.
   if (header.fortran_order && header.shape.size() > 1) {
-    throw UserError(what + ": is stored in Fortran order (last sample first in memory); save it with "
-                           "numpy.save(file, numpy.ascontiguousarray(array))");
+    throw UserError(what +
+                    ": is stored in Fortran order (last sample first in memory); save it with "
+                    "numpy.save(file, numpy.ascontiguousarray(array))");
   }
   const std::byte* elements = data + start + header_bytes;
   if (header.descr[0] == '>' && ElementSize(type) > 1) {

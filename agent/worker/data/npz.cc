@@ -24,7 +24,8 @@ constexpr uint32_t kLocalSignature = 0x04034b50;
 constexpr size_t kEndBytes = 22;
 constexpr size_t kMaxCommentBytes = 65535;
 constexpr uint64_t kMaxMembers = 100000;
-constexpr size_t kFirstBlockBytes = 1 << 20;  // unpacked before the size an archive claims is trusted
+constexpr size_t kFirstBlockBytes = 1
+                                    << 20;  // unpacked before the size an archive claims is trusted
 // Deflate cannot do better than 1032:1; a directory that claims more lies.
 constexpr uint64_t kMaxDeflateRatio = 1032;
 
@@ -190,7 +191,8 @@ class Archive {
       crc = static_cast<uint32_t>(crc32(crc, reinterpret_cast<const Bytef*>(out.data() + at),
                                         static_cast<uInt>(std::min(written - at, kStep))));
     }
-    if (crc != member.crc) throw UserError(what + ": its checksum does not match; the file is damaged");
+    if (crc != member.crc)
+      throw UserError(what + ": its checksum does not match; the file is damaged");
     return out;
   }
 
@@ -210,7 +212,8 @@ NamedArrays ReadNpz(const std::filesystem::path& path) {
     name.resize(name.size() - kSuffix.size());
     arrays.insert_or_assign(name, archive.ReadArray(member));
   }
-  if (arrays.empty()) throw UserError(path.string() + ": has no arrays; save some with numpy.savez");
+  if (arrays.empty())
+    throw UserError(path.string() + ": has no arrays; save some with numpy.savez");
   return arrays;
 }
 

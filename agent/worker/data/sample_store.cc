@@ -18,15 +18,24 @@ constexpr int64_t kStatisticsBlock = 4096;  // samples read at once
 
 at::ScalarType ScalarTypeOf(ElementType type) {
   switch (type) {
-    case ElementType::kBool: return at::kBool;
-    case ElementType::kUint8: return at::kByte;
-    case ElementType::kInt8: return at::kChar;
-    case ElementType::kInt16: return at::kShort;
-    case ElementType::kInt32: return at::kInt;
-    case ElementType::kInt64: return at::kLong;
-    case ElementType::kFloat16: return at::kHalf;
-    case ElementType::kFloat32: return at::kFloat;
-    case ElementType::kFloat64: return at::kDouble;
+    case ElementType::kBool:
+      return at::kBool;
+    case ElementType::kUint8:
+      return at::kByte;
+    case ElementType::kInt8:
+      return at::kChar;
+    case ElementType::kInt16:
+      return at::kShort;
+    case ElementType::kInt32:
+      return at::kInt;
+    case ElementType::kInt64:
+      return at::kLong;
+    case ElementType::kFloat16:
+      return at::kHalf;
+    case ElementType::kFloat32:
+      return at::kFloat;
+    case ElementType::kFloat64:
+      return at::kDouble;
   }
   return at::kFloat;
 }
@@ -38,18 +47,21 @@ std::vector<std::string> Names(const std::map<std::string, StoredArray>& part) {
 }
 
 // The named float arrays, or all of them.
-std::vector<std::string> FloatArrays(const SampleStore& store, const std::vector<std::string>& wanted,
+std::vector<std::string> FloatArrays(const SampleStore& store,
+                                     const std::vector<std::string>& wanted,
                                      const std::string& field) {
   const auto& part = store.parts.front();
   std::vector<std::string> names;
   for (const std::string& name : wanted) {
     const auto found = part.find(name);
     if (found == part.end()) {
-      throw UserError(field + ".arrays: no array \"" + name + "\"" + NearestHint(name, Names(part)) +
-                      " (arrays here: " + JoinNames(Names(part)) + ")");
+      throw UserError(field + ".arrays: no array \"" + name + "\"" +
+                      NearestHint(name, Names(part)) + " (arrays here: " + JoinNames(Names(part)) +
+                      ")");
     }
     if (!found->second.is_float) {
-      throw UserError(field + ".arrays: \"" + name + "\" holds integers (class numbers); only float arrays fit");
+      throw UserError(field + ".arrays: \"" + name +
+                      "\" holds integers (class numbers); only float arrays fit");
     }
     names.push_back(name);
   }
@@ -70,13 +82,14 @@ template <typename Function>
 void ForBlocks(const StoredArray& array, const std::vector<int64_t>& indices, Function f) {
   for (size_t first = 0; first < indices.size(); first += kStatisticsBlock) {
     const size_t last = std::min(indices.size(), first + kStatisticsBlock);
-    const at::Tensor block = at::tensor(
-        at::IntArrayRef(indices.data() + first, last - first), at::TensorOptions().dtype(at::kLong));
+    const at::Tensor block = at::tensor(at::IntArrayRef(indices.data() + first, last - first),
+                                        at::TensorOptions().dtype(at::kLong));
     at::Tensor values = array.Select(block).to(at::kDouble);
     // [channels, everything else]
-    values = values.dim() > array.channel_dim
-                 ? values.movedim(array.channel_dim, 0).reshape({values.size(array.channel_dim), -1})
-                 : values.reshape({1, -1});
+    values =
+        values.dim() > array.channel_dim
+            ? values.movedim(array.channel_dim, 0).reshape({values.size(array.channel_dim), -1})
+            : values.reshape({1, -1});
     f(values);
   }
 }
@@ -87,7 +100,8 @@ void ApplyOne(const Standardize& spec, const std::string& field, SampleStore* st
   for (const std::string& name : FloatArrays(*store, spec.arrays, field)) {
     const StoredArray& array = store->parts[0].at(name);
     at::Tensor sum, count, squares;
-    // Two passes: a mean that is large against the deviation costs no digits. NaN cells do not count.
+    // Two passes: a mean that is large against the deviation costs no digits. NaN cells do not
+    // count.
     ForBlocks(array, train, [&](const at::Tensor& values) {
       const at::Tensor block_sum = values.nansum(1);
       const at::Tensor block_count = values.isnan().logical_not().sum(1).to(at::kDouble);
@@ -101,7 +115,8 @@ void ApplyOne(const Standardize& spec, const std::string& field, SampleStore* st
       squares = squares.defined() ? squares + block : block;
     });
     at::Tensor deviation = (squares / count).sqrt();
-    deviation = at::where(deviation > 0, deviation, at::ones_like(deviation));  // a constant stays, minus its mean
+    deviation = at::where(deviation > 0, deviation,
+                          at::ones_like(deviation));  // a constant stays, minus its mean
     for (auto& part : store->parts) {
       part.at(name).Apply((1 / deviation).to(at::kFloat), (-mean / deviation).to(at::kFloat));
     }
@@ -114,10 +129,12 @@ void ApplyOne(const Scale& spec, const std::string& field, SampleStore* store) {
   const std::vector<std::string> names = FloatArrays(*store, spec.arrays, field);
   for (const std::string& name : names) {
     for (auto& part : store->parts) {
-      part.at(name).Apply(at::full({1}, spec.multiply, at::kFloat), at::full({1}, spec.add, at::kFloat));
+      part.at(name).Apply(at::full({1}, spec.multiply, at::kFloat),
+                          at::full({1}, spec.add, at::kFloat));
     }
   }
-  store->record.push_back({{"scale", {{"arrays", names}, {"multiply", spec.multiply}, {"add", spec.add}}}});
+  store->record.push_back(
+      {{"scale", {{"arrays", names}, {"multiply", spec.multiply}, {"add", spec.add}}}});
 }
 
 void ApplyOne(const Crop& spec, const std::string& field, SampleStore* store) {
@@ -133,8 +150,9 @@ void ApplyOne(const Crop& spec, const std::string& field, SampleStore* store) {
         const int64_t size = spec.sizes[static_cast<size_t>(i)];
         const int64_t dim = array.values.dim() - rank + i;
         if (size < 1 || size > array.values.size(dim)) {
-          throw UserError(field + ".sizes: " + ShapeText(spec.sizes) + " cannot be cut from array \"" + name +
-                          "\", whose samples have shape " + ShapeText(shape));
+          throw UserError(field + ".sizes: " + ShapeText(spec.sizes) +
+                          " cannot be cut from array \"" + name + "\", whose samples have shape " +
+                          ShapeText(shape));
         }
         if (dim == array.channel_dim && array.multiply.defined() && array.multiply.numel() > 1) {
           array.multiply = array.multiply.narrow(0, 0, size);
@@ -145,7 +163,8 @@ void ApplyOne(const Crop& spec, const std::string& field, SampleStore* store) {
     }
   }
   if (!any) {
-    throw UserError(field + ".sizes: no array has samples of " + std::to_string(rank) + " or more dimensions");
+    throw UserError(field + ".sizes: no array has samples of " + std::to_string(rank) +
+                    " or more dimensions");
   }
   store->record.push_back({{"crop", {{"sizes", spec.sizes}}}});
 }
@@ -154,8 +173,8 @@ void ApplyOne(const Coarsen& spec, const std::string& field, SampleStore* store)
   const std::vector<std::string> known = {"bilinear", "bicubic"};
   for (const std::string& name : spec.baselines) {
     if (std::find(known.begin(), known.end(), name) == known.end()) {
-      throw UserError(field + ".baselines: unknown baseline \"" + name + "\"" + NearestHint(name, known) +
-                      " (known: bilinear, bicubic)");
+      throw UserError(field + ".baselines: unknown baseline \"" + name + "\"" +
+                      NearestHint(name, known) + " (known: bilinear, bicubic)");
     }
   }
   if (spec.factor < 2) {
@@ -166,14 +185,17 @@ void ApplyOne(const Coarsen& spec, const std::string& field, SampleStore* store)
     const StoredArray whole = part.at(source);
     const std::vector<int64_t> shape = whole.sample_shape();
     if (!whole.is_float || shape.size() != 3) {
-      throw UserError(field + ": array \"" + source + "\" has samples of shape " + ShapeText(shape) +
+      throw UserError(field + ": array \"" + source + "\" has samples of shape " +
+                      ShapeText(shape) +
                       "; coarsening needs float samples [channels, rows, columns]");
     }
     const int64_t factor = spec.factor;
     if (shape[1] % factor != 0 || shape[2] % factor != 0) {
-      const std::vector<int64_t> fits = {shape[1] - shape[1] % factor, shape[2] - shape[2] % factor};
-      throw UserError(field + ".factor: " + std::to_string(factor) + " does not divide samples of shape " +
-                      ShapeText(shape) + "; put the transform crop: {sizes: " + ShapeText(fits) + "} before it");
+      const std::vector<int64_t> fits = {shape[1] - shape[1] % factor,
+                                         shape[2] - shape[2] % factor};
+      throw UserError(field + ".factor: " + std::to_string(factor) +
+                      " does not divide samples of shape " + ShapeText(shape) +
+                      "; put the transform crop: {sizes: " + ShapeText(fits) + "} before it");
     }
     StoredArray target;
     target.values = whole.Materialize();
@@ -202,7 +224,8 @@ void ApplyOne(const FillMissing& spec, const std::string& field, SampleStore* st
           filling = at::full({1}, *spec.value, at::kFloat);
         } else {
           if (values.dim() <= array.channel_dim + 1) {
-            throw UserError(field + ": array \"" + name + "\" has one number per sample and channel, so a missing "
+            throw UserError(field + ": array \"" + name +
+                            "\" has one number per sample and channel, so a missing "
                             "one has no valid neighbours to take the mean of; give a value, as in "
                             "fill_missing: {value: 0}");
           }
@@ -228,7 +251,8 @@ void ApplyOne(const FillMissing& spec, const std::string& field, SampleStore* st
 }
 
 void ApplyOne(const Window& spec, const std::string& field, SampleStore* store) {
-  if (spec.length < 1) throw UserError(field + ".length: " + std::to_string(spec.length) + " must be at least 1");
+  if (spec.length < 1)
+    throw UserError(field + ".length: " + std::to_string(spec.length) + " must be at least 1");
   if (spec.horizon < 1) {
     throw UserError(field + ".horizon: " + std::to_string(spec.horizon) + " must be at least 1");
   }
@@ -237,9 +261,10 @@ void ApplyOne(const Window& spec, const std::string& field, SampleStore* store) 
   for (auto& part : store->parts) {
     const StoredArray series = part.at(source);
     if (series.samples() <= ahead) {
-      throw UserError(field + ": a window of " + std::to_string(spec.length) + " steps with its target " +
-                      std::to_string(spec.horizon) + " ahead does not fit into the " +
-                      std::to_string(series.samples()) + " steps of array \"" + source + "\"");
+      throw UserError(field + ": a window of " + std::to_string(spec.length) +
+                      " steps with its target " + std::to_string(spec.horizon) +
+                      " ahead does not fit into the " + std::to_string(series.samples()) +
+                      " steps of array \"" + source + "\"");
     }
     const int64_t samples = series.samples() - ahead;
     StoredArray target = series;
@@ -269,7 +294,8 @@ void ApplyOne(const Window& spec, const std::string& field, SampleStore* store) 
     }
     if (kept.empty()) {
       throw UserError(field + ": no window of " + std::to_string(spec.length) +
-                      " steps has its target in the " + SplitName(split) + " split, which is too short");
+                      " steps has its target in the " + SplitName(split) +
+                      " split, which is too short");
     }
     indices = std::move(kept);
   }
@@ -307,8 +333,8 @@ void ApplyOne(const Reshape& spec, const std::string& field, SampleStore* store)
     }
     if (!fits || known != elements) {
       throw UserError(field + ".shape: " + ShapeText(spec.shape) + " does not hold the " +
-                      std::to_string(elements) + " elements of a sample of \"" + name + "\", shape " +
-                      ShapeText(shape));
+                      std::to_string(elements) + " elements of a sample of \"" + name +
+                      "\", shape " + ShapeText(shape));
     }
     if (array.multiply.defined() && array.multiply.numel() > 1) {  // its channels are about to move
       array.values = array.Materialize();
@@ -322,9 +348,10 @@ void ApplyOne(const Reshape& spec, const std::string& field, SampleStore* store)
 }
 
 bool ChangesUnits(const Transform& transform) {
-  return std::holds_alternative<Standardize>(transform) || std::holds_alternative<Scale>(transform) ||
-         std::holds_alternative<Crop>(transform) || std::holds_alternative<Reshape>(transform) ||
-         std::holds_alternative<Window>(transform) || std::holds_alternative<Coarsen>(transform);
+  return std::holds_alternative<Standardize>(transform) ||
+         std::holds_alternative<Scale>(transform) || std::holds_alternative<Crop>(transform) ||
+         std::holds_alternative<Reshape>(transform) || std::holds_alternative<Window>(transform) ||
+         std::holds_alternative<Coarsen>(transform);
 }
 
 }  // namespace
@@ -369,8 +396,9 @@ StoredArray StoreArray(const Array& array, bool as_classes) {
   if (array.size_bytes == 0) {
     stored.values = at::empty(array.shape, options);
   } else if (aligned) {
-    stored.values = at::from_blob(const_cast<std::byte*>(array.data), array.shape,
-                                  [owner = array.owner](void*) mutable { owner.reset(); }, options);
+    stored.values = at::from_blob(
+        const_cast<std::byte*>(array.data), array.shape,
+        [owner = array.owner](void*) mutable { owner.reset(); }, options);
   } else {
     stored.values = at::empty(array.shape, options);
     std::memcpy(stored.values.data_ptr(), array.data, array.size_bytes);
@@ -391,15 +419,17 @@ std::string SampleStore::SourceName(const std::string& field) const {
     if (!name.empty() && part.count(name) > 0) return name;
   }
   if (part.size() == 1) return part.begin()->first;
-  throw UserError(field +
-                  ": cannot tell which array is meant; name it with train.data.input (arrays here: " +
-                  JoinNames(Names(part)) + ")");
+  throw UserError(
+      field + ": cannot tell which array is meant; name it with train.data.input (arrays here: " +
+      JoinNames(Names(part)) + ")");
 }
 
 void ApplyTransform(const Transform& transform, const std::string& field, SampleStore* store) {
   if (!store->baselines.empty() && ChangesUnits(transform)) {
-    throw UserError(field + ": comes after coarsen with baselines, which would no longer be in the target's units; "
-                            "put it before coarsen");
+    throw UserError(
+        field +
+        ": comes after coarsen with baselines, which would no longer be in the target's units; "
+        "put it before coarsen");
   }
   std::visit([&](const auto& spec) { ApplyOne(spec, field, store); }, transform);
 }

@@ -17,10 +17,13 @@ std::string RangeText(const IndexRange& range) {
 }
 
 void CheckRange(Split split, const IndexRange& range, int64_t samples) {
-  const std::string field = std::string("train.data.split.") + SplitName(split) + ": " + RangeText(range);
-  const std::string right = "; there are " + std::to_string(samples) + " samples, so a range within \"0.." +
-                            std::to_string(samples) + "\" is possible (the last number is not included)";
-  if (range.first < 0 || range.last > samples) throw UserError(field + " reaches beyond the data" + right);
+  const std::string field =
+      std::string("train.data.split.") + SplitName(split) + ": " + RangeText(range);
+  const std::string right = "; there are " + std::to_string(samples) +
+                            " samples, so a range within \"0.." + std::to_string(samples) +
+                            "\" is possible (the last number is not included)";
+  if (range.first < 0 || range.last > samples)
+    throw UserError(field + " reaches beyond the data" + right);
   if (range.first >= range.last) throw UserError(field + " is empty" + right);
 }
 
@@ -31,8 +34,8 @@ int64_t CountOf(const char* field, double fraction, size_t pool) {
   }
   const auto count = static_cast<int64_t>(std::llround(fraction * static_cast<double>(pool)));
   if (fraction > 0 && count == 0) {
-    throw UserError(std::string("train.data.split.") + field + ": " + std::to_string(fraction) + " of " +
-                    std::to_string(pool) + " samples is none; ask for a larger fraction");
+    throw UserError(std::string("train.data.split.") + field + ": " + std::to_string(fraction) +
+                    " of " + std::to_string(pool) + " samples is none; ask for a larger fraction");
   }
   return count;
 }
@@ -42,10 +45,14 @@ int64_t CountOf(const char* field, double fraction, size_t pool) {
 SplitIndices DrawSplits(const SplitSpec& spec, int64_t samples, bool separate_test, uint64_t seed) {
   if (samples <= 0) throw UserError("train.data: has no samples");
   if (separate_test && (spec.test || spec.test_fraction != 0)) {
-    throw UserError("train.data.split.test: the data have test files of their own; name either those or a split");
+    throw UserError(
+        "train.data.split.test: the data have test files of their own; name either those or a "
+        "split");
   }
   const std::pair<Split, const std::optional<IndexRange>*> named[] = {
-      {Split::kTrain, &spec.train}, {Split::kValidation, &spec.validation}, {Split::kTest, &spec.test}};
+      {Split::kTrain, &spec.train},
+      {Split::kValidation, &spec.validation},
+      {Split::kTest, &spec.test}};
   SplitIndices indices;
   std::vector<char> taken(static_cast<size_t>(samples), 0);
   for (const auto& [split, range] : named) {
@@ -54,8 +61,8 @@ SplitIndices DrawSplits(const SplitSpec& spec, int64_t samples, bool separate_te
     auto& list = indices[static_cast<size_t>(split)];
     for (int64_t i = (*range)->first; i < (*range)->last; ++i) {
       if (taken[static_cast<size_t>(i)]) {
-        throw UserError(std::string("train.data.split.") + SplitName(split) + ": " + RangeText(**range) +
-                        " shares sample " + std::to_string(i) +
+        throw UserError(std::string("train.data.split.") + SplitName(split) + ": " +
+                        RangeText(**range) + " shares sample " + std::to_string(i) +
                         " with another split; a model must not be judged on what it has seen");
       }
       taken[static_cast<size_t>(i)] = 1;
@@ -69,7 +76,8 @@ SplitIndices DrawSplits(const SplitSpec& spec, int64_t samples, bool separate_te
     }
   }
 
-  const int64_t test_count = spec.test ? 0 : CountOf("test_fraction", spec.test_fraction, train.size());
+  const int64_t test_count =
+      spec.test ? 0 : CountOf("test_fraction", spec.test_fraction, train.size());
   const int64_t validation_count =
       spec.validation ? 0 : CountOf("validation_fraction", spec.validation_fraction, train.size());
   if (test_count + validation_count > 0) {
@@ -84,11 +92,13 @@ SplitIndices DrawSplits(const SplitSpec& spec, int64_t samples, bool separate_te
       return part;
     };
     if (test_count > 0) indices[static_cast<size_t>(Split::kTest)] = cut(test_count);
-    if (validation_count > 0) indices[static_cast<size_t>(Split::kValidation)] = cut(validation_count);
+    if (validation_count > 0)
+      indices[static_cast<size_t>(Split::kValidation)] = cut(validation_count);
     std::sort(train.begin(), train.end());
   }
   if (train.empty()) {
-    throw UserError("train.data.split: leaves no samples for training out of " + std::to_string(samples));
+    throw UserError("train.data.split: leaves no samples for training out of " +
+                    std::to_string(samples));
   }
   return indices;
 }

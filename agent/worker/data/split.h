@@ -18,10 +18,10 @@ inline const char* SplitName(Split split) {
   return kNames[static_cast<int>(split)];
 }
 
-// Ranges as named; "train" is by default all that is named nowhere else. Fractions are taken from the training
-// range, drawn by `seed` alone. With `separate_test`, the data bring test samples of their own: then naming a test
-// split is an error. Throws UserError for a range beyond `samples`, ranges that overlap, fractions outside [0, 1) and
-// a split that was asked for and is empty.
+// Ranges as named; "train" is by default all that is named nowhere else. Fractions are taken from
+// the training range, drawn by `seed` alone. With `separate_test`, the data bring test samples of
+// their own: then naming a test split is an error. Throws UserError for a range beyond `samples`,
+// ranges that overlap, fractions outside [0, 1) and a split that was asked for and is empty.
 SplitIndices DrawSplits(const SplitSpec& spec, int64_t samples, bool separate_test, uint64_t seed);
 
 }  // namespace itwin::worker

@@ -24,7 +24,9 @@ class BuiltinModel : public Model {
         loss_(std::move(loss)),
         preprocessing_(std::move(preprocessing)) {}
 
-  std::vector<std::pair<std::string, at::Tensor>> parameters() override { return network_->parameters(); }
+  std::vector<std::pair<std::string, at::Tensor>> parameters() override {
+    return network_->parameters();
+  }
   std::vector<std::pair<std::string, at::Tensor>> buffers() override { return network_->buffers(); }
 
   StepOutput TrainingStep(const Batch& batch) override {
@@ -46,7 +48,8 @@ class BuiltinModel : public Model {
     for (auto& buffer : buffers()) weights.push_back(std::move(buffer));
     c10::Dict<std::string, at::Tensor> dictionary;
     for (auto& [name, tensor] : weights) {
-      tensor = tensor.detach().to(at::kCPU).clone();  // of its own storage: the loop keeps all in one
+      tensor =
+          tensor.detach().to(at::kCPU).clone();  // of its own storage: the loop keeps all in one
       dictionary.insert(name, tensor);
     }
     WriteSafetensors(dir / "weights.safetensors", weights, {{"format", "pt"}, {"builtin", name_}});
@@ -90,7 +93,8 @@ std::unique_ptr<Model> MakeBuiltinModel(const TrainSpec& spec, const Dataset& da
   const auto shapes = dataset.sample_shapes();
   const Loss loss(spec.loss, spec.metrics);
   // Class numbers matter only to losses that read them as such: integers can also be regressed on.
-  const SampleForm form{shapes.at("input"), shapes.at("target"), loss.classifies() ? dataset.classes() : 0};
+  const SampleForm form{shapes.at("input"), shapes.at("target"),
+                        loss.classifies() ? dataset.classes() : 0};
   auto network = MakeNetwork(spec.model.builtin, spec.model.options, form, spec.seed);
   return std::make_unique<BuiltinModel>(spec.model.builtin, form, std::move(network), loss,
                                         dataset.preprocessing());

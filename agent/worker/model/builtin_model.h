@@ -7,8 +7,8 @@
 
 namespace itwin::worker {
 
-// See MakeModel. Saves weights.safetensors, weights.pt (a plain dictionary for Python's torch.load), model.json (the
-// architecture with every option) and preprocessing.json.
+// See MakeModel. Saves weights.safetensors, weights.pt (a plain dictionary for Python's
+// torch.load), model.json (the architecture with every option) and preprocessing.json.
 std::unique_ptr<Model> MakeBuiltinModel(const TrainSpec& spec, const Dataset& dataset);
 
 }  // namespace itwin::worker

@@ -12,10 +12,12 @@
 namespace itwin::worker {
 namespace {
 
-const std::vector<std::string> kLosses = {"mse", "l1", "huber", "cross_entropy", "bce_logits", "nll"};
+const std::vector<std::string> kLosses = {"mse",           "l1",         "huber",
+                                          "cross_entropy", "bce_logits", "nll"};
 const std::vector<std::string> kMetrics = {"accuracy", "mse", "rmse", "mae"};
 
-void RequireKnown(const std::string& field, const std::string& name, const std::vector<std::string>& known) {
+void RequireKnown(const std::string& field, const std::string& name,
+                  const std::vector<std::string>& known) {
   if (std::find(known.begin(), known.end(), name) != known.end()) return;
   throw UserError(field + ": unknown name \"" + name + "\"" + NearestHint(name, known) +
                   " (known: " + JoinNames(known) + ")");
@@ -40,7 +42,8 @@ Loss::Loss(const std::string& name, const std::vector<std::string>& metrics) : n
                                : ", whose target has no classes; mse, rmse and mae can"));
     }
     const std::string measured = metric == "rmse" ? "mse" : metric;
-    if (std::find(metrics_.begin(), metrics_.end(), measured) == metrics_.end()) metrics_.push_back(measured);
+    if (std::find(metrics_.begin(), metrics_.end(), measured) == metrics_.end())
+      metrics_.push_back(measured);
   }
   if (metrics_.empty()) metrics_ = {classes ? "accuracy" : "mse"};
 }
@@ -50,7 +53,8 @@ StepOutput Loss::operator()(const at::Tensor& prediction, const at::Tensor& targ
   if (classifies()) {
     if (target.is_floating_point()) {
       throw UserError("train.loss: " + name_ +
-                      " needs class numbers (integers) as target but the target holds floats; take mse, l1, huber "
+                      " needs class numbers (integers) as target but the target holds floats; take "
+                      "mse, l1, huber "
                       "or bce_logits, or save the target as integers");
     }
     // [samples, 1] labels are meant as [samples].
@@ -59,11 +63,13 @@ StepOutput Loss::operator()(const at::Tensor& prediction, const at::Tensor& targ
     std::vector<int64_t> expected = prediction.sizes().vec();
     if (expected.size() > 1) expected.erase(expected.begin() + 1);
     if (prediction.dim() < 2 || labels.sizes() != at::IntArrayRef(expected)) {
-      throw UserError("train.loss: " + name_ + " compares scores [samples, classes, …] with class numbers "
+      throw UserError("train.loss: " + name_ +
+                      " compares scores [samples, classes, …] with class numbers "
                       "[samples, …]; the model's output has shape " +
                       Shape(prediction) + " and the target " + Shape(target));
     }
-    output.loss = name_ == "nll" ? at::nll_loss_nd(prediction, labels) : at::cross_entropy_loss(prediction, labels);
+    output.loss = name_ == "nll" ? at::nll_loss_nd(prediction, labels)
+                                 : at::cross_entropy_loss(prediction, labels);
     output.metrics["accuracy"] = prediction.detach().argmax(1).eq(labels).to(at::kFloat).mean();
     return output;
   }
@@ -74,7 +80,8 @@ StepOutput Loss::operator()(const at::Tensor& prediction, const at::Tensor& targ
     truth = truth.view(prediction.sizes());  // [samples] and [samples, 1] are the same thing
   }
   if (truth.sizes() != prediction.sizes()) {
-    throw UserError("train.loss: " + name_ + " compares like with like, but the model's output has shape " +
+    throw UserError("train.loss: " + name_ +
+                    " compares like with like, but the model's output has shape " +
                     Shape(prediction) + " and the target " + Shape(target));
   }
   if (name_ == "mse") {
@@ -94,7 +101,8 @@ StepOutput Loss::operator()(const at::Tensor& prediction, const at::Tensor& targ
     } else if (metric == "mae") {
       output.metrics[metric] = name_ == "l1" ? output.loss.detach() : at::l1_loss(predicted, truth);
     } else {
-      output.metrics[metric] = name_ == "mse" ? output.loss.detach() : at::mse_loss(predicted, truth);
+      output.metrics[metric] =
+          name_ == "mse" ? output.loss.detach() : at::mse_loss(predicted, truth);
     }
   }
   return output;

@@ -14,11 +14,13 @@ namespace itwin::worker {
 
 class Loss {
  public:
-  // `metrics` empty: accuracy for classes, mse for numbers. "rmse" is measured as its square, "mse". Throws
-  // UserError for an unknown name, naming the nearest known one, and for a metric that does not fit the loss.
+  // `metrics` empty: accuracy for classes, mse for numbers. "rmse" is measured as its square,
+  // "mse". Throws UserError for an unknown name, naming the nearest known one, and for a metric
+  // that does not fit the loss.
   Loss(const std::string& name, const std::vector<std::string>& metrics);
 
-  // With the gradient recorded for the loss alone. Throws UserError naming both shapes when they do not fit.
+  // With the gradient recorded for the loss alone. Throws UserError naming both shapes when they do
+  // not fit.
   StepOutput operator()(const at::Tensor& prediction, const at::Tensor& target) const;
 
   const std::string& name() const { return name_; }

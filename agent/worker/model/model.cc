@@ -10,8 +10,8 @@
 namespace itwin::worker {
 namespace {
 
-// Two samples through the model, so that what does not fit is told at once and as the user's matter. Two: with one, a
-// sum over the batch cannot be told from a value per sample.
+// Two samples through the model, so that what does not fit is told at once and as the user's
+// matter. Two: with one, a sum over the batch cannot be told from a value per sample.
 void TrySamples(Model* model, const Dataset& dataset) {
   const Batch batch = dataset.Gather(Split::kTrain, {0, dataset.size(Split::kTrain) - 1});
   model->Train(false);
@@ -21,17 +21,19 @@ void TrySamples(Model* model, const Dataset& dataset) {
     throw;
   } catch (const std::exception& error) {
     const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
-    std::string reason = torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
+    std::string reason =
+        torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
     constexpr size_t kMaxReasonBytes = 1500;
     if (reason.size() > kMaxReasonBytes) {  // the end of a TorchScript error says what happened
       reason = "… " + reason.substr(reason.size() - kMaxReasonBytes);
     }
     std::string shapes;
     for (const auto& [name, tensor] : batch) {
-      shapes += (shapes.empty() ? "" : ", ") + name + " " + ShapeText(tensor.sizes().slice(1).vec());
+      shapes +=
+          (shapes.empty() ? "" : ", ") + name + " " + ShapeText(tensor.sizes().slice(1).vec());
     }
-    throw UserError("train.model: " + model->description() + " does not run on a sample of the data (" + shapes +
-                    "): " + reason);
+    throw UserError("train.model: " + model->description() +
+                    " does not run on a sample of the data (" + shapes + "): " + reason);
   }
   model->Train(true);
 }

@@ -1,5 +1,5 @@
-// A model with its loss: what the training loop drives. Implementations hide whether it is a built-in network
-// or the user's TorchScript module.
+// A model with its loss: what the training loop drives. Implementations hide whether it is a
+// built-in network or the user's TorchScript module.
 #pragma once
 
 #include <filesystem>
@@ -18,8 +18,9 @@ namespace itwin::worker {
 
 struct StepOutput {
   at::Tensor loss;  // scalar; mean over the samples of the batch
-  // Scalars by name, each a mean over the samples of the batch. A root mean square is given as its square,
-  // "mse" or "<name>_mse": the loop averages over all samples and ranks first and takes the root then ("rmse").
+  // Scalars by name, each a mean over the samples of the batch. A root mean square is given as its
+  // square, "mse" or "<name>_mse": the loop averages over all samples and ranks first and takes the
+  // root then ("rmse").
   std::map<std::string, at::Tensor> metrics;
 };
 
@@ -28,8 +29,9 @@ class Model {
  public:
   virtual ~Model() = default;
 
-  // Name and tensor, in an order that is the same on every rank. Tensors share storage with the model: the
-  // loop replaces the storage of each parameter once (set_data) and writes its gradient itself.
+  // Name and tensor, in an order that is the same on every rank. Tensors share storage with the
+  // model: the loop replaces the storage of each parameter once (set_data) and writes its gradient
+  // itself.
   virtual std::vector<std::pair<std::string, at::Tensor>> parameters() = 0;
   virtual std::vector<std::pair<std::string, at::Tensor>> buffers() = 0;
 
@@ -42,17 +44,18 @@ class Model {
 
   virtual void Train(bool training) = 0;
 
-  // Writes model.pt (TorchScript, where the source was TorchScript) and weights.safetensors into `dir`, which
-  // exists. Throws ResourceError when the disk is full. The parameters are views into large flat buffers by then,
-  // and TorchScript's writer stores the whole buffer behind each view: save a copy with compact tensors.
+  // Writes model.pt (TorchScript, where the source was TorchScript) and weights.safetensors into
+  // `dir`, which exists. Throws ResourceError when the disk is full. The parameters are views into
+  // large flat buffers by then, and TorchScript's writer stores the whole buffer behind each view:
+  // save a copy with compact tensors.
   virtual void Save(const std::filesystem::path& dir) = 0;
 
   // One line for people: name, number of parameters.
   virtual std::string description() = 0;
 };
 
-// Throws UserError for an unknown model, option or loss, a model that cannot be trained or that does not fit
-// the data's shapes. Built-in models are initialised from spec.seed alone.
+// Throws UserError for an unknown model, option or loss, a model that cannot be trained or that
+// does not fit the data's shapes. Built-in models are initialised from spec.seed alone.
 std::unique_ptr<Model> MakeModel(const TrainSpec& spec, const Dataset& dataset,
                                  const std::filesystem::path& work_dir);
 

@@ -19,7 +19,8 @@ namespace nn = torch::nn;
 
 constexpr int64_t kMaxWidth = 16384;  // channels or features of a layer
 constexpr int64_t kMaxClasses = 1000000;
-constexpr int64_t kSmallImage = 64;  // up to this many rows, resnet18 keeps the resolution in its first layer
+constexpr int64_t kSmallImage =
+    64;  // up to this many rows, resnet18 keeps the resolution in its first layer
 
 class Net : public nn::Module {
  public:
@@ -27,8 +28,9 @@ class Net : public nn::Module {
 };
 
 WorkerError DoesNotFit(const std::string& model, const SampleForm& form, const std::string& needs) {
-  return UserError("train.model.builtin: " + model + " does not fit the data, whose samples have input " +
-                   ShapeText(form.input) + " and target " + ShapeText(form.target) +
+  return UserError("train.model.builtin: " + model +
+                   " does not fit the data, whose samples have input " + ShapeText(form.input) +
+                   " and target " + ShapeText(form.target) +
                    (form.classes > 0 ? " (class numbers)" : "") + "; it needs " + needs);
 }
 
@@ -53,13 +55,14 @@ VectorOutput OutputFor(const std::string& model, const SampleForm& form, OptionR
   const int64_t given = options->Int("classes", form.classes, 0, kMaxClasses);
   if (form.classes == 0) {
     if (given != 0) {
-      throw UserError(OptionReader::Path("classes") + ": the target holds floats, not class numbers, so there are none");
+      throw UserError(OptionReader::Path("classes") +
+                      ": the target holds floats, not class numbers, so there are none");
     }
     return {Elements(form.target), form.target};
   }
   if (given < form.classes) {
-    throw UserError(OptionReader::Path("classes") + ": " + std::to_string(given) + " is too few; the data have " +
-                    std::to_string(form.classes) + " classes");
+    throw UserError(OptionReader::Path("classes") + ": " + std::to_string(given) +
+                    " is too few; the data have " + std::to_string(form.classes) + " classes");
   }
   if (Elements(form.target) != 1) throw DoesNotFit(model, form, "one class number per sample");
   return {given, {}};
@@ -68,12 +71,13 @@ VectorOutput OutputFor(const std::string& model, const SampleForm& form, OptionR
 void CheckChannels(const std::string& model, const SampleForm& form, OptionReader* options) {
   const int64_t channels = options->Int("channels", form.input[0], 1, kMaxWidth);
   if (channels != form.input[0]) {
-    throw DoesNotFit(model, form, std::to_string(channels) + " input channels, as " +
-                                      OptionReader::Path("channels") + " says");
+    throw DoesNotFit(model, form,
+                     std::to_string(channels) + " input channels, as " +
+                         OptionReader::Path("channels") + " says");
   }
 }
 
-// ---- mlp ---------------------------------------------------------------------------------------------------
+// ---- mlp
 
 class Mlp : public Net {
  public:
@@ -99,7 +103,7 @@ class Mlp : public Net {
   nn::Sequential layers_;
 };
 
-// ---- cnn ---------------------------------------------------------------------------------------------------
+// ---- cnn
 
 class Cnn : public Net {
  public:
@@ -112,16 +116,18 @@ class Cnn : public Net {
     int64_t channels = form.input[0], rows = form.input[1], columns = form.input[2];
     for (const int64_t width : widths) {
       features_->push_back(nn::Conv2d(nn::Conv2dOptions(channels, width, 3).padding(1)));
-      features_->push_back(nn::MaxPool2d(2));  // before the ReLU: the same result on a quarter of the cells
+      features_->push_back(
+          nn::MaxPool2d(2));  // before the ReLU: the same result on a quarter of the cells
       features_->push_back(nn::ReLU(nn::ReLUOptions(true)));
       channels = width;
       rows /= 2;
       columns /= 2;
     }
     if (rows < 1 || columns < 1) {
-      throw DoesNotFit("cnn", form, "at least " + std::to_string(int64_t{1} << widths.size()) +
-                                        " rows and columns for its " + std::to_string(widths.size()) +
-                                        " layers; name fewer in " + OptionReader::Path("channels"));
+      throw DoesNotFit("cnn", form,
+                       "at least " + std::to_string(int64_t{1} << widths.size()) +
+                           " rows and columns for its " + std::to_string(widths.size()) +
+                           " layers; name fewer in " + OptionReader::Path("channels"));
     }
     classifier_->push_back(nn::Linear(channels * rows * columns, hidden));
     classifier_->push_back(nn::ReLU(nn::ReLUOptions(true)));
@@ -139,10 +145,11 @@ class Cnn : public Net {
   nn::Sequential features_, classifier_;
 };
 
-// ---- resnet18: the names of torchvision's, so that weights can go either way -----------------------------------
+// ---- resnet18: the names of torchvision's, so that weights can go either way
 
 nn::Conv2d BareConv(int64_t in, int64_t out, int64_t kernel, int64_t stride) {
-  return nn::Conv2d(nn::Conv2dOptions(in, out, kernel).stride(stride).padding(kernel / 2).bias(false));
+  return nn::Conv2d(
+      nn::Conv2dOptions(in, out, kernel).stride(stride).padding(kernel / 2).bias(false));
 }
 
 class ResidualBlockImpl : public nn::Module {
@@ -153,7 +160,8 @@ class ResidualBlockImpl : public nn::Module {
         conv2_(register_module("conv2", BareConv(out, out, 3, 1))),
         bn2_(register_module("bn2", nn::BatchNorm2d(out))) {
     if (stride != 1 || in != out) {
-      downsample_ = register_module("downsample", nn::Sequential(BareConv(in, out, 1, stride), nn::BatchNorm2d(out)));
+      downsample_ = register_module(
+          "downsample", nn::Sequential(BareConv(in, out, 1, stride), nn::BatchNorm2d(out)));
     }
   }
   at::Tensor forward(const at::Tensor& x) {
@@ -173,7 +181,8 @@ TORCH_MODULE(ResidualBlock);
 class ResNet18 : public Net {
  public:
   ResNet18(const SampleForm& form, OptionReader* options) {
-    if (form.input.size() != 3) throw DoesNotFit("resnet18", form, "input [channels, rows, columns]");
+    if (form.input.size() != 3)
+      throw DoesNotFit("resnet18", form, "input [channels, rows, columns]");
     CheckChannels("resnet18", form, options);
     output_ = OutputFor("resnet18", form, options);
     small_ = options->Bool("small_images", std::max(form.input[1], form.input[2]) <= kSmallImage);
@@ -211,13 +220,16 @@ class ResNet18 : public Net {
   nn::Linear fc_{nullptr};
 };
 
-// ---- unet ----------------------------------------------------------------------------------------------------
+// ---- unet
 
-// Two convolutions with group norm, which unlike batch norm does not depend on how samples are shared among ranks.
+// Two convolutions with group norm, which unlike batch norm does not depend on how samples are
+// shared among ranks.
 nn::Sequential DoubleConv(int64_t in, int64_t out) {
-  const auto norm = [out] { return nn::GroupNorm(nn::GroupNormOptions(std::gcd(int64_t{8}, out), out)); };
-  return nn::Sequential(BareConv(in, out, 3, 1), norm(), nn::ReLU(nn::ReLUOptions(true)), BareConv(out, out, 3, 1),
-                        norm(), nn::ReLU(nn::ReLUOptions(true)));
+  const auto norm = [out] {
+    return nn::GroupNorm(nn::GroupNormOptions(std::gcd(int64_t{8}, out), out));
+  };
+  return nn::Sequential(BareConv(in, out, 3, 1), norm(), nn::ReLU(nn::ReLUOptions(true)),
+                        BareConv(out, out, 3, 1), norm(), nn::ReLU(nn::ReLUOptions(true)));
 }
 
 class UNet : public Net {
@@ -227,23 +239,25 @@ class UNet : public Net {
     const size_t target_rank = labels ? 2 : 3;
     if (form.input.size() != 3 || form.target.size() != target_rank ||
         !std::equal(form.input.begin() + 1, form.input.end(), form.target.end() - 2)) {
-      throw DoesNotFit("unet", form, "input [channels, rows, columns] and a target of the same rows and columns");
+      throw DoesNotFit("unet", form,
+                       "input [channels, rows, columns] and a target of the same rows and columns");
     }
     CheckChannels("unet", form, options);
     int64_t outputs = form.target[0];
     const int64_t classes = options->Int("classes", form.classes, 0, kMaxClasses);
     if (classes < form.classes || (classes > 0 && !labels)) {
-      throw UserError(OptionReader::Path("classes") + ": " + std::to_string(classes) + " does not fit; the data have " +
-                      std::to_string(form.classes) + " classes");
+      throw UserError(OptionReader::Path("classes") + ": " + std::to_string(classes) +
+                      " does not fit; the data have " + std::to_string(form.classes) + " classes");
     }
     if (labels) outputs = classes;
     const int64_t base = options->Int("base", 16, 1, 1024);
     const int64_t depth = options->Int("depth", 3, 1, 8);
     const int64_t multiple = int64_t{1} << depth;
     if (form.input[1] % multiple != 0 || form.input[2] % multiple != 0) {
-      throw DoesNotFit("unet", form, "rows and columns that are multiples of " + std::to_string(multiple) +
-                                         "; crop them or set " + OptionReader::Path("depth") + " lower than " +
-                                         std::to_string(depth));
+      throw DoesNotFit("unet", form,
+                       "rows and columns that are multiples of " + std::to_string(multiple) +
+                           "; crop them or set " + OptionReader::Path("depth") + " lower than " +
+                           std::to_string(depth));
     }
     int64_t in = form.input[0];
     for (int64_t level = 0; level <= depth; ++level) {
@@ -253,8 +267,9 @@ class UNet : public Net {
     }
     for (int64_t level = depth; level-- > 0;) {
       const int64_t out = base << level;
-      grow_.push_back(register_module("grow" + std::to_string(level),
-                                      nn::ConvTranspose2d(nn::ConvTranspose2dOptions(2 * out, out, 2).stride(2))));
+      grow_.push_back(register_module(
+          "grow" + std::to_string(level),
+          nn::ConvTranspose2d(nn::ConvTranspose2dOptions(2 * out, out, 2).stride(2))));
       up_.push_back(register_module("up" + std::to_string(level), DoubleConv(2 * out, out)));
     }
     head_ = register_module("head", nn::Conv2d(base, outputs, 1));
@@ -281,13 +296,14 @@ class UNet : public Net {
   nn::Conv2d head_{nullptr};
 };
 
-// ---- lstm ----------------------------------------------------------------------------------------------------
+// ---- lstm
 
 class Lstm : public Net {
  public:
   Lstm(const SampleForm& form, OptionReader* options) {
     if (form.input.empty()) {
-      throw DoesNotFit("lstm", form, "input [steps] or [steps, features…], as the transform window makes it");
+      throw DoesNotFit("lstm", form,
+                       "input [steps] or [steps, features…], as the transform window makes it");
     }
     output_ = OutputFor("lstm", form, options);
     const int64_t features = Elements({form.input.begin() + 1, form.input.end()});
@@ -295,11 +311,13 @@ class Lstm : public Net {
     const int64_t layers = options->Int("layers", 1, 1, 16);
     const double dropout = options->Number("dropout", 0, 0, 0.95);
     if (dropout > 0 && layers == 1) {
-      throw UserError(OptionReader::Path("dropout") + ": works between layers; set " + OptionReader::Path("layers") +
-                      " to 2 or more, or leave dropout out");
+      throw UserError(OptionReader::Path("dropout") + ": works between layers; set " +
+                      OptionReader::Path("layers") + " to 2 or more, or leave dropout out");
     }
-    lstm_ = register_module(
-        "lstm", nn::LSTM(nn::LSTMOptions(features, hidden).num_layers(layers).dropout(dropout).batch_first(true)));
+    lstm_ = register_module("lstm", nn::LSTM(nn::LSTMOptions(features, hidden)
+                                                 .num_layers(layers)
+                                                 .dropout(dropout)
+                                                 .batch_first(true)));
     head_ = register_module("head", nn::Linear(hidden, output_.size));
   }
   at::Tensor Forward(const at::Tensor& input) override {
@@ -314,24 +332,27 @@ class Lstm : public Net {
   nn::Linear head_{nullptr};
 };
 
-// ---- downscale -------------------------------------------------------------------------------------------------
+// ---- downscale
 
-// Super-resolution of a field: convolutions see the bilinear interpolation beside learned position channels (relief,
-// coasts, storm tracks) and correct it. With `conserve`, the correction leaves each coarse cell's mean as it was.
+// Super-resolution of a field: convolutions see the bilinear interpolation beside learned position
+// channels (relief, coasts, storm tracks) and correct it. With `conserve`, the correction leaves
+// each coarse cell's mean as it was.
 class Downscale : public Net {
  public:
   Downscale(const SampleForm& form, OptionReader* options) {
     if (form.input.size() != 3 || form.target.size() != 3 || form.input[0] != form.target[0] ||
         form.target[1] % form.input[1] != 0 || form.target[2] % form.input[2] != 0 ||
         form.target[1] / form.input[1] != form.target[2] / form.input[2]) {
-      throw DoesNotFit("downscale", form, "input [channels, rows, columns] and a target of the same channels with a "
-                                          "whole multiple of rows and columns, as the transform coarsen makes them");
+      throw DoesNotFit("downscale", form,
+                       "input [channels, rows, columns] and a target of the same channels with a "
+                       "whole multiple of rows and columns, as the transform coarsen makes them");
     }
     factor_ = form.target[1] / form.input[1];
     if (const int64_t given = options->Int("factor", factor_, 1, 1024); given != factor_) {
-      throw DoesNotFit("downscale", form, "a factor of " + std::to_string(given) + ", as " +
-                                              OptionReader::Path("factor") + " says, where the data have " +
-                                              std::to_string(factor_));
+      throw DoesNotFit("downscale", form,
+                       "a factor of " + std::to_string(given) + ", as " +
+                           OptionReader::Path("factor") + " says, where the data have " +
+                           std::to_string(factor_));
     }
     channels_ = form.input[0];
     rows_ = form.target[1];
@@ -345,42 +366,45 @@ class Downscale : public Net {
     conserve_ = options->Bool("conserve", true);
     for (const int64_t kernel : kernels) {
       if (kernel % 2 == 0) {
-        throw UserError(OptionReader::Path("kernels") + ": " + std::to_string(kernel) + " is even; sizes must be odd");
+        throw UserError(OptionReader::Path("kernels") + ": " + std::to_string(kernel) +
+                        " is even; sizes must be odd");
       }
     }
     if (position_channels_ > 0) {
-      position_ = register_parameter("position",
-                                     at::randn({1, position_channels_, rows_, columns_}, at::kFloat).mul_(0.1));
+      position_ = register_parameter(
+          "position", at::randn({1, position_channels_, rows_, columns_}, at::kFloat).mul_(0.1));
     }
     int64_t in = channels_ + position_channels_;
     for (size_t i = 0; i < kernels.size(); ++i) {
       const int64_t out = i < hidden.size() ? hidden[i] : channels_;
-      convolutions_.push_back(
-          register_module("conv" + std::to_string(i + 1),
-                          nn::Conv2d(nn::Conv2dOptions(in, out, kernels[i]).padding(kernels[i] / 2))));
+      convolutions_.push_back(register_module(
+          "conv" + std::to_string(i + 1),
+          nn::Conv2d(nn::Conv2dOptions(in, out, kernels[i]).padding(kernels[i] / 2))));
       in = out;
     }
   }
   at::Tensor Forward(const at::Tensor& input) override {
-    const at::Tensor smooth = at::upsample_bilinear2d(input, {rows_, columns_}, /*align_corners=*/false);
+    const at::Tensor smooth =
+        at::upsample_bilinear2d(input, {rows_, columns_}, /*align_corners=*/false);
     at::Tensor x = FirstLayer(smooth);
     for (size_t i = 1; i < convolutions_.size(); ++i) x = convolutions_[i](x.relu_());
     x = x + smooth;
     if (!conserve_) return x;
-    return x + at::upsample_nearest2d(input - at::avg_pool2d(x, {factor_, factor_}), {rows_, columns_});
+    return x +
+           at::upsample_nearest2d(input - at::avg_pool2d(x, {factor_, factor_}), {rows_, columns_});
   }
 
  private:
-  // The convolution of [smooth, position]. It is linear, and the position is the same for every sample: its part is
-  // computed once per batch.
+  // The convolution of [smooth, position]. It is linear, and the position is the same for every
+  // sample: its part is computed once per batch.
   at::Tensor FirstLayer(const at::Tensor& smooth) {
     auto& conv = convolutions_.front();
     if (position_channels_ == 0) return conv(smooth);
     const int64_t padding = conv->weight.size(2) / 2;
     const at::Tensor of_field =
         at::conv2d(smooth, conv->weight.narrow(1, 0, channels_), {}, 1, padding);
-    const at::Tensor of_position =
-        at::conv2d(position_, conv->weight.narrow(1, channels_, position_channels_), conv->bias, 1, padding);
+    const at::Tensor of_position = at::conv2d(
+        position_, conv->weight.narrow(1, channels_, position_channels_), conv->bias, 1, padding);
     return of_field + of_position;
   }
 
@@ -390,7 +414,7 @@ class Downscale : public Net {
   std::vector<nn::Conv2d> convolutions_;
 };
 
-// ----------------------------------------------------------------------------------------------------------------
+// ---- the wrapper and the table of all networks
 
 class TorchNetwork : public Network {
  public:
@@ -400,8 +424,12 @@ class TorchNetwork : public Network {
   at::Tensor Forward(const at::Tensor& input) override {
     return net_->Forward(input.is_floating_point() ? input : input.to(at::kFloat));
   }
-  std::vector<std::pair<std::string, at::Tensor>> parameters() override { return Pairs(net_->named_parameters()); }
-  std::vector<std::pair<std::string, at::Tensor>> buffers() override { return Pairs(net_->named_buffers()); }
+  std::vector<std::pair<std::string, at::Tensor>> parameters() override {
+    return Pairs(net_->named_parameters());
+  }
+  std::vector<std::pair<std::string, at::Tensor>> buffers() override {
+    return Pairs(net_->named_buffers());
+  }
   void Train(bool training) override { net_->train(training); }
   const nlohmann::json& options() const override { return options_; }
 
@@ -436,8 +464,8 @@ std::vector<std::string> NetworkNames() {
   return names;
 }
 
-std::unique_ptr<Network> MakeNetwork(const std::string& name, const nlohmann::json& options, const SampleForm& form,
-                                     uint64_t seed) {
+std::unique_ptr<Network> MakeNetwork(const std::string& name, const nlohmann::json& options,
+                                     const SampleForm& form, uint64_t seed) {
   for (const auto& [known, make] : kNetworks) {
     if (name != known) continue;
     OptionReader reader(name, options);
@@ -446,8 +474,9 @@ std::unique_ptr<Network> MakeNetwork(const std::string& name, const nlohmann::js
     reader.Finish();
     return std::make_unique<TorchNetwork>(std::move(net), reader.resolved());
   }
-  throw UserError("train.model.builtin: no built-in model \"" + name + "\"" + NearestHint(name, NetworkNames()) +
-                  " (there are: " + JoinNames(NetworkNames()) + ")");
+  throw UserError("train.model.builtin: no built-in model \"" + name + "\"" +
+                  NearestHint(name, NetworkNames()) + " (there are: " + JoinNames(NetworkNames()) +
+                  ")");
 }
 
 }  // namespace itwin::worker

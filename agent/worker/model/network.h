@@ -24,7 +24,8 @@ class Network {
  public:
   virtual ~Network() = default;
   virtual at::Tensor Forward(const at::Tensor& input) = 0;
-  virtual std::vector<std::pair<std::string, at::Tensor>> parameters() = 0;  // names as in a Python state_dict
+  virtual std::vector<std::pair<std::string, at::Tensor>>
+  parameters() = 0;  // names as in a Python state_dict
   virtual std::vector<std::pair<std::string, at::Tensor>> buffers() = 0;
   virtual void Train(bool training) = 0;
   // Every option with the value that is used.
@@ -33,9 +34,9 @@ class Network {
 
 std::vector<std::string> NetworkNames();
 
-// Initialised from `seed` alone (sets LibTorch's global generator). Throws UserError for an unknown name or option and
-// for shapes that do not fit, naming them.
-std::unique_ptr<Network> MakeNetwork(const std::string& name, const nlohmann::json& options, const SampleForm& form,
-                                     uint64_t seed);
+// Initialised from `seed` alone (sets LibTorch's global generator). Throws UserError for an unknown
+// name or option and for shapes that do not fit, naming them.
+std::unique_ptr<Network> MakeNetwork(const std::string& name, const nlohmann::json& options,
+                                     const SampleForm& form, uint64_t seed);
 
 }  // namespace itwin::worker

@@ -14,7 +14,8 @@ std::optional<int64_t> WholeNumber(const nlohmann::json& value) {
   if (value.is_number_integer()) return value.get<int64_t>();
   if (value.is_number_float()) {
     const double number = value.get<double>();
-    if (number == std::floor(number) && std::abs(number) < 1e15) return static_cast<int64_t>(number);
+    if (number == std::floor(number) && std::abs(number) < 1e15)
+      return static_cast<int64_t>(number);
   }
   return std::nullopt;
 }
@@ -38,7 +39,8 @@ const nlohmann::json* OptionReader::Find(const std::string& name) {
   return found == options_.end() || found->is_null() ? nullptr : &*found;
 }
 
-int64_t OptionReader::Int(const std::string& name, int64_t fallback, int64_t lowest, int64_t highest) {
+int64_t OptionReader::Int(const std::string& name, int64_t fallback, int64_t lowest,
+                          int64_t highest) {
   int64_t value = fallback;
   if (const nlohmann::json* given = Find(name)) {
     const auto whole = WholeNumber(*given);
@@ -52,10 +54,12 @@ int64_t OptionReader::Int(const std::string& name, int64_t fallback, int64_t low
   return value;
 }
 
-double OptionReader::Number(const std::string& name, double fallback, double lowest, double highest) {
+double OptionReader::Number(const std::string& name, double fallback, double lowest,
+                            double highest) {
   double value = fallback;
   if (const nlohmann::json* given = Find(name)) {
-    if (!given->is_number() || !(given->get<double>() >= lowest && given->get<double>() <= highest)) {
+    if (!given->is_number() ||
+        !(given->get<double>() >= lowest && given->get<double>() <= highest)) {
       throw UserError(Path(name) + ": " + given->dump() + " must be a number from " +
                       nlohmann::json(lowest).dump() + " to " + nlohmann::json(highest).dump());
     }
@@ -68,21 +72,23 @@ double OptionReader::Number(const std::string& name, double fallback, double low
 bool OptionReader::Bool(const std::string& name, bool fallback) {
   bool value = fallback;
   if (const nlohmann::json* given = Find(name)) {
-    if (!given->is_boolean()) throw UserError(Path(name) + ": " + given->dump() + " must be true or false");
+    if (!given->is_boolean())
+      throw UserError(Path(name) + ": " + given->dump() + " must be true or false");
     value = given->get<bool>();
   }
   resolved_[name] = value;
   return value;
 }
 
-std::vector<int64_t> OptionReader::Ints(const std::string& name, const std::vector<int64_t>& fallback,
-                                        size_t min_count, size_t max_count, int64_t lowest, int64_t highest) {
+std::vector<int64_t> OptionReader::Ints(const std::string& name,
+                                        const std::vector<int64_t>& fallback, size_t min_count,
+                                        size_t max_count, int64_t lowest, int64_t highest) {
   std::vector<int64_t> values = fallback;
   if (const nlohmann::json* given = Find(name)) {
     const auto fail = [&] {
-      return UserError(Path(name) + ": " + given->dump() + " must be a list of " + std::to_string(min_count) +
-                       " to " + std::to_string(max_count) + " whole numbers, each from " +
-                       BoundsText(lowest, highest));
+      return UserError(Path(name) + ": " + given->dump() + " must be a list of " +
+                       std::to_string(min_count) + " to " + std::to_string(max_count) +
+                       " whole numbers, each from " + BoundsText(lowest, highest));
     };
     if (!given->is_array() || given->size() < min_count || given->size() > max_count) throw fail();
     values.clear();
@@ -102,8 +108,8 @@ void OptionReader::Finish() const {
   for (const auto& [name, value] : resolved_.items()) known.push_back(name);
   for (const auto& [name, value] : options_.items()) {
     if (resolved_.contains(name)) continue;
-    throw UserError(Path(name) + ": the model \"" + model_ + "\" has no such option" + NearestHint(name, known) +
-                    " (its options: " + JoinNames(known) + ")");
+    throw UserError(Path(name) + ": the model \"" + model_ + "\" has no such option" +
+                    NearestHint(name, known) + " (its options: " + JoinNames(known) + ")");
   }
 }
 

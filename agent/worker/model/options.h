@@ -1,4 +1,5 @@
-// Strict reading of a built-in model's options: every option has a default, unknown ones are errors. Free of LibTorch.
+// Strict reading of a built-in model's options: every option has a default, unknown ones are
+// errors. Free of LibTorch.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +10,9 @@
 
 namespace itwin::worker {
 
-// Call the typed getters for every option the model has, then Finish. Errors (UserError) name the path, such as
-// "train.model.options.hidden", the value, and what would be right. Numbers may be written as 8 or 8.0: protobuf's
-// Struct knows only doubles.
+// Call the typed getters for every option the model has, then Finish. Errors (UserError) name the
+// path, such as "train.model.options.hidden", the value, and what would be right. Numbers may be
+// written as 8 or 8.0: protobuf's Struct knows only doubles.
 class OptionReader {
  public:
   OptionReader(std::string model, nlohmann::json options);
@@ -20,8 +21,8 @@ class OptionReader {
   double Number(const std::string& name, double fallback, double lowest, double highest);
   bool Bool(const std::string& name, bool fallback);
   // Between min_count and max_count numbers, each within [lowest, highest].
-  std::vector<int64_t> Ints(const std::string& name, const std::vector<int64_t>& fallback, size_t min_count,
-                            size_t max_count, int64_t lowest, int64_t highest);
+  std::vector<int64_t> Ints(const std::string& name, const std::vector<int64_t>& fallback,
+                            size_t min_count, size_t max_count, int64_t lowest, int64_t highest);
 
   // Throws for the first option that no getter asked for.
   void Finish() const;

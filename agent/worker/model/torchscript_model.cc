@@ -45,38 +45,45 @@ torch::jit::Module Load(const std::filesystem::path& path) {
       std::string name = reason.substr(at + kUnknown.size());
       name = name.substr(0, name.find_first_of(" \n"));
       while (!name.empty() && name.back() == '.') name.pop_back();
-      throw UserError(field + " uses the operator " + name + ", which LibTorch " TORCH_VERSION
-                      " of this site does not have; write it with older operators, or use a site with a newer LibTorch");
+      throw UserError(field + " uses the operator " + name +
+                      ", which LibTorch " TORCH_VERSION
+                      " of this site does not have; write it with older operators, or use a site "
+                      "with a newer LibTorch");
     }
-    throw UserError(field + " is not a TorchScript module that can be loaded; write it by "
-                            "torch.jit.script(model).save(\"" +
+    throw UserError(field +
+                    " is not a TorchScript module that can be loaded; write it by "
+                    "torch.jit.script(model).save(\"" +
                     path.filename().string() + "\"). LibTorch says: " + reason);
   }
 }
 
-// The constant value of an operator's argument, if it has an argument of that name and the value is fixed.
+// The constant value of an operator's argument, if it has an argument of that name and the value is
+// fixed.
 std::optional<torch::jit::IValue> ConstantArgument(const torch::jit::Node* node, const char* name) {
   const c10::FunctionSchema* schema = node->maybeSchema();
   if (schema == nullptr) return std::nullopt;
   const auto index = schema->argumentIndexWithName(name);
   if (!index || static_cast<size_t>(*index) >= node->inputs().size()) return std::nullopt;
   const auto value = torch::jit::toIValue(node->input(static_cast<size_t>(*index)));
-  if (!value) return std::nullopt;  // said outright: an IValue can be made of LibTorch's own empty optional
+  if (!value)
+    return std::nullopt;  // said outright: an IValue can be made of LibTorch's own empty optional
   return *value;
 }
 
-// The first operator whose training flag is a constant where it matters: it would not obey train() and eval().
+// The first operator whose training flag is a constant where it matters: it would not obey train()
+// and eval().
 const torch::jit::Node* FindFixedTrainingFlag(const torch::jit::Block* block) {
   for (const torch::jit::Node* node : block->nodes()) {
     const std::string name = node->kind().toQualString();
     const bool norm = name == "aten::batch_norm" || name == "aten::_batch_norm_impl_index" ||
                       name == "aten::native_batch_norm" || name == "aten::cudnn_batch_norm";
     const bool dropout = name.starts_with("aten::") && name.find("dropout") != std::string::npos;
-    const bool recurrent = name == "aten::lstm" || name == "aten::gru" || name == "aten::rnn_tanh" ||
-                           name == "aten::rnn_relu";
+    const bool recurrent = name == "aten::lstm" || name == "aten::gru" ||
+                           name == "aten::rnn_tanh" || name == "aten::rnn_relu";
     if (norm || dropout || recurrent) {
       bool fixed = false;
-      for (const char* flag : {"train", "training"}) fixed = fixed || ConstantArgument(node, flag).has_value();
+      for (const char* flag : {"train", "training"})
+        fixed = fixed || ConstantArgument(node, flag).has_value();
       if (!norm) {  // without effect where nothing is dropped
         const auto share = ConstantArgument(node, recurrent ? "dropout" : "p");
         if (share && share->isDouble() && share->toDouble() == 0) fixed = false;
@@ -96,11 +103,13 @@ void RefuseFixedTrainingFlags(const torch::jit::Module& module, const std::strin
     torch::jit::Inline(*graph);
     if (const torch::jit::Node* node = FindFixedTrainingFlag(graph->block())) {
       const std::string name = node->kind().toUnqualString();
-      throw UserError(field + ": " + name + " in \"" + method.name() +
-                      "\" has a fixed training flag, so it would behave the same in training and in evaluation. "
-                      "The module was traced (torch.jit.trace), or calls the function without "
-                      "training=self.training; export it with torch.jit.script and the module forms "
-                      "(nn.Dropout, nn.BatchNorm2d)");
+      throw UserError(
+          field + ": " + name + " in \"" + method.name() +
+          "\" has a fixed training flag, so it would behave the same in training and in "
+          "evaluation. "
+          "The module was traced (torch.jit.trace), or calls the function without "
+          "training=self.training; export it with torch.jit.script and the module forms "
+          "(nn.Dropout, nn.BatchNorm2d)");
     }
   }
 }
@@ -108,21 +117,24 @@ void RefuseFixedTrainingFlags(const torch::jit::Module& module, const std::strin
 bool TakesBatchGivesLossAndMetrics(const torch::jit::Method& method) {
   const c10::FunctionSchema& schema = method.function().getSchema();
   return schema.arguments().size() == 2 &&
-         schema.arguments()[1].type()->str() == "Dict(str, Tensor)" && schema.returns().size() == 1 &&
+         schema.arguments()[1].type()->str() == "Dict(str, Tensor)" &&
+         schema.returns().size() == 1 &&
          schema.returns()[0].type()->str() == "(Tensor, Dict(str, Tensor))";
 }
 
 std::string SchemaText(const torch::jit::Method& method) {
   const c10::FunctionSchema& schema = method.function().getSchema();
   std::string text = "(self";
-  for (size_t i = 1; i < schema.arguments().size(); ++i) text += ", " + schema.arguments()[i].type()->annotation_str();
+  for (size_t i = 1; i < schema.arguments().size(); ++i)
+    text += ", " + schema.arguments()[i].type()->annotation_str();
   text += ") -> ";
   return text + (schema.returns().empty() ? "None" : schema.returns()[0].type()->annotation_str());
 }
 
 class TorchScriptModel : public Model {
  public:
-  TorchScriptModel(std::string file, torch::jit::Module module, std::optional<Loss> loss, nlohmann::json preprocessing)
+  TorchScriptModel(std::string file, torch::jit::Module module, std::optional<Loss> loss,
+                   nlohmann::json preprocessing)
       : file_(std::move(file)),
         module_(std::move(module)),
         loss_(std::move(loss)),
@@ -140,7 +152,8 @@ class TorchScriptModel : public Model {
   StepOutput TrainingStep(const Batch& batch) override { return Step("training_step", batch); }
   StepOutput EvaluationStep(const Batch& batch) override {
     const at::NoGradGuard no_grad;
-    return Step(module_.find_method("evaluation_step") ? "evaluation_step" : "training_step", batch);
+    return Step(module_.find_method("evaluation_step") ? "evaluation_step" : "training_step",
+                batch);
   }
   at::Tensor Predict(const at::Tensor& input) override {
     const at::NoGradGuard no_grad;
@@ -165,7 +178,8 @@ class TorchScriptModel : public Model {
     const auto restore = [&] {
       for (auto& [tensor, original] : originals) tensor.set_data(original);
     };
-    for (const auto& parameter : module_.named_parameters(true)) add(parameter.name, parameter.value);
+    for (const auto& parameter : module_.named_parameters(true))
+      add(parameter.name, parameter.value);
     for (const auto& buffer : module_.named_buffers(true)) add(buffer.name, buffer.value);
     try {
       WriteScript(dir / "model.pt");
@@ -187,7 +201,8 @@ class TorchScriptModel : public Model {
  private:
   // Tied tensors have several names; the first stands for all.
   template <typename List>
-  static std::vector<std::pair<std::string, at::Tensor>> Distinct(const List& list, bool trainable_only) {
+  static std::vector<std::pair<std::string, at::Tensor>> Distinct(const List& list,
+                                                                  bool trainable_only) {
     std::vector<std::pair<std::string, at::Tensor>> pairs;
     std::set<const void*> seen;
     for (const auto& entry : list) {
@@ -201,7 +216,8 @@ class TorchScriptModel : public Model {
   at::Tensor Forward(const at::Tensor& input) {
     const torch::jit::IValue output = module_.forward({input});
     if (!output.isTensor()) {
-      throw UserError("train.model.torchscript: forward(input) of " + file_ + " gives " + output.tagKind() +
+      throw UserError("train.model.torchscript: forward(input) of " + file_ + " gives " +
+                      output.tagKind() +
                       ", not a tensor; give the module a training_step that returns the loss");
     }
     return output.toTensor();
@@ -223,8 +239,8 @@ class TorchScriptModel : public Model {
 
   at::Tensor Scalar(const at::Tensor& tensor, const char* method, const std::string& name) const {
     if (tensor.numel() != 1) {
-      throw UserError("train.model.torchscript: " + std::string(method) + " of " + file_ + " gives \"" + name +
-                      "\" with " + std::to_string(tensor.numel()) +
+      throw UserError("train.model.torchscript: " + std::string(method) + " of " + file_ +
+                      " gives \"" + name + "\" with " + std::to_string(tensor.numel()) +
                       " elements; it must be one number, the mean over the batch's samples");
     }
     return tensor.dim() == 0 ? tensor : tensor.reshape({});
@@ -263,18 +279,23 @@ class TorchScriptModel : public Model {
 
 std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset& dataset,
                                             const std::filesystem::path& work_dir) {
-  // The optimising executor hands all gradients over at the very end of backward, and hangs in some versions.
+  // The optimising executor hands all gradients over at the very end of backward, and hangs in some
+  // versions.
   torch::jit::getProfilingMode() = false;
-  const std::filesystem::path path = ResolveFile(spec.model.torchscript, work_dir, "train.model.torchscript");
+  const std::filesystem::path path =
+      ResolveFile(spec.model.torchscript, work_dir, "train.model.torchscript");
   const std::string field = "train.model.torchscript: " + path.filename().string();
   if (spec.model.options.is_object() && !spec.model.options.empty()) {
-    throw UserError("train.model.options: are for built-in models; a TorchScript module brings its own");
+    throw UserError(
+        "train.model.options: are for built-in models; a TorchScript module brings its own");
   }
   torch::jit::Module module = Load(path);
   const auto parameters = module.parameters(true);
   if (parameters.size() == 0) {
-    throw UserError(field + " has no parameters, so there is nothing to train; was it frozen (torch.jit.freeze)? "
-                            "Export it with torch.jit.script(model).save(…) alone");
+    throw UserError(
+        field +
+        " has no parameters, so there is nothing to train; was it frozen (torch.jit.freeze)? "
+        "Export it with torch.jit.script(model).save(…) alone");
   }
   bool trainable = false;
   for (const at::Tensor& parameter : parameters) trainable = trainable || parameter.requires_grad();
@@ -285,19 +306,23 @@ std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset
   if (const auto training_step = module.find_method("training_step")) {
     if (!spec.loss.empty() || !spec.metrics.empty()) {
       throw UserError(std::string("train.") + (spec.loss.empty() ? "metrics" : "loss") + ": " +
-                      path.filename().string() + " brings its own loss and metrics by its training_step; leave this out");
+                      path.filename().string() +
+                      " brings its own loss and metrics by its training_step; leave this out");
     }
     for (const char* name : {"training_step", "evaluation_step"}) {
       const auto method = module.find_method(name);
       if (method && !TakesBatchGivesLossAndMetrics(*method)) {
         throw UserError(field + ": " + name + " is " + SchemaText(*method) +
-                        "; it must be (self, batch: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, Tensor]], the loss "
+                        "; it must be (self, batch: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, "
+                        "Tensor]], the loss "
                         "and the metrics");
       }
     }
   } else {
     if (!module.find_method("forward")) {
-      throw UserError(field + " has neither a training_step nor a forward; mark training_step with @torch.jit.export");
+      throw UserError(
+          field +
+          " has neither a training_step nor a forward; mark training_step with @torch.jit.export");
     }
     const torch::jit::Method forward = module.get_method("forward");
     if (forward.function().getSchema().arguments().size() < 2) {
@@ -305,13 +330,14 @@ std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset
     }
     if (spec.loss.empty()) {
       throw UserError("train.loss: is not given, and " + path.filename().string() +
-                      " has no training_step of its own; name a loss, or mark training_step with @torch.jit.export");
+                      " has no training_step of its own; name a loss, or mark training_step with "
+                      "@torch.jit.export");
     }
     loss.emplace(spec.loss, spec.metrics);
   }
   RefuseFixedTrainingFlags(module, field);
-  return std::make_unique<TorchScriptModel>(path.filename().string(), std::move(module), std::move(loss),
-                                            dataset.preprocessing());
+  return std::make_unique<TorchScriptModel>(path.filename().string(), std::move(module),
+                                            std::move(loss), dataset.preprocessing());
 }
 
 }  // namespace itwin::worker

@@ -8,10 +8,11 @@
 
 namespace itwin::worker {
 
-// See MakeModel and docs/models.md. Refuses, with the reason: a file that is no TorchScript archive, operators that this
-// LibTorch does not have, modules without parameters (frozen ones), and modules whose dropout or batch norm does not obey
-// train() and eval() (traced ones). Saves model.pt, weights.safetensors and preprocessing.json.
-// A module is a program: it runs with the rights of this process.
+// See MakeModel and docs/models.md. Refuses, with the reason: a file that is no TorchScript
+// archive, operators that this LibTorch does not have, modules without parameters (frozen ones),
+// and modules whose dropout or batch norm does not obey train() and eval() (traced ones). Saves
+// model.pt, weights.safetensors and preprocessing.json. A module is a program: it runs with the
+// rights of this process.
 std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset& dataset,
                                             const std::filesystem::path& work_dir);
 

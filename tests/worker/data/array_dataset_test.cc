@@ -1,4 +1,5 @@
-// Data from files to samples: sources, transforms against closed forms, and the wind example's published baselines.
+// Data from files to samples: sources, transforms against closed forms, and the wind example's
+// published baselines.
 #include <cmath>
 
 #include <ATen/ATen.h>
@@ -11,12 +12,12 @@
 namespace itwin::worker {
 namespace {
 
-using testing::Scratch;
-using testing::UserErrorOf;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using testing::Scratch;
+using testing::UserErrorOf;
 
 std::vector<int64_t> All(const Dataset& data, Split split) {
   std::vector<int64_t> indices(static_cast<size_t>(data.size(split)));
@@ -94,7 +95,8 @@ TEST_F(ArrayDatasetTest, NpzArraysKeepTheirNamesBesideInputAndTarget) {
   spec.target = "label";
   EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("did you mean \"labels\""));
   spec.target = "other";
-  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), AllOf(HasSubstr("[3, 4]"), HasSubstr("[7]")));
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }),
+              AllOf(HasSubstr("[3, 4]"), HasSubstr("[7]")));
 }
 
 TEST_F(ArrayDatasetTest, StandardizesPerChannelByTheTrainingSplitAlone) {
@@ -106,7 +108,8 @@ TEST_F(ArrayDatasetTest, StandardizesPerChannelByTheTrainingSplitAlone) {
   }
   const nlohmann::json record = data->preprocessing();
   const nlohmann::json& statistics = record["transforms"][0]["standardize"]["input"];
-  EXPECT_DOUBLE_EQ(statistics["mean"][0].get<double>(), 48 + 7.5);  // samples 0..3, values 32 s + 0..15
+  EXPECT_DOUBLE_EQ(statistics["mean"][0].get<double>(),
+                   48 + 7.5);  // samples 0..3, values 32 s + 0..15
   EXPECT_DOUBLE_EQ(statistics["mean"][1].get<double>(), 48 + 16 + 7.5);
   const double deviation = std::sqrt(32 * 32 * 1.25 + (16 * 16 - 1) / 12.0);
   EXPECT_NEAR(statistics["deviation"][0].get<double>(), deviation, 1e-9);
@@ -146,12 +149,14 @@ TEST_F(ArrayDatasetTest, CropsAndCoarsens) {
   const Batch batch = Whole(*data, Split::kTrain);
   EXPECT_THAT(batch.at("target").sizes().vec(), ElementsAre(6, 2, 4, 2));
   EXPECT_THAT(batch.at("input").sizes().vec(), ElementsAre(6, 2, 2, 1));
-  EXPECT_THAT(Floats(batch.at("input")[0][0].contiguous()), ElementsAre(2.5, 10.5));  // of 0 1 4 5 and of 8 9 12 13
+  EXPECT_THAT(Floats(batch.at("input")[0][0].contiguous()),
+              ElementsAre(2.5, 10.5));  // of 0 1 4 5 and of 8 9 12 13
   EXPECT_THAT(data->baselines(), ElementsAre("bilinear", "bicubic"));
   const auto predictions = data->BaselinePredictions(batch);
   EXPECT_EQ(predictions.at("bicubic").sizes(), batch.at("target").sizes());
   // Half-way cells of 2.5 and 10.5, edges repeated: 2.5, 4.5, 8.5, 10.5.
-  EXPECT_THAT(Floats(predictions.at("bilinear")[0][0].select(1, 0).contiguous()), ElementsAre(2.5, 4.5, 8.5, 10.5));
+  EXPECT_THAT(Floats(predictions.at("bilinear")[0][0].select(1, 0).contiguous()),
+              ElementsAre(2.5, 4.5, 8.5, 10.5));
 }
 
 TEST_F(ArrayDatasetTest, CutsSeriesIntoWindowsByTheirTargets) {
@@ -167,18 +172,23 @@ TEST_F(ArrayDatasetTest, CutsSeriesIntoWindowsByTheirTargets) {
   EXPECT_THAT(data->sample_shapes().at("target"), ElementsAre(2));
   const Batch batch = data->Gather(Split::kTest, {0, 4});
   EXPECT_THAT(Floats(batch.at("target")), ElementsAre(30, 31, 38, 39));
-  EXPECT_THAT(Floats(batch.at("input")[0]), ElementsAre(22, 23, 24, 25, 26, 27));  // steps 11, 12, 13
+  EXPECT_THAT(Floats(batch.at("input")[0]),
+              ElementsAre(22, 23, 24, 25, 26, 27));  // steps 11, 12, 13
 
   spec.transforms = {Standardize{}, Window{3, 2}};
   const auto standardized = Open(spec, scratch_);
   const at::Tensor mean = Whole(*standardized, Split::kTrain).at("target");
-  EXPECT_NEAR(mean[0][0].item<float>(), (8 - 14) / std::sqrt(4 * (15 * 15 - 1) / 12.0), 1e-5);  // steps 0..14
+  EXPECT_NEAR(mean[0][0].item<float>(), (8 - 14) / std::sqrt(4 * (15 * 15 - 1) / 12.0),
+              1e-5);  // steps 0..14
 
   spec.transforms = {Window{3, 2}, Standardize{{"input"}}};  // per feature, not per step
-  EXPECT_EQ(Open(spec, scratch_)->preprocessing()["transforms"][1]["standardize"]["input"]["mean"].size(), 2u);
+  EXPECT_EQ(
+      Open(spec, scratch_)->preprocessing()["transforms"][1]["standardize"]["input"]["mean"].size(),
+      2u);
 
   spec.transforms = {Window{19, 2}};
-  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("does not fit into the 20 steps"));
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }),
+              HasSubstr("does not fit into the 20 steps"));
   spec.transforms = {Window{15, 2}};
   EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("target in the train split"));
 }
@@ -196,21 +206,28 @@ np.save('t.npy', np.zeros(2, 'f4'))
   DataSpec spec;
   spec.source = NpyFiles{"nan.npy", "t.npy"};
   spec.transforms = {FillMissing{}};
-  EXPECT_EQ(Whole(*Open(spec, scratch_), Split::kTrain).at("input")[0][0][0][1].item<float>(), 5.0f / 3);
+  EXPECT_EQ(Whole(*Open(spec, scratch_), Split::kTrain).at("input")[0][0][0][1].item<float>(),
+            5.0f / 3);
   spec.transforms = {FillMissing{-7}};
   EXPECT_EQ(Whole(*Open(spec, scratch_), Split::kTrain).at("input")[0][0][0][1].item<float>(), -7);
   spec.source = NpyFiles{"all_nan.npy", "t.npy"};
   EXPECT_TRUE(Whole(*Open(spec, scratch_), Split::kTrain).at("input")[1].eq(-7).all().item<bool>());
   spec.transforms = {FillMissing{}};
-  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), AllOf(HasSubstr("sample 1"), HasSubstr("{value: 0}")));
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }),
+              AllOf(HasSubstr("sample 1"), HasSubstr("{value: 0}")));
 }
 
 TEST_F(ArrayDatasetTest, Reshapes) {
   const auto data = Open(Npy({Standardize{}, Reshape{"input", {-1, 8}}}), scratch_);
   EXPECT_THAT(data->sample_shapes().at("input"), ElementsAre(4, 8));
-  EXPECT_THAT(UserErrorOf([&] { Open(Npy({Reshape{"input", {3, 11}}}), scratch_); }),
+  EXPECT_THAT(UserErrorOf([&] {
+                Open(Npy({Reshape{"input", {3, 11}}}), scratch_);
+              }),
               AllOf(HasSubstr("[3, 11]"), HasSubstr("[2, 4, 4]")));
-  EXPECT_THAT(UserErrorOf([&] { Open(Npy({Reshape{"input", {-1, 7}}}), scratch_); }), HasSubstr("does not hold"));
+  EXPECT_THAT(UserErrorOf([&] {
+                Open(Npy({Reshape{"input", {-1, 7}}}), scratch_);
+              }),
+              HasSubstr("does not hold"));
 }
 
 TEST_F(ArrayDatasetTest, NamesTheTransformThatCannotWork) {
@@ -218,11 +235,13 @@ TEST_F(ArrayDatasetTest, NamesTheTransformThatCannotWork) {
     return UserErrorOf([&] { Open(Npy(std::move(transforms)), scratch_); });
   };
   EXPECT_THAT(error({Standardize{{"imput"}}}),
-              AllOf(HasSubstr("train.data.transforms[0].standardize.arrays"), HasSubstr("did you mean \"input\"")));
+              AllOf(HasSubstr("train.data.transforms[0].standardize.arrays"),
+                    HasSubstr("did you mean \"input\"")));
   EXPECT_THAT(error({Standardize{{"target"}}}), HasSubstr("class numbers"));
   EXPECT_THAT(error({Scale{}, Crop{{5, 2}}}),
               AllOf(HasSubstr("transforms[1].crop"), HasSubstr("[5, 2]"), HasSubstr("[2, 4, 4]")));
-  EXPECT_THAT(error({Coarsen{3, {}}}), AllOf(HasSubstr("factor: 3 does not divide"), HasSubstr("[3, 3]")));
+  EXPECT_THAT(error({Coarsen{3, {}}}),
+              AllOf(HasSubstr("factor: 3 does not divide"), HasSubstr("[3, 3]")));
   EXPECT_THAT(error({Coarsen{1, {}}}), HasSubstr("at least 2"));
   EXPECT_THAT(error({Coarsen{2, {"bilinaer"}}}), HasSubstr("did you mean \"bilinear\""));
   EXPECT_THAT(error({Coarsen{2, {"bilinear"}}, Standardize{}}), HasSubstr("put it before coarsen"));
@@ -231,14 +250,16 @@ TEST_F(ArrayDatasetTest, NamesTheTransformThatCannotWork) {
 TEST_F(ArrayDatasetTest, SyntheticDataComeFromTheSeedAndCanBeLearnt) {
   DataSpec spec;
   spec.source = SyntheticData{500, {3, 4}, {2}, 0};
-  const auto a = OpenDataset(spec, 5, {}), b = OpenDataset(spec, 5, {}), c = OpenDataset(spec, 6, {});
+  const auto a = OpenDataset(spec, 5, {}), b = OpenDataset(spec, 5, {}),
+             c = OpenDataset(spec, 6, {});
   const Batch batch = Whole(*a, Split::kTrain);
   EXPECT_TRUE(at::equal(batch.at("input"), Whole(*b, Split::kTrain).at("input")));
   EXPECT_FALSE(at::equal(batch.at("input"), Whole(*c, Split::kTrain).at("input")));
   EXPECT_NEAR(batch.at("input").mean().item<double>(), 0, 0.05);
   EXPECT_NEAR(batch.at("input").std().item<double>(), 1, 0.05);
   // The target is a linear map of the input: least squares leaves nothing.
-  const at::Tensor x = batch.at("input").flatten(1).to(at::kDouble), y = batch.at("target").to(at::kDouble);
+  const at::Tensor x = batch.at("input").flatten(1).to(at::kDouble),
+                   y = batch.at("target").to(at::kDouble);
   const at::Tensor map = at::linalg_solve(x.t().mm(x), x.t().mm(y));
   EXPECT_LT((x.mm(map) - y).abs().max().item<double>(), 1e-4);
 
@@ -248,7 +269,8 @@ TEST_F(ArrayDatasetTest, SyntheticDataComeFromTheSeedAndCanBeLearnt) {
   EXPECT_EQ(Whole(*classes, Split::kTrain).at("target").dim(), 1);
 
   spec.source = SyntheticData{int64_t{1} << 50, {12}, {}, 5};
-  EXPECT_THAT(UserErrorOf([&] { OpenDataset(spec, 5, {}); }), HasSubstr("train.data.synthetic: needs"));
+  EXPECT_THAT(UserErrorOf([&] { OpenDataset(spec, 5, {}); }),
+              HasSubstr("train.data.synthetic: needs"));
   spec.source = SyntheticData{0, {12}, {}, 5};
   EXPECT_THAT(UserErrorOf([&] { OpenDataset(spec, 5, {}); }), HasSubstr("samples"));
 }
@@ -279,7 +301,8 @@ TEST_F(ArrayDatasetTest, IdxTestFilesAreTheTestSplit) {
   EXPECT_THAT(Longs(test.at("target")), ElementsAre(7, 1));
   EXPECT_FLOAT_EQ(Floats(Whole(*data, Split::kValidation).at("input"))[0], 0.2f);
   spec.source = IdxFiles{"xi", "yt", "", ""};
-  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), AllOf(HasSubstr("[5, 1, 2, 2]"), HasSubstr("[2]")));
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }),
+              AllOf(HasSubstr("[5, 1, 2, 2]"), HasSubstr("[2]")));
 }
 
 TEST_F(ArrayDatasetTest, NetcdfNeedsAnInputAndATarget) {
@@ -299,7 +322,8 @@ with netcdf_file('a.nc', 'w') as f:
   EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("coarsen or window"));
   spec.input = "U";
   spec.target = "V";
-  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), AllOf(HasSubstr("1 cells"), HasSubstr("fill_missing")));
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }),
+              AllOf(HasSubstr("1 cells"), HasSubstr("fill_missing")));
   spec.transforms = {FillMissing{}};
   const Batch batch = Whole(*Open(spec, scratch_), Split::kTrain);
   EXPECT_EQ(batch.at("input")[5][0][3].item<float>(), 21);  // the mean of 20, 21, 22
@@ -318,7 +342,8 @@ TEST(WindData, BaselinesAreThePublishedOnes) {
   const Batch test = Whole(*data, Split::kTest);
   EXPECT_THAT(test.at("input").sizes().vec(), ElementsAre(24, 2, 18, 36));
   const auto rmse = [&](const char* name) {
-    return std::sqrt(at::mse_loss(data->BaselinePredictions(test).at(name), test.at("target")).item<double>());
+    return std::sqrt(
+        at::mse_loss(data->BaselinePredictions(test).at(name), test.at("target")).item<double>());
   };
   EXPECT_NEAR(rmse("bilinear"), 0.3419, 5e-5);
   EXPECT_NEAR(rmse("bicubic"), 0.2921, 5e-5);

@@ -11,12 +11,12 @@
 namespace itwin::worker {
 namespace {
 
-using testing::Scratch;
-using testing::UserErrorOf;
-using testing::Values;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using testing::Scratch;
+using testing::UserErrorOf;
+using testing::Values;
 
 TEST(Csv, ReadsNamedColumnsInTheOrderAskedFor) {
   const Scratch scratch;
@@ -54,16 +54,20 @@ TEST(Csv, NamesLineAndColumnOfWhatIsWrong) {
   EXPECT_THAT(error("temp,rain\n\"1\n\",2\n"), HasSubstr("line 2, column \"temp\""));
   EXPECT_THAT(error("note,temp,rain\n\"a\nb\",1,2\nx,1,\n"),
               AllOf(HasSubstr("line 4, column \"rain\""), HasSubstr("is empty")));
-  EXPECT_THAT(error("temp,rain\n1,2\n1,2,3\n"), HasSubstr("line 3: has 3 fields, the header has 2"));
+  EXPECT_THAT(error("temp,rain\n1,2\n1,2,3\n"),
+              HasSubstr("line 3: has 3 fields, the header has 2"));
   EXPECT_THAT(error("temp,rain\n1\n"), HasSubstr("line 2: has 1 fields"));
-  EXPECT_THAT(error("tmp,rain\n1,2\n"), AllOf(HasSubstr("no column \"temp\""), HasSubstr("did you mean \"tmp\"")));
+  EXPECT_THAT(error("tmp,rain\n1,2\n"),
+              AllOf(HasSubstr("no column \"temp\""), HasSubstr("did you mean \"tmp\"")));
   EXPECT_THAT(error("temp,rain\n"), HasSubstr("no rows"));
   EXPECT_THAT(error(""), HasSubstr("is empty"));
   EXPECT_THAT(error("temp,rain\n\"1,2\n"), HasSubstr("line 2: a quoted field does not end"));
   EXPECT_THAT(error("temp,rain\n\"1\"x,2\n"), HasSubstr("follows a closing quote"));
   EXPECT_THAT(error("temp,rain\n1,0.5\n", true), HasSubstr("not a class number"));
   EXPECT_THAT(error("temp,rain\n1,-1\n", true), HasSubstr("not a class number"));
-  EXPECT_THAT(UserErrorOf([&] { ReadCsv(scratch / "bad.csv", {"temp"}, {"temp", "rain"}, true); }),
+  EXPECT_THAT(UserErrorOf([&] {
+                ReadCsv(scratch / "bad.csv", {"temp"}, {"temp", "rain"}, true);
+              }),
               HasSubstr("one column, not 2"));
 }
 

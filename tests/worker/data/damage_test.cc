@@ -1,5 +1,6 @@
-// Files of every format with bytes changed, removed and added at random: a reader may read them or refuse them as the
-// user's matter, and nothing else; above all it must not crash, hang, or ask for memory that a lying header names.
+// Files of every format with bytes changed, removed and added at random: a reader may read them or
+// refuse them as the user's matter, and nothing else; above all it must not crash, hang, or ask for
+// memory that a lying header names.
 #include <sys/resource.h>
 
 #include <new>
@@ -35,7 +36,8 @@ uint64_t Sum(const Array& array) {
   return sum;
 }
 
-void Damage(const Scratch& scratch, const std::string& name, const std::function<void(const std::filesystem::path&)>& read) {
+void Damage(const Scratch& scratch, const std::string& name,
+            const std::function<void(const std::filesystem::path&)>& read) {
   const std::string whole = scratch.Read(name);
   ASSERT_GT(whole.size(), 10u);
   std::mt19937_64 random(kSeed);
@@ -49,11 +51,21 @@ void Damage(const Scratch& scratch, const std::string& name, const std::function
       const size_t reach = random() % 2 == 0 ? std::min<size_t>(bytes.size(), 160) : bytes.size();
       const size_t at = random() % 4 == 0 ? bytes.size() - 1 - random() % reach : random() % reach;
       switch (random() % 5) {
-        case 0: bytes[at] = static_cast<char>(random()); break;
-        case 1: bytes[at] = static_cast<char>(bytes[at] ^ (1 << random() % 8)); break;
-        case 2: bytes[at] = static_cast<char>(0xff); break;
-        case 3: bytes.resize(std::max<size_t>(1, at)); break;
-        default: bytes.insert(at, 1 + random() % 8, static_cast<char>(random())); break;
+        case 0:
+          bytes[at] = static_cast<char>(random());
+          break;
+        case 1:
+          bytes[at] = static_cast<char>(bytes[at] ^ (1 << random() % 8));
+          break;
+        case 2:
+          bytes[at] = static_cast<char>(0xff);
+          break;
+        case 3:
+          bytes.resize(std::max<size_t>(1, at));
+          break;
+        default:
+          bytes.insert(at, 1 + random() % 8, static_cast<char>(random()));
+          break;
       }
     }
     scratch.Write("damaged", bytes);
@@ -77,8 +89,10 @@ TEST(Damage, Npy) {
 
 TEST(Damage, Npz) {
   const Scratch scratch;
-  scratch.Python("import numpy as np; np.savez_compressed('a.npz', x=np.arange(600), y=np.ones((5, 4), 'f4'))\n"
-                 "np.savez('b.npz', x=np.arange(20), y=np.ones((5, 4), 'f4'))");
+  scratch.Python(
+      "import numpy as np; np.savez_compressed('a.npz', x=np.arange(600), y=np.ones((5, 4), "
+      "'f4'))\n"
+      "np.savez('b.npz', x=np.arange(20), y=np.ones((5, 4), 'f4'))");
   for (const char* name : {"a.npz", "b.npz"}) {
     Damage(scratch, name, [](const auto& path) {
       for (const auto& [array_name, array] : ReadNpz(path)) Sum(array);
@@ -88,14 +102,16 @@ TEST(Damage, Npz) {
 
 TEST(Damage, Idx) {
   const Scratch scratch;
-  scratch.Write("a.idx", std::string({0, 0, 8, 3, 0, 0, 0, 4, 0, 0, 0, 5, 0, 0, 0, 6}) + std::string(120, 'x'));
+  scratch.Write("a.idx", std::string({0, 0, 8, 3, 0, 0, 0, 4, 0, 0, 0, 5, 0, 0, 0, 6}) +
+                             std::string(120, 'x'));
   Damage(scratch, "a.idx", [](const auto& path) { Sum(ReadIdx(path)); });
 }
 
 TEST(Damage, Csv) {
   const Scratch scratch;
   scratch.Write("a.csv", "a,b,\"c, d\"\n1,2,3\n\"4\",5,6\n7.5,1e3,\"8\"\n");
-  Damage(scratch, "a.csv", [](const auto& path) { Sum(ReadCsv(path, {"b"}, {"a"}, false).inputs); });
+  Damage(scratch, "a.csv",
+         [](const auto& path) { Sum(ReadCsv(path, {"b"}, {"a"}, false).inputs); });
 }
 
 TEST(Damage, NetcdfClassic) {

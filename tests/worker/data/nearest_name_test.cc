@@ -6,7 +6,8 @@ namespace itwin::worker {
 namespace {
 
 TEST(NearestName, FindsTheOneThatWasMeant) {
-  const std::vector<std::string> known = {"mse", "l1", "huber", "cross_entropy", "bce_logits", "nll"};
+  const std::vector<std::string> known = {"mse",           "l1",         "huber",
+                                          "cross_entropy", "bce_logits", "nll"};
   EXPECT_EQ(NearestName("crossentropy", known), "cross_entropy");
   EXPECT_EQ(NearestName("MSE", known), "mse");
   EXPECT_EQ(NearestName("hubber", known), "huber");

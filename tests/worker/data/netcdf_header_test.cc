@@ -8,9 +8,9 @@
 namespace itwin::worker {
 namespace {
 
+using ::testing::HasSubstr;
 using testing::Scratch;
 using testing::UserErrorOf;
-using ::testing::HasSubstr;
 
 TEST(NetcdfHeader, AcceptsWholeFilesAndNoticesEachMissingByte) {
   const Scratch scratch;
@@ -31,7 +31,8 @@ for version in 1, 2:
     const std::string whole = scratch.Read(name);
     for (size_t size = 4; size < whole.size(); ++size) {
       scratch.Write("cut.nc", whole.substr(0, size));
-      EXPECT_NE(UserErrorOf([&] { CheckClassicNetcdf(scratch / "cut.nc"); }), "") << name << " cut at " << size;
+      EXPECT_NE(UserErrorOf([&] { CheckClassicNetcdf(scratch / "cut.nc"); }), "")
+          << name << " cut at " << size;
     }
   }
 }
@@ -42,9 +43,11 @@ TEST(NetcdfHeader, ReadsTheSixtyFourBitFormat) {
   const std::string absent(12, '\0');
   scratch.Write("v5.nc", std::string("CDF\x05") + std::string(8, '\0') + absent + absent + absent);
   EXPECT_EQ(UserErrorOf([&] { CheckClassicNetcdf(scratch / "v5.nc"); }), "");
-  scratch.Write("bad.nc", std::string("CDF\x05") + std::string(8, '\0') + std::string("\0\0\0\x0a\x7f", 5) +
-                              std::string(7, '\xff') + absent + absent);
-  EXPECT_THAT(UserErrorOf([&] { CheckClassicNetcdf(scratch / "bad.nc"); }), HasSubstr("beyond its end"));
+  scratch.Write("bad.nc", std::string("CDF\x05") + std::string(8, '\0') +
+                              std::string("\0\0\0\x0a\x7f", 5) + std::string(7, '\xff') + absent +
+                              absent);
+  EXPECT_THAT(UserErrorOf([&] { CheckClassicNetcdf(scratch / "bad.nc"); }),
+              HasSubstr("beyond its end"));
 }
 
 TEST(NetcdfHeader, LeavesOtherFormatsAlone) {

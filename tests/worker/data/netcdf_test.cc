@@ -12,16 +12,17 @@
 namespace itwin::worker {
 namespace {
 
-using testing::Scratch;
-using testing::UserErrorOf;
-using testing::Values;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using testing::Scratch;
+using testing::UserErrorOf;
+using testing::Values;
 
 void Check(int result) { ASSERT_EQ(result, NC_NOERR) << nc_strerror(result); }
 
-// time 3, lat 2, lon 2: float U (0..11, cell 5 missing), packed short V, double W(time, lon), text NAME.
+// time 3, lat 2, lon 2: float U (0..11, cell 5 missing), packed short V, double W(time, lon), text
+// NAME.
 void WriteFile(const std::filesystem::path& path, int mode) {
   int file = 0, time = 0, lat = 0, lon = 0, u = 0, v = 0, w = 0, name = 0;
   Check(nc_create(path.c_str(), mode, &file));
@@ -65,11 +66,12 @@ TEST_P(NetcdfFormats, StacksVariablesAsChannels) {
   EXPECT_EQ(read.missing_cells, 2);
   const auto values = Values<float>(read.field);
   // [time, channel, lat, lon]: V of time 0, U of time 0, V of time 1, …
-  EXPECT_THAT(std::vector<float>(values.begin(), values.begin() + 8), ElementsAre(10, 11, 12, 13, 0, 1, 2, 3));
+  EXPECT_THAT(std::vector<float>(values.begin(), values.begin() + 8),
+              ElementsAre(10, 11, 12, 13, 0, 1, 2, 3));
   EXPECT_EQ(values[8 + 4], 4);
-  EXPECT_TRUE(std::isnan(values[8 + 5]));   // U's missing_value
-  EXPECT_TRUE(std::isnan(values[8 + 3]));   // V's _FillValue
-  EXPECT_EQ(values[8 + 2], 16);             // 12 * 0.5 + 10
+  EXPECT_TRUE(std::isnan(values[8 + 5]));  // U's missing_value
+  EXPECT_TRUE(std::isnan(values[8 + 3]));  // V's _FillValue
+  EXPECT_EQ(values[8 + 2], 16);            // 12 * 0.5 + 10
 
   const NetcdfField flat = ReadNetcdf(scratch / "a.nc", {"W"});
   EXPECT_THAT(flat.field.shape, ElementsAre(3, 1, 2));
@@ -86,22 +88,30 @@ TEST_P(NetcdfFormats, NamesWhatIsWrong) {
   const Scratch scratch;
   const auto path = scratch / "a.nc";
   WriteFile(path, GetParam());
-  EXPECT_THAT(UserErrorOf([&] { ReadNetcdf(path, {"U", "Z"}); }),
+  EXPECT_THAT(UserErrorOf([&] {
+                ReadNetcdf(path, {"U", "Z"});
+              }),
               AllOf(HasSubstr("no variable \"Z\""), HasSubstr("U[3, 2, 2], V[3, 2, 2], W[3, 2]")));
-  EXPECT_THAT(UserErrorOf([&] { ReadNetcdf(path, {"NAMES"}); }), HasSubstr("did you mean \"NAME\""));
+  EXPECT_THAT(UserErrorOf([&] { ReadNetcdf(path, {"NAMES"}); }),
+              HasSubstr("did you mean \"NAME\""));
   EXPECT_THAT(UserErrorOf([&] { ReadNetcdf(path, {"NAME"}); }), HasSubstr("not numeric"));
-  EXPECT_THAT(UserErrorOf([&] { ReadNetcdf(path, {"U", "W"}); }),
+  EXPECT_THAT(UserErrorOf([&] {
+                ReadNetcdf(path, {"U", "W"});
+              }),
               AllOf(HasSubstr("U (time 3, lat 2, lon 2)"), HasSubstr("W (time 3, lon 2)")));
 }
 
-INSTANTIATE_TEST_SUITE_P(All, NetcdfFormats, ::testing::Values(NC_CLOBBER, NC_CLOBBER | NC_64BIT_OFFSET, NC_NETCDF4));
+INSTANTIATE_TEST_SUITE_P(All, NetcdfFormats,
+                         ::testing::Values(NC_CLOBBER, NC_CLOBBER | NC_64BIT_OFFSET, NC_NETCDF4));
 
 TEST(Netcdf, RefusesFilesThatAreNoneOrCutOff) {
   const Scratch scratch;
-  EXPECT_THAT(UserErrorOf([&] { ReadNetcdf(scratch.Write("text.nc", "hello, this is not it"), {}); }),
-              HasSubstr("Unknown file format"));
+  EXPECT_THAT(
+      UserErrorOf([&] { ReadNetcdf(scratch.Write("text.nc", "hello, this is not it"), {}); }),
+      HasSubstr("Unknown file format"));
   EXPECT_NE(UserErrorOf([&] { ReadNetcdf(scratch.Write("empty.nc", ""), {}); }), "");
-  EXPECT_THAT(UserErrorOf([&] { ReadNetcdf(scratch / "absent.nc", {}); }), HasSubstr("No such file"));
+  EXPECT_THAT(UserErrorOf([&] { ReadNetcdf(scratch / "absent.nc", {}); }),
+              HasSubstr("No such file"));
   scratch.Python(R"(
 import numpy as np
 from scipy.io import netcdf_file

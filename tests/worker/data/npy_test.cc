@@ -9,12 +9,12 @@
 namespace itwin::worker {
 namespace {
 
-using testing::Scratch;
-using testing::UserErrorOf;
-using testing::Values;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using testing::Scratch;
+using testing::UserErrorOf;
+using testing::Values;
 
 std::string Npy(const std::string& header, const std::string& elements, char version = 1) {
   std::string text = std::string("\x93NUMPY") + version + '\0';
@@ -63,7 +63,8 @@ TEST(Npy, StaysMappedAfterTheReaderIsGone) {
   const Scratch scratch;
   Array array;
   {
-    scratch.Write("a.npy", Npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }\n", std::string("\0\0\x80?", 4)));
+    scratch.Write("a.npy", Npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }\n",
+                               std::string("\0\0\x80?", 4)));
     array = ReadNpy(scratch / "a.npy");
   }
   EXPECT_THAT(Values<float>(array), ElementsAre(1.0f));
@@ -100,16 +101,22 @@ TEST(Npy, DoesNotBelieveAHeader) {
   const std::string good = "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }\n";
   EXPECT_THAT(error(""), HasSubstr("not a .npy array"));
   EXPECT_THAT(error("PK\x03\x04 is a zip archive"), HasSubstr("not a .npy array"));
-  EXPECT_THAT(error(Npy(good, "1234567")), AllOf(HasSubstr("needs 8 bytes but the file has 7"), HasSubstr("cut off")));
+  EXPECT_THAT(error(Npy(good, "1234567")),
+              AllOf(HasSubstr("needs 8 bytes but the file has 7"), HasSubstr("cut off")));
   EXPECT_THAT(error(Npy(good, "12345678", 4)), HasSubstr("version 4"));
   EXPECT_THAT(error(Npy(good, "").substr(0, 30)), HasSubstr("more than there are"));
-  EXPECT_THAT(error(Npy("{'descr': '<f4', 'fortran_order': False, 'shape': (4611686018427387904, 4), }", "")),
-              HasSubstr("larger than any memory"));
+  EXPECT_THAT(
+      error(
+          Npy("{'descr': '<f4', 'fortran_order': False, 'shape': (4611686018427387904, 4), }", "")),
+      HasSubstr("larger than any memory"));
   EXPECT_THAT(error(Npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-2,), }", "12345678")),
               HasSubstr("negative"));
-  EXPECT_THAT(error(Npy("{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999,), }", "")),
-              HasSubstr("shape is not a tuple of numbers"));
-  EXPECT_THAT(error(Npy("{'descr': '<f4', 'fortran_order': Maybe, 'shape': (2,), }", "")), HasSubstr("fortran_order"));
+  EXPECT_THAT(
+      error(
+          Npy("{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999,), }", "")),
+      HasSubstr("shape is not a tuple of numbers"));
+  EXPECT_THAT(error(Npy("{'descr': '<f4', 'fortran_order': Maybe, 'shape': (2,), }", "")),
+              HasSubstr("fortran_order"));
   EXPECT_THAT(error(Npy("{'descr': '<f4'}", "")), HasSubstr("absent"));
   EXPECT_THAT(error(Npy("{'descr': '<f4", "")), HasSubstr("does not end"));
 }

@@ -9,11 +9,11 @@
 namespace itwin::worker {
 namespace {
 
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
 using testing::Scratch;
 using testing::UserErrorOf;
 using testing::Values;
-using ::testing::ElementsAre;
-using ::testing::HasSubstr;
 
 TEST(Npz, ReadsStoredDeflatedAndZip64Members) {
   const Scratch scratch;
@@ -54,7 +54,9 @@ open('body.npz', 'wb').write(data[:200] + bytes(50) + data[250:])
 with zipfile.ZipFile('lzma.npz', 'w', zipfile.ZIP_LZMA) as archive: archive.writestr('x.npy', 'abc' * 100)
 with zipfile.ZipFile('none.npz', 'w') as archive: archive.writestr('readme.txt', 'hello')
 )");
-  const auto error = [&](const std::string& name) { return UserErrorOf([&] { ReadNpz(scratch / name); }); };
+  const auto error = [&](const std::string& name) {
+    return UserErrorOf([&] { ReadNpz(scratch / name); });
+  };
   EXPECT_EQ(error("good.npz"), "");
   EXPECT_THAT(error("cut.npz"), HasSubstr("not a whole .npz archive"));
   EXPECT_THAT(error("crc.npz"), HasSubstr("checksum"));

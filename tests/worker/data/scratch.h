@@ -43,9 +43,10 @@ class Scratch {
   // Runs a script in the directory with Debian's interpreter, the one that has NumPy and PyTorch.
   void Python(const std::string& script) const {
     Write("script.py", script);
-    const std::string command =
-        "cd '" + directory_.string() + "' && /usr/bin/python3 -W ignore script.py > script.log 2>&1";
-    if (std::system(command.c_str()) != 0) throw std::runtime_error("python: " + Read("script.log"));
+    const std::string command = "cd '" + directory_.string() +
+                                "' && /usr/bin/python3 -W ignore script.py > script.log 2>&1";
+    if (std::system(command.c_str()) != 0)
+      throw std::runtime_error("python: " + Read("script.log"));
   }
 
  private:

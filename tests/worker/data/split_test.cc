@@ -11,13 +11,15 @@
 namespace itwin::worker {
 namespace {
 
-using testing::UserErrorOf;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using testing::UserErrorOf;
 
-const std::vector<int64_t>& Of(const SplitIndices& splits, Split split) { return splits[static_cast<size_t>(split)]; }
+const std::vector<int64_t>& Of(const SplitIndices& splits, Split split) {
+  return splits[static_cast<size_t>(split)];
+}
 
 TEST(Split, TrainingIsAllThatIsNamedNowhereElse) {
   const SplitIndices all = DrawSplits({}, 4, false, 0);
@@ -25,18 +27,22 @@ TEST(Split, TrainingIsAllThatIsNamedNowhereElse) {
   EXPECT_THAT(Of(all, Split::kValidation), IsEmpty());
   EXPECT_THAT(Of(all, Split::kTest), IsEmpty());
 
-  const SplitIndices some = DrawSplits({.validation = IndexRange{1, 2}, .test = IndexRange{4, 6}}, 6, false, 0);
+  const SplitIndices some =
+      DrawSplits({.validation = IndexRange{1, 2}, .test = IndexRange{4, 6}}, 6, false, 0);
   EXPECT_THAT(Of(some, Split::kTrain), ElementsAre(0, 2, 3));
   EXPECT_THAT(Of(some, Split::kValidation), ElementsAre(1));
   EXPECT_THAT(Of(some, Split::kTest), ElementsAre(4, 5));
 
-  const SplitIndices named = DrawSplits({.train = IndexRange{0, 2}, .test = IndexRange{3, 4}}, 4, false, 0);
+  const SplitIndices named =
+      DrawSplits({.train = IndexRange{0, 2}, .test = IndexRange{3, 4}}, 4, false, 0);
   EXPECT_THAT(Of(named, Split::kTrain), ElementsAre(0, 1));
 }
 
 TEST(Split, FractionsAreDrawnBySeedAndPartTheTrainingRange) {
-  const SplitSpec spec = {.train = IndexRange{100, 300}, .validation_fraction = 0.1, .test_fraction = 0.25};
-  const SplitIndices first = DrawSplits(spec, 400, false, 7), again = DrawSplits(spec, 400, false, 7),
+  const SplitSpec spec = {
+      .train = IndexRange{100, 300}, .validation_fraction = 0.1, .test_fraction = 0.25};
+  const SplitIndices first = DrawSplits(spec, 400, false, 7),
+                     again = DrawSplits(spec, 400, false, 7),
                      other = DrawSplits(spec, 400, false, 8);
   EXPECT_EQ(first, again);
   EXPECT_NE(first, other);
@@ -59,14 +65,19 @@ TEST(Split, SaysFieldValueAndWhatWouldBeRight) {
     return UserErrorOf([&] { DrawSplits(spec, samples, separate_test, 0); });
   };
   EXPECT_THAT(error({.test = IndexRange{108, 140}}),
-              AllOf(HasSubstr("train.data.split.test: \"108..140\" reaches beyond"), HasSubstr("\"0..132\"")));
+              AllOf(HasSubstr("train.data.split.test: \"108..140\" reaches beyond"),
+                    HasSubstr("\"0..132\"")));
   EXPECT_THAT(error({.train = IndexRange{-1, 4}}), HasSubstr("train.data.split.train"));
-  EXPECT_THAT(error({.validation = IndexRange{5, 5}}), HasSubstr("train.data.split.validation: \"5..5\" is empty"));
-  EXPECT_THAT(error({.train = IndexRange{0, 110}, .test = IndexRange{108, 132}}), HasSubstr("shares sample 108"));
+  EXPECT_THAT(error({.validation = IndexRange{5, 5}}),
+              HasSubstr("train.data.split.validation: \"5..5\" is empty"));
+  EXPECT_THAT(error({.train = IndexRange{0, 110}, .test = IndexRange{108, 132}}),
+              HasSubstr("shares sample 108"));
   EXPECT_THAT(error({.test_fraction = 1}), HasSubstr("train.data.split.test_fraction"));
-  EXPECT_THAT(error({.validation_fraction = -0.5}), HasSubstr("train.data.split.validation_fraction"));
+  EXPECT_THAT(error({.validation_fraction = -0.5}),
+              HasSubstr("train.data.split.validation_fraction"));
   EXPECT_THAT(error({.validation_fraction = 0.001}), HasSubstr("is none"));
-  EXPECT_THAT(error({.validation_fraction = 0.5, .test_fraction = 0.5}), HasSubstr("no samples for training"));
+  EXPECT_THAT(error({.validation_fraction = 0.5, .test_fraction = 0.5}),
+              HasSubstr("no samples for training"));
   EXPECT_THAT(error({.test = IndexRange{0, 132}}), HasSubstr("no samples for training"));
   EXPECT_THAT(error({}, 0), HasSubstr("no samples"));
   EXPECT_THAT(error({.test_fraction = 0.1}, 132, true), HasSubstr("test files of their own"));

@@ -10,15 +10,16 @@
 namespace itwin::worker {
 namespace {
 
-using testing::Descend;
-using testing::FixedDataset;
-using testing::Scratch;
-using testing::UserErrorOf;
 using ::testing::AllOf;
 using ::testing::Contains;
+using testing::Descend;
+using testing::FixedDataset;
 using ::testing::HasSubstr;
+using testing::Scratch;
+using testing::UserErrorOf;
 
-TrainSpec SpecOf(const std::string& name, const std::string& loss, nlohmann::json options = nlohmann::json::object()) {
+TrainSpec SpecOf(const std::string& name, const std::string& loss,
+                 nlohmann::json options = nlohmann::json::object()) {
   TrainSpec spec;
   spec.model.builtin = name;
   spec.model.options = std::move(options);
@@ -42,10 +43,13 @@ FixedDataset DataFor(const Task& task, int64_t samples = 8) {
   input.insert(input.begin(), samples);
   target.insert(target.begin(), samples);
   const at::Tensor x = at::randn(input);
-  const at::Tensor y = task.classes == 0 ? at::randn(target) : at::randint(task.classes, target, at::kLong);
+  const at::Tensor y =
+      task.classes == 0 ? at::randn(target) : at::randint(task.classes, target, at::kLong);
   if (task.classes > 0) y.flatten()[0] = task.classes - 1;
-  if (task.network == "downscale") {  // smooth fields: noise below the resolution could not be predicted
-    const at::Tensor smooth = at::upsample_bilinear2d(x, at::IntArrayRef(target).slice(2), false) * 3;
+  if (task.network ==
+      "downscale") {  // smooth fields: noise below the resolution could not be predicted
+    const at::Tensor smooth =
+        at::upsample_bilinear2d(x, at::IntArrayRef(target).slice(2), false) * 3;
     return FixedDataset(at::avg_pool2d(smooth, target[2] / input[2]), smooth);
   }
   return FixedDataset(x, y);
@@ -97,7 +101,8 @@ TEST_P(BuiltinNetworks, EveryParameterGetsAGradient) {
   const auto model = MakeModel(SpecOf(GetParam().network, loss(), GetParam().options), data, {});
   model->Train(true);
   model->TrainingStep(data.all()).loss.backward();
-  for (const auto& [name, parameter] : model->parameters()) EXPECT_TRUE(parameter.grad().defined()) << name;
+  for (const auto& [name, parameter] : model->parameters())
+    EXPECT_TRUE(parameter.grad().defined()) << name;
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -106,18 +111,28 @@ INSTANTIATE_TEST_SUITE_P(
         Task{"mlp", {{"hidden", {16, 16}}}, {3, 4}, {2, 5}, 0, 0.1},
         Task{"mlp", {{"hidden", nlohmann::json::array()}}, {6}, {}, 0, 0.1},
         Task{"mlp", {{"dropout", 0.2}}, {12}, {}, 4, 0.1},
-        Task{"cnn", {{"channels", {4, 8}}, {"hidden", 16}, {"dropout", 0}}, {1, 12, 12}, {}, 5, 0.1},
+        Task{
+            "cnn", {{"channels", {4, 8}}, {"hidden", 16}, {"dropout", 0}}, {1, 12, 12}, {}, 5, 0.1},
         Task{"cnn", {{"channels", {4}}, {"hidden", 16}}, {2, 6, 7}, {3}, 0, 0.05},
         Task{"resnet18", {{"width", 4}}, {3, 16, 16}, {}, 3, 0.02},
-        Task{"resnet18", {{"width", 4}, {"small_images", false}, {"channels", 2}, {"classes", 3}}, {2, 64, 64}, {}, 3, 0.02},
+        Task{"resnet18",
+             {{"width", 4}, {"small_images", false}, {"channels", 2}, {"classes", 3}},
+             {2, 64, 64},
+             {},
+             3,
+             0.02},
         Task{"unet", {{"base", 4}, {"depth", 2}}, {2, 8, 12}, {1, 8, 12}, 0, 0.1},
         Task{"unet", {{"base", 4}, {"depth", 1}}, {2, 8, 6}, {8, 6}, 3, 0.1},
         Task{"lstm", {{"hidden", 8}, {"layers", 2}}, {5, 3}, {2}, 0, 0.3},
         Task{"lstm", {{"hidden", 8}}, {5}, {}, 0, 0.3},
         Task{"lstm", {{"hidden", 8}}, {5, 2, 3}, {2, 3}, 0, 0.3},
         Task{"downscale", {{"hidden", {8, 8}}}, {2, 4, 6}, {2, 16, 24}, 0, 0.2},
-        Task{"downscale", {{"hidden", {8}}, {"position_channels", 0}, {"conserve", false}, {"factor", 2}},
-             {1, 4, 6}, {1, 8, 12}, 0, 0.05}),
+        Task{"downscale",
+             {{"hidden", {8}}, {"position_channels", 0}, {"conserve", false}, {"factor", 2}},
+             {1, 4, 6},
+             {1, 8, 12},
+             0,
+             0.05}),
     [](const auto& task) { return task.param.network + std::to_string(task.index); });
 
 TEST(BuiltinModel, NamesAreThoseOfAStateDictionary) {
@@ -170,8 +185,10 @@ TEST(BuiltinModel, DropoutWorksInTrainingOnly) {
 
 TEST(BuiltinModel, NllTakesTheScoresOfABuiltInNetwork) {
   const FixedDataset data(at::ones({4, 5}), at::tensor({0, 1, 2, 1}, at::kLong));
-  const auto nll = MakeModel(SpecOf("mlp", "nll"), data, {}), entropy = MakeModel(SpecOf("mlp", "cross_entropy"), data, {});
-  EXPECT_FLOAT_EQ(nll->EvaluationStep(data.all()).loss.item<float>(), entropy->EvaluationStep(data.all()).loss.item<float>());
+  const auto nll = MakeModel(SpecOf("mlp", "nll"), data, {}),
+             entropy = MakeModel(SpecOf("mlp", "cross_entropy"), data, {});
+  EXPECT_FLOAT_EQ(nll->EvaluationStep(data.all()).loss.item<float>(),
+                  entropy->EvaluationStep(data.all()).loss.item<float>());
 }
 
 TEST(BuiltinModel, SavesWhatPythonCanLoad) {
@@ -209,12 +226,17 @@ assert json.load(open('preprocessing.json'))['transforms'] == ['known']
 TEST(BuiltinModel, NamesWhatIsWrong) {
   const FixedDataset images(at::zeros({2, 3, 16, 16}), at::zeros({2}, at::kLong));
   const FixedDataset vectors(at::zeros({2, 7}), at::zeros({2, 3}));
-  const auto error = [](const std::string& name, const FixedDataset& data, nlohmann::json options = {}) {
-    return UserErrorOf([&] { MakeModel(SpecOf(name, data.classes() > 0 ? "cross_entropy" : "mse", options), data, {}); });
+  const auto error = [](const std::string& name, const FixedDataset& data,
+                        nlohmann::json options = {}) {
+    return UserErrorOf([&] {
+      MakeModel(SpecOf(name, data.classes() > 0 ? "cross_entropy" : "mse", options), data, {});
+    });
   };
-  EXPECT_THAT(error("resnet", images), AllOf(HasSubstr("did you mean \"resnet18\""), HasSubstr("unet")));
+  EXPECT_THAT(error("resnet", images),
+              AllOf(HasSubstr("did you mean \"resnet18\""), HasSubstr("unet")));
   EXPECT_THAT(error("mlp", images, {{"hiden", {3}}}), HasSubstr("did you mean \"hidden\""));
-  EXPECT_THAT(error("cnn", vectors), AllOf(HasSubstr("cnn does not fit"), HasSubstr("[7]"), HasSubstr("[3]")));
+  EXPECT_THAT(error("cnn", vectors),
+              AllOf(HasSubstr("cnn does not fit"), HasSubstr("[7]"), HasSubstr("[3]")));
   EXPECT_THAT(error("resnet18", images, {{"channels", 1}}), HasSubstr("1 input channels"));
   EXPECT_THAT(error("mlp", vectors, {{"classes", 3}}), HasSubstr("floats, not class numbers"));
   EXPECT_THAT(error("unet", images), HasSubstr("same rows and columns"));
@@ -224,8 +246,10 @@ TEST(BuiltinModel, NamesWhatIsWrong) {
   const FixedDataset odd(at::zeros({2, 1, 10, 12}), at::zeros({2, 1, 10, 12}));
   EXPECT_THAT(error("unet", odd), HasSubstr("multiples of 8"));
   const FixedDataset more(at::zeros({2, 7}), at::tensor({0, 9}, at::kLong));
-  EXPECT_THAT(error("mlp", more, {{"classes", 5}}), AllOf(HasSubstr("5 is too few"), HasSubstr("10 classes")));
-  EXPECT_THAT(UserErrorOf([&] { MakeModel(SpecOf("mlp", "cross_entropy"), vectors, {}); }), HasSubstr("floats"));
+  EXPECT_THAT(error("mlp", more, {{"classes", 5}}),
+              AllOf(HasSubstr("5 is too few"), HasSubstr("10 classes")));
+  EXPECT_THAT(UserErrorOf([&] { MakeModel(SpecOf("mlp", "cross_entropy"), vectors, {}); }),
+              HasSubstr("floats"));
 }
 
 }  // namespace

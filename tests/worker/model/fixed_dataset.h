@@ -13,10 +13,13 @@ class FixedDataset : public Dataset {
  public:
   FixedDataset(at::Tensor input, at::Tensor target) : all_{{"input", input}, {"target", target}} {}
 
-  int64_t size(Split split) const override { return split == Split::kTrain ? all_.at("input").size(0) : 0; }
+  int64_t size(Split split) const override {
+    return split == Split::kTrain ? all_.at("input").size(0) : 0;
+  }
   Batch Gather(Split, const std::vector<int64_t>& indices) const override {
     Batch batch;
-    for (const auto& [name, tensor] : all_) batch[name] = tensor.index_select(0, at::tensor(indices, at::kLong));
+    for (const auto& [name, tensor] : all_)
+      batch[name] = tensor.index_select(0, at::tensor(indices, at::kLong));
     return batch;
   }
   std::vector<std::string> baselines() const override { return {}; }
@@ -30,7 +33,9 @@ class FixedDataset : public Dataset {
     const at::Tensor& target = all_.at("target");
     return target.is_floating_point() ? 0 : target.max().item<int64_t>() + 1;
   }
-  nlohmann::json preprocessing() const override { return {{"format", 1}, {"transforms", {"known"}}}; }
+  nlohmann::json preprocessing() const override {
+    return {{"format", 1}, {"transforms", {"known"}}};
+  }
 
   const Batch& all() const { return all_; }
 

@@ -11,12 +11,14 @@
 namespace itwin::worker {
 namespace {
 
-using testing::UserErrorOf;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using testing::UserErrorOf;
 
-at::Tensor Row(std::vector<double> values) { return at::tensor(values, at::kDouble).to(at::kFloat); }
+at::Tensor Row(std::vector<double> values) {
+  return at::tensor(values, at::kDouble).to(at::kFloat);
+}
 double Value(const at::Tensor& tensor) { return tensor.item<double>(); }
 
 TEST(Loss, RegressionLossesAndMetricsAreMeans) {
@@ -44,14 +46,16 @@ TEST(Loss, ClassificationTakesScoresAndClassNumbers) {
   EXPECT_NEAR(Value(Loss("nll", {})(at::log_softmax(scores, 1), labels).loss), expected, 1e-6);
   EXPECT_NEAR(Value(Loss("cross_entropy", {})(scores, labels.unsqueeze(1)).loss), expected, 1e-6);
   // A mask: scores [samples, classes, rows, columns], labels [samples, rows, columns].
-  const StepOutput mask = Loss("cross_entropy", {})(at::zeros({1, 4, 2, 2}), at::zeros({1, 2, 2}, at::kLong));
+  const StepOutput mask =
+      Loss("cross_entropy", {})(at::zeros({1, 4, 2, 2}), at::zeros({1, 2, 2}, at::kLong));
   EXPECT_NEAR(Value(mask.loss), std::log(4.0), 1e-6);
 }
 
 TEST(Loss, BinaryLogitsAcceptIntegersAndAColumn) {
-  const StepOutput output =
-      Loss("bce_logits", {})(at::tensor({3.0, -3.0}, at::kFloat).view({2, 1}), at::tensor({1, 1}, at::kLong));
-  EXPECT_NEAR(Value(output.loss), (std::log1p(std::exp(-3.0)) + std::log1p(std::exp(3.0))) / 2, 1e-6);
+  const StepOutput output = Loss("bce_logits", {})(at::tensor({3.0, -3.0}, at::kFloat).view({2, 1}),
+                                                   at::tensor({1, 1}, at::kLong));
+  EXPECT_NEAR(Value(output.loss), (std::log1p(std::exp(-3.0)) + std::log1p(std::exp(3.0))) / 2,
+              1e-6);
   EXPECT_FLOAT_EQ(Value(output.metrics.at("accuracy")), 0.5);
 }
 
@@ -64,18 +68,31 @@ TEST(Loss, GradientFlowsThroughTheLossAlone) {
 
 TEST(Loss, NamesWhatIsWrong) {
   EXPECT_THAT(UserErrorOf([] { Loss("crossentropy", {}); }),
-              AllOf(HasSubstr("train.loss"), HasSubstr("did you mean \"cross_entropy\""), HasSubstr("huber")));
+              AllOf(HasSubstr("train.loss"), HasSubstr("did you mean \"cross_entropy\""),
+                    HasSubstr("huber")));
   EXPECT_THAT(UserErrorOf([] { Loss("", {}); }), HasSubstr("name one of mse"));
-  EXPECT_THAT(UserErrorOf([] { Loss("mse", {"acuracy"}); }), HasSubstr("did you mean \"accuracy\""));
-  EXPECT_THAT(UserErrorOf([] { Loss("mse", {"accuracy"}); }), HasSubstr("cannot be measured with the loss mse"));
-  EXPECT_THAT(UserErrorOf([] { Loss("nll", {"rmse"}); }), HasSubstr("cannot be measured with the loss nll"));
-  EXPECT_THAT(UserErrorOf([] { Loss("mse", {})(at::zeros({2, 3}), at::zeros({2, 4})); }),
+  EXPECT_THAT(UserErrorOf([] { Loss("mse", {"acuracy"}); }),
+              HasSubstr("did you mean \"accuracy\""));
+  EXPECT_THAT(UserErrorOf([] { Loss("mse", {"accuracy"}); }),
+              HasSubstr("cannot be measured with the loss mse"));
+  EXPECT_THAT(UserErrorOf([] { Loss("nll", {"rmse"}); }),
+              HasSubstr("cannot be measured with the loss nll"));
+  EXPECT_THAT(UserErrorOf([] {
+                Loss("mse", {})(at::zeros({2, 3}), at::zeros({2, 4}));
+              }),
               AllOf(HasSubstr("[2, 3]"), HasSubstr("[2, 4]")));
   // Broadcasting would hide this one.
-  EXPECT_THAT(UserErrorOf([] { Loss("mse", {})(at::zeros({4, 1}), at::zeros({1, 4})); }), HasSubstr("[4, 1]"));
-  EXPECT_THAT(UserErrorOf([] { Loss("cross_entropy", {})(at::zeros({2, 3}), at::zeros({2})); }),
+  EXPECT_THAT(UserErrorOf([] {
+                Loss("mse", {})(at::zeros({4, 1}), at::zeros({1, 4}));
+              }),
+              HasSubstr("[4, 1]"));
+  EXPECT_THAT(UserErrorOf([] {
+                Loss("cross_entropy", {})(at::zeros({2, 3}), at::zeros({2}));
+              }),
               HasSubstr("target holds floats"));
-  EXPECT_THAT(UserErrorOf([] { Loss("cross_entropy", {})(at::zeros({2, 3}), at::zeros({2, 3}, at::kLong)); }),
+  EXPECT_THAT(UserErrorOf([] {
+                Loss("cross_entropy", {})(at::zeros({2, 3}), at::zeros({2, 3}, at::kLong));
+              }),
               HasSubstr("[samples, classes, …]"));
 }
 

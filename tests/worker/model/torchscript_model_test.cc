@@ -11,12 +11,12 @@
 namespace itwin::worker {
 namespace {
 
+using ::testing::AllOf;
 using testing::Descend;
 using testing::FixedDataset;
+using ::testing::HasSubstr;
 using testing::Scratch;
 using testing::UserErrorOf;
-using ::testing::AllOf;
-using ::testing::HasSubstr;
 
 constexpr char kModules[] = R"(
 import torch, zipfile
@@ -169,7 +169,8 @@ TEST_F(TorchScriptModelTest, ObeysTrainingAndEvaluation) {
 
 TEST_F(TorchScriptModelTest, SavesTheTrainedModule) {
   const auto model = Make("own");
-  at::Tensor flat = at::zeros({1000000});  // as the loop leaves the parameters: views into one large storage
+  at::Tensor flat =
+      at::zeros({1000000});  // as the loop leaves the parameters: views into one large storage
   int64_t at = 0;
   for (auto& [name, parameter] : model->parameters()) {
     at::Tensor view = flat.narrow(0, at, parameter.numel()).view(parameter.sizes());
@@ -206,7 +207,8 @@ TEST_F(TorchScriptModelTest, TiedParametersCountOnceAndFixedOnesAreNotTrained) {
   const auto model = Make("tied", "mse");
   std::vector<std::string> names;
   for (const auto& [name, tensor] : model->parameters()) names.push_back(name);
-  EXPECT_THAT(names, ::testing::UnorderedElementsAre("a.weight", "a.bias", "b.bias", "head.weight", "head.bias"));
+  EXPECT_THAT(names, ::testing::UnorderedElementsAre("a.weight", "a.bias", "b.bias", "head.weight",
+                                                     "head.bias"));
   const Scratch out;
   model->Save(out.path());
   EXPECT_EQ(ReadSafetensors(out / "weights.safetensors").size(), 7u);
@@ -218,13 +220,17 @@ TEST_F(TorchScriptModelTest, AcceptsTracesWithoutTrainingFlags) {
 }
 
 TEST_F(TorchScriptModelTest, RefusesWithTheReasonWhatCannotBeTrained) {
-  EXPECT_THAT(ErrorOf("frozen", "mse"), AllOf(HasSubstr("no parameters"), HasSubstr("torch.jit.freeze")));
+  EXPECT_THAT(ErrorOf("frozen", "mse"),
+              AllOf(HasSubstr("no parameters"), HasSubstr("torch.jit.freeze")));
   EXPECT_THAT(ErrorOf("fixed", "mse"), HasSubstr("no parameter requires a gradient"));
-  EXPECT_THAT(ErrorOf("traced", "mse"), AllOf(HasSubstr("batch_norm"), HasSubstr("torch.jit.trace")));
+  EXPECT_THAT(ErrorOf("traced", "mse"),
+              AllOf(HasSubstr("batch_norm"), HasSubstr("torch.jit.trace")));
   EXPECT_THAT(ErrorOf("traced_norm", "mse"), HasSubstr("batch_norm"));
-  EXPECT_THAT(ErrorOf("traced_lstm", "mse"), HasSubstr("lstm in \"forward\" has a fixed training flag"));
+  EXPECT_THAT(ErrorOf("traced_lstm", "mse"),
+              HasSubstr("lstm in \"forward\" has a fixed training flag"));
   EXPECT_THAT(ErrorOf("careless", "mse"), HasSubstr("in \"forward\" has a fixed training flag"));
-  EXPECT_THAT(ErrorOf("newer", "mse"), AllOf(HasSubstr("operator aten::lineal_attention"), HasSubstr("newer LibTorch")));
+  EXPECT_THAT(ErrorOf("newer", "mse"),
+              AllOf(HasSubstr("operator aten::lineal_attention"), HasSubstr("newer LibTorch")));
   EXPECT_THAT(ErrorOf("state", "mse"), HasSubstr("torch.jit.script(model).save"));
   EXPECT_THAT(ErrorOf("absent", "mse"), HasSubstr("absent.pt"));
 }
@@ -232,14 +238,17 @@ TEST_F(TorchScriptModelTest, RefusesWithTheReasonWhatCannotBeTrained) {
 TEST_F(TorchScriptModelTest, NamesWhatDoesNotFit) {
   EXPECT_THAT(ErrorOf("plain"), AllOf(HasSubstr("train.loss"), HasSubstr("@torch.jit.export")));
   EXPECT_THAT(ErrorOf("own", "mse"), HasSubstr("brings its own loss"));
-  EXPECT_THAT(ErrorOf("wrong"), AllOf(HasSubstr("training_step is (self, Tensor, Tensor) -> Tensor"),
-                                      HasSubstr("Dict[str, Tensor]")));
+  EXPECT_THAT(ErrorOf("wrong"),
+              AllOf(HasSubstr("training_step is (self, Tensor, Tensor) -> Tensor"),
+                    HasSubstr("Dict[str, Tensor]")));
   EXPECT_THAT(ErrorOf("vector"), HasSubstr("\"each\" with 2 elements"));
-  EXPECT_THAT(ErrorOf("four", "mse"), AllOf(HasSubstr("does not run on a sample"), HasSubstr("input [3]")));
+  EXPECT_THAT(ErrorOf("four", "mse"),
+              AllOf(HasSubstr("does not run on a sample"), HasSubstr("input [3]")));
   EXPECT_THAT(ErrorOf("plain", "cross_entropy"), HasSubstr("floats"));
   TrainSpec spec = SpecOf("plain", "mse");
   spec.model.options = {{"hidden", 3}};
-  EXPECT_THAT(UserErrorOf([&] { MakeModel(spec, data_, scratch_->path()); }), HasSubstr("train.model.options"));
+  EXPECT_THAT(UserErrorOf([&] { MakeModel(spec, data_, scratch_->path()); }),
+              HasSubstr("train.model.options"));
 }
 
 }  // namespace
