@@ -165,6 +165,34 @@ TEST_F(WorkerProgram, FailuresHaveTheirExitCodeAndRecordUnderMpi) {
   }
 }
 
+TEST_F(WorkerProgram, FailureOfOneRankAloneEndsAllOfThemAtOnce) {
+  Json bad = Job();
+  bad["train"]["data"]["synthetic"]["samples"] = "0";
+  Json long_job = Job();
+  long_job["train"]["epochs"] = 200;
+  const std::string good_spec = scratch_.Write("good.json", long_job.dump());
+  const std::string bad_spec = scratch_.Write("bad.json", bad.dump());
+  const std::string worker = std::string(std::getenv("ITWIN_BIN")) + "/itwin-worker";
+  const std::map<std::string, std::string> environment = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"},
+                                                          {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}};
+  // Rank 1 has another spec: it fails while rank 0 waits for it.
+  const std::string start = Spool("start");
+  Program at_start({"mpirun", "--oversubscribe", "-n", "1", worker, "--spec", good_spec, "--spool", start, ":",
+                    "-n", "1", worker, "--spec", bad_spec, "--spool", start},
+                   environment, scratch_ / "start.log");
+  EXPECT_EQ(at_start.Wait(), 2) << at_start.Output();
+  EXPECT_EQ(Result("start")["failure"]["rank"], 1);
+  // Rank 1 cannot write its part of the last checkpoint: it fails while rank 0 waits for its checksum.
+  const std::string save = Spool("save");
+  Program at_save({"mpirun", "--oversubscribe", "-n", "1", worker, "--spec", good_spec, "--spool", save, ":", "-n",
+                   "1", "-x", "ITWIN_CHECKPOINTS=" + (scratch_ / "no" / "such").string(), worker, "--spec", good_spec,
+                   "--spool", save},
+                  environment, scratch_ / "save.log");
+  EXPECT_EQ(at_save.Wait(), 3) << at_save.Output();
+  EXPECT_EQ(Result("save")["failure"]["rank"], 1);
+  EXPECT_THAT(Result("save")["message"].get<std::string>(), HasSubstr("rank-1.safetensors"));
+}
+
 TEST_F(WorkerProgram, KilledRankEndsTheJob) {
   Json job = Job();
   job["train"]["epochs"] = 100000;
