@@ -293,12 +293,13 @@ class Cluster:
             self.make_site_files(site, options)
         for name in self.state["nodes"]:
             self.make_node(name)
+        databases = {site: self.make_database(site) for site in self.state["sites"] if options["accounting"]}
         self.start_wan()
         self.write_client_files()
         for site in self.state["sites"]:
             if options["accounting"]:
                 self.say(f"{site}: accounting")
-                self.start_accounting(site)
+                self.start_accounting(site, databases[site])
             self.say(f"{site}: slurmctld, slurmd, sshd")
             self.start_service("slurmctld", self.control_node(site), wait=False)
         for name in self.names("login", "jump"):
@@ -481,6 +482,7 @@ class Cluster:
         }
         self.write(etc / "slurm.conf", site_files.slurm_conf(description, options))
         self.write(etc / "mpi.conf", site_files.mpi_conf())
+        self.write(etc / "cgroup.conf", site_files.cgroup_conf())
         if options["gpus"]:
             self.write(etc / "gres.conf", site_files.gres_conf(self.make_gpus(directory, options["gpus"])))
         if options["accounting"]:
@@ -744,22 +746,27 @@ class Cluster:
                 self.state["switch"]["holder"]["pid"])
 
     # -- accounting --------------------------------------------------------------------------------------------
-    def start_accounting(self, site):
-        name = self.control_node(site)
-        data = self.site_directory(site) / "mariadb"
-        slurm = pwd.getpwnam("slurm")
+    def make_database(self, site):
+        """Begins to make an empty MariaDB, which takes seconds; start_accounting waits for it."""
+        name, data, slurm = self.control_node(site), self.site_directory(site) / "mariadb", pwd.getpwnam("slurm")
         data.mkdir()
         os.chown(data, slurm.pw_uid, slurm.pw_gid)
         # The database knows its client by the Unix account behind the socket; there is no password anywhere.
-        self.run(name, "mariadb-install-db", "--no-defaults", f"--datadir={data}", "--user=slurm", "--skip-test-db",
-                 "--auth-root-authentication-method=socket", "--auth-root-socket-user=slurm",
-                 "--innodb-log-file-size=16M", seconds=120)
+        with open(self.log(site, "mariadb-install.out"), "wb") as log:
+            return subprocess.Popen(self.enter(name, [
+                "/usr/bin/mariadb-install-db", "--no-defaults", f"--datadir={data}", "--user=slurm", "--skip-test-db",
+                "--auth-root-authentication-method=socket", "--auth-root-socket-user=slurm",
+                "--innodb-log-file-size=16M"]), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def start_accounting(self, site, database):
+        name = self.control_node(site)
+        if database.wait(120) != 0:
+            raise ClusterError(f"mariadb-install-db failed; see {self.log(site, 'mariadb-install.out')}")
         self.start_service("mariadb", name)
         self.start_service("slurmdbd", name)
         self.run(name, "sacctmgr", "-i", "add", "cluster", site)
         self.run(name, "sacctmgr", "-i", "add", "account", "science", f"Cluster={site}")
-        for user in USERS:
-            self.run(name, "sacctmgr", "-i", "add", "user", user, "Account=science", f"Cluster={site}")
+        self.run(name, "sacctmgr", "-i", "add", "user", ",".join(USERS), "Account=science", f"Cluster={site}")
 
     # -- readiness ---------------------------------------------------------------------------------------------
     def node_states(self, site):

@@ -14,7 +14,6 @@ import sys
 
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
-CGROUP2_SUPER_MAGIC = 0x63677270
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -28,11 +27,6 @@ def mount(source, target, kind=None, flags=0, data=None):
 
 def bind(source, target):
     mount(source, target, None, MS_BIND | MS_REC)
-
-
-def file_system_magic(path):
-    buffer = (ctypes.c_long * 32)()
-    return buffer[0] if _libc.statfs(os.fsencode(path), buffer) == 0 else None
 
 
 def private_view(config):
@@ -61,12 +55,6 @@ def private_view(config):
     for source, target in config["late"]:
         if os.path.exists(target):
             bind(source, target)
-    # SLURM looks at /sys/fs/cgroup before it knows that nothing is to be confined. On cgroup v2 it would ask systemd,
-    # which a container lacks; an empty tmpfs reads as v1 and stays unused.
-    if not os.path.isdir("/sys/fs/cgroup") or file_system_magic("/sys/fs/cgroup") == CGROUP2_SUPER_MAGIC \
-            or not os.listdir("/sys/fs/cgroup"):
-        with contextlib.suppress(OSError):
-            mount("tmpfs", "/sys/fs/cgroup", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=755")
 
 
 def main():

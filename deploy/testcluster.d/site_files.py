@@ -106,6 +106,12 @@ def mpi_conf():
     return "PMIxCliTmpDirBase=/var/tmp\n"
 
 
+def cgroup_conf():
+    # Nothing is confined. But slurmd looks for a cgroup version before it knows that, and stops in a container where
+    # it finds none, or finds v2 and no systemd to ask. Version 1 touches nothing until it is used.
+    return "CgroupPlugin=cgroup/v1\n"
+
+
 def gres_conf(device_pattern):
     return f"AutoDetect=off\nName=gpu File={device_pattern}\n"
 
