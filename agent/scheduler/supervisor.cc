@@ -268,8 +268,8 @@ class AttemptRun {
     const int64_t total = logs_[0].dropped() + logs_[1].dropped();
     if (total == recorded_dropped_ || (!now && absl::Now() < next_dropped_record_)) return;
     next_dropped_record_ = absl::Now() + kDroppedInterval;
-    const json record = {{"stdout", logs_[0].dropped()}, {"stderr", logs_[1].dropped()}};
-    if (WriteFileAtomically(directory_.dropped_path(), record.dump() + "\n").ok()) recorded_dropped_ = total;
+    const DroppedBytes dropped{.out = logs_[0].dropped(), .err = logs_[1].dropped()};
+    if (WriteFileAtomically(directory_.dropped_path(), RenderDropped(dropped)).ok()) recorded_dropped_ = total;
   }
 
   // A command that ended well and wrote no record of its own gets one with its outputs.

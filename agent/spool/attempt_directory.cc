@@ -41,13 +41,17 @@ bool AttemptDirectory::IsCancelled() const { return FileExists(cancelled_path())
 
 bool AttemptDirectory::HasCheckpoint() const {
   std::error_code error;
+  bool steps = false, others = false;
   for (fs::directory_iterator it(checkpoints_path(), error), end; !error && it != end; it.increment(error)) {
-    if (absl::StartsWith(it->path().filename().string(), "step-") &&
-        FileExists((it->path() / "manifest.json").string())) {
-      return true;
+    const std::string name = it->path().filename().string();
+    if (absl::StartsWith(name, "step-")) {
+      if (FileExists((it->path() / "manifest.json").string())) return true;
+      steps = true;
+    } else if (!absl::StartsWith(name, ".") && !absl::EndsWith(name, ".tmp")) {
+      others = true;
     }
   }
-  return false;
+  return others && !steps;
 }
 
 std::optional<std::string> HostOfNodeFile(const std::string& name) {

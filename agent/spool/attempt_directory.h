@@ -50,7 +50,7 @@ class AttemptDirectory {
   bool HasRequest() const;
   bool HasLease() const;
   bool IsCancelled() const;
-  // At least one checkpoint with its manifest.
+  // A checkpoint of our worker with its manifest; of other programs any file (not "." or ".tmp" ones).
   bool HasCheckpoint() const;
 
  private:

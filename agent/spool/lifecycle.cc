@@ -89,6 +89,17 @@ Lifecycle ReadLifecycle(const std::string& path) {
   return text.ok() ? ParseLifecycle(*text) : Lifecycle{};
 }
 
+DroppedBytes ReadDropped(const std::string& path) {
+  const absl::StatusOr<std::string> text = ReadFile(path, kMaxLifecycleBytes);
+  const json record = text.ok() ? json::parse(*text, nullptr, /*allow_exceptions=*/false) : json();
+  if (!record.is_object()) return {};
+  return {.out = Integer(record, "stdout"), .err = Integer(record, "stderr")};
+}
+
+std::string RenderDropped(const DroppedBytes& dropped) {
+  return Dump({{"stdout", dropped.out}, {"stderr", dropped.err}}) + "\n";
+}
+
 std::string RenderStarted(const StartedRecord& record) {
   return Dump({{"t", UnixSeconds(record.time)}, {"event", "started"}, {"host", record.host}, {"pid", record.pid},
                {"scheduler_id", record.scheduler_id}});

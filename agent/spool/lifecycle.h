@@ -48,6 +48,14 @@ Lifecycle ParseLifecycle(absl::string_view text);
 // A missing file is an empty lifecycle. At most the first 1 MiB is read.
 Lifecycle ReadLifecycle(const std::string& path);
 
+// What the supervisor did not keep of stdout and stderr: dropped.json. A missing or bad file: nothing.
+struct DroppedBytes {
+  int64_t out = 0;
+  int64_t err = 0;
+};
+DroppedBytes ReadDropped(const std::string& path);
+std::string RenderDropped(const DroppedBytes& dropped);
+
 std::string RenderStarted(const StartedRecord& record);
 std::string RenderExited(const ExitedRecord& record);
 std::string RenderDuplicate(absl::Time time, const std::string& host);

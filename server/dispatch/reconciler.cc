@@ -302,10 +302,11 @@ std::vector<Action> Conclude(const JobSnapshot& job, absl::Time now) {
       return stop(absl::StrCat(sentence, ", but two attempts in a row made no progress beyond step ", job.max_step_before,
                                "; give it more time with resources.time, and see that it reports its steps"));
     }
-    Record out = finish(EventKind::kRequeued, absl::StrCat(sentence, "; it goes on from its checkpoint"),
+    Record out = finish(EventKind::kRequeued,
+                        absl::StrCat(sentence, job.seen->checkpoint() ? "; it goes on from its checkpoint"
+                                                                      : "; it is started again, for it left no checkpoint"),
                         FailureClass::kLimit);
     out.event.not_before = now;
-    out.update.checkpoint = true;
     return std::vector<Action>{out};
   };
 

@@ -1,5 +1,7 @@
 #include "server/dispatch/site_board.h"
 
+#include <algorithm>
+
 namespace itwin::server {
 
 SiteBoard::SiteBoard(const std::vector<std::string>& names) {
@@ -25,6 +27,14 @@ bool SiteBoard::Exists(absl::string_view name) const {
     if (entry.offer.name == name) return true;
   }
   return false;
+}
+
+std::string SiteBoard::WhyImpossible(const v1::JobSpec& spec) const {
+  PlacementRequest request;
+  request.site = spec.site();
+  request.ranks = std::max(1, spec.resources().nodes()) * std::max(1, spec.resources().ranks_per_node());
+  request.train = spec.has_train();
+  return itwin::server::WhyImpossible(request, Offers());
 }
 
 std::vector<SiteOffer> SiteBoard::Offers() const {

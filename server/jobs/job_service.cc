@@ -122,6 +122,9 @@ absl::StatusOr<v1::SubmitJobResponse> JobService::Submit(const Caller& caller, c
   ITWIN_RETURN_IF_ERROR(CheckFilesArePlaced(job.spec));
   ITWIN_RETURN_IF_ERROR(CheckSite(job.spec.site()));
   ITWIN_RETURN_IF_ERROR(CheckInputs(job.spec));
+  if (const std::string why = sites_.WhyImpossible(job.spec); !why.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("resources: ", why));
+  }
   ITWIN_ASSIGN_OR_RETURN(const Submitted submitted, store_.Submit(job));
   return ToResponse(submitted);
 }

@@ -5,6 +5,7 @@
 
 #include "absl/strings/string_view.h"
 #include "itwin/v1/sites.pb.h"
+#include "itwin/v1/spec.pb.h"
 
 namespace itwin::server {
 
@@ -15,6 +16,8 @@ class SiteDirectory {
   // In the order of the configuration.
   virtual std::vector<v1::Site> ListSites() const = 0;
   virtual bool Exists(absl::string_view name) const = 0;
+  // Why no site will ever run this job, as a sentence with the next step; empty when one may.
+  virtual std::string WhyImpossible(const v1::JobSpec& spec) const = 0;
 };
 
 }  // namespace itwin::server

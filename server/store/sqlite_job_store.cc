@@ -290,6 +290,9 @@ absl::StatusOr<LogSlice> SqliteJobStore::ReadLog(const JobId& job, int attempt, 
     const int64_t stored = is_stderr ? row.cursor.stderr_log() : row.cursor.stdout_log();
     const bool all = row.final_sizes &&
                      stored >= (is_stderr ? row.final_sizes->stderr_log() : row.final_sizes->stdout_log());
+    if (row.final_sizes) {  // what the site itself did not keep
+      out.dropped_bytes += is_stderr ? row.final_sizes->stderr_dropped() : row.final_sizes->stdout_dropped();
+    }
     out.complete = all || number < record.attempt || IsFinal(record.state);
     return out;
   });

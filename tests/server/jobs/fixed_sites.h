@@ -24,6 +24,9 @@ class FixedSites : public SiteDirectory {
   bool Exists(absl::string_view name) const override {
     return std::any_of(names_.begin(), names_.end(), [&](const std::string& n) { return n == name; });
   }
+  std::string WhyImpossible(const v1::JobSpec&) const override { return impossible; }
+
+  std::string impossible;  // what WhyImpossible answers
 
  private:
   const std::vector<std::string> names_;
