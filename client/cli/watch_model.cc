@@ -15,6 +15,7 @@ constexpr size_t kMaxSeries = 200;
 constexpr size_t kMaxHistory = 256;
 constexpr size_t kMaxStates = 6;
 constexpr size_t kMaxMetricLines = 4;
+constexpr size_t kMaxPlainMetrics = 5;  // on a line of plain output
 constexpr int kBarWidth = 28;
 constexpr int kSparklineWidth = 12;
 
@@ -42,6 +43,7 @@ void WatchModel::Add(const v1::JobUpdate& update) {
 void WatchModel::AddValue(const std::string& name, double value) {
   if (series_.size() >= kMaxSeries && series_.count(name) == 0) return;
   Series& series = series_[name];
+  ++series.points;
   series.last = value;
   series.pending_sum += value;
   if (++series.pending < series.per_entry) return;
@@ -94,8 +96,11 @@ std::vector<std::string> WatchModel::Ordered() const {
   for (const auto& [name, series] : series_) {
     if (!OfMachine(name)) names.push_back(name);
   }
-  const auto rank = [](const std::string& name) {
-    return (IsLoss(name) ? 0 : 2) + (absl::StartsWith(name, "train/") ? 0 : 1);
+  // What moves comes first: the losses, then other metrics; then what was said once, and how fast it went.
+  const auto rank = [this](const std::string& name) {
+    if (absl::StartsWith(name, "perf/")) return 5;
+    if (IsLoss(name)) return absl::StartsWith(name, "train/") ? 0 : 1;
+    return series_.at(name).points > 1 ? (absl::StartsWith(name, "train/") ? 3 : 2) : 4;
   };
   std::stable_sort(names.begin(), names.end(), [&](const auto& a, const auto& b) { return rank(a) < rank(b); });
   return names;
@@ -104,7 +109,7 @@ std::vector<std::string> WatchModel::Ordered() const {
 std::string WatchModel::MetricsText() const {
   std::vector<std::string> parts;
   for (const std::string& name : Ordered()) {
-    if (parts.size() == 8) break;
+    if (parts.size() == kMaxPlainMetrics) break;
     parts.push_back(absl::StrCat(Printable(name), " ", NumberText(series_.at(name).last)));
   }
   return absl::StrJoin(parts, "  ");

@@ -34,6 +34,7 @@ class WatchModel {
     double pending_sum = 0;
     int64_t pending = 0;
     double last = 0;
+    int64_t points = 0;
   };
   std::string StateLine() const;
   std::vector<std::string> Ordered() const;
