@@ -16,7 +16,7 @@ build_packages=(
   libnetcdf-dev libhdf5-dev ferret-datasets
 )
 test_packages=(
-  sqlite3 python3-pytest python3-grpcio python3-protobuf python3-torch python3-numpy python3-pandas
+  sqlite3 python3-pytest python3-grpcio python3-protobuf python3-torch python3-numpy python3-scipy python3-pandas
   python3-matplotlib python3-ipywidgets python3-ipykernel python3-setuptools python3-pip
   python3-wheel jupyter-nbconvert jupyter-client zip curl openssl clang libclang-rt-14-dev
   strace procps util-linux
