@@ -20,8 +20,8 @@ class Agent {
     LaunchOptions launch = {};
     // Without connections and unfinished attempts for this long, Wait returns.
     absl::Duration idle_exit = absl::InfiniteDuration();
-    // After SIGTERM, for calls under way.
-    absl::Duration stop_limit = absl::Seconds(5);
+    // After SIGTERM, for calls under way; callers ask again, and connections that stay open are cut then.
+    absl::Duration stop_limit = absl::Seconds(1);
   };
   // On return connections are accepted. kAlreadyExists: another agent serves the root. kInvalidArgument: an option.
   static absl::StatusOr<std::unique_ptr<Agent>> Start(Options options);

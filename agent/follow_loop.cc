@@ -121,7 +121,7 @@ absl::Time FollowLoop::Tick(absl::Time now) {
   while (!polls_.empty() && polls_.begin()->first <= now) {
     const auto it = views_.find(polls_.begin()->second);
     ITWIN_CHECK(it != views_.end());
-    Refresh(*it->second, /*look_at_all=*/true, now);
+    Refresh(*it->second, /*all=*/false, now);
   }
   absl::Time wake = polls_.empty() ? absl::InfiniteFuture() : polls_.begin()->first;
   for (auto& [id, session] : sessions_) wake = std::min(wake, Pump(session, now));
@@ -169,7 +169,7 @@ void FollowLoop::Report(const AttemptKey& key, const SchedulerReport& report) {
   if (view.ended || (view.next_poll != absl::InfiniteFuture() && same(view.report))) return;
   view.report = report;
   WatchDirectory(view);
-  Refresh(view, /*look_at_all=*/true, absl::Now());
+  Refresh(view, /*all=*/true, absl::Now());
 }
 
 void FollowLoop::Forget(const AttemptKey& key) {
@@ -195,7 +195,7 @@ void FollowLoop::Forget(const AttemptKey& key) {
 v1::AttemptStatus FollowLoop::Status(const AttemptKey& key, bool with_result) {
   const bool known = views_.count(key) > 0;
   View& view = ViewOf(key);
-  if (!view.ended) Refresh(view, /*look_at_all=*/true, absl::Now());
+  if (!view.ended) Refresh(view, /*all=*/true, absl::Now());
   v1::AttemptStatus out = view.status;
   if (with_result && view.ended) LoadResult(view, &out);
   // Asking for keys that never existed must not fill the memory.
@@ -208,16 +208,22 @@ void FollowLoop::LoadResult(const View& view, v1::AttemptStatus* status) const {
   if (text.ok() && IsValidUtf8(*text)) status->set_result_json(*std::move(text));
 }
 
-void FollowLoop::Refresh(View& view, bool look_at_all, absl::Time now) {
+void FollowLoop::Refresh(View& view, bool all, absl::Time now) {
   if (view.ended) {
     Schedule(view, absl::InfiniteFuture());
     return;
   }
-  if (view.directory_mtime_ns == 0) RefreshNodeFiles(view);
-  bool news = RefreshSizes(view);
   const int64_t before = view.version;
-  if (look_at_all) {
+  // A look in passing is a handful of system calls: there may be thousands of attempts, and the file system shared.
+  const int64_t lifecycle_size = SizeOf(view.directory.lifecycle_path());
+  bool news = false;
+  if (lifecycle_size > 0) {
     RefreshNodeFiles(view);
+    news = RefreshSizes(view);
+    if (!view.checkpoint && !all && view.directory.HasCheckpoint()) all = true;
+  }
+  if (all || lifecycle_size != view.lifecycle_size) {
+    view.lifecycle_size = lifecycle_size;
     RefreshStatus(view);
   }
   news |= view.version != before;
@@ -296,6 +302,9 @@ void FollowLoop::RefreshStatus(View& view) {
       if (file.kind == v1::SPOOL_FILE_STDERR) status.mutable_sizes()->set_stderr_log(size);
       if (file.kind == v1::SPOOL_FILE_NODE) (*status.mutable_sizes()->mutable_nodes())[file.host] = size;
     }
+    const DroppedBytes dropped = ReadDropped(directory.dropped_path());
+    status.mutable_sizes()->set_stdout_dropped(dropped.out);
+    status.mutable_sizes()->set_stderr_dropped(dropped.err);
   }
   const std::string bytes = status.SerializeAsString();
   if (bytes == view.status.SerializeAsString()) return;
@@ -397,7 +406,7 @@ void FollowLoop::Follow(int64_t id, const AttemptKey& key, const v1::SpoolCursor
   const bool queued = followed.queued;
   followed = Followed{.cursor = cursor, .queued = queued};
   Enqueue(it->second, key);
-  if (!view.ended) Refresh(view, /*look_at_all=*/true, absl::Now());
+  if (!view.ended) Refresh(view, /*all=*/true, absl::Now());
 }
 
 void FollowLoop::Unfollow(int64_t id, const AttemptKey& key) {

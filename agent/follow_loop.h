@@ -111,7 +111,7 @@ class FollowLoop {
 
   void Run();
   View& ViewOf(const AttemptKey& key);
-  void Refresh(View& view, bool look_at_all, absl::Time now);
+  void Refresh(View& view, bool all, absl::Time now);  // `all`: what only we or the scheduler change, too
   bool RefreshSizes(View& view);
   void RefreshNodeFiles(View& view);
   void RefreshStatus(View& view);

@@ -14,10 +14,10 @@
 namespace itwin {
 
 struct SubprocessOptions {
-  std::vector<std::string> argv;  // argv[0] is looked up in PATH when it has no '/'
-  std::string directory;          // working directory; "" for ours
+  std::vector<std::string> argv = {};  // argv[0] is looked up in PATH when it has no '/'
+  std::string directory = {};          // working directory; "" for ours
   // Added to (or replacing in) our environment; with `clear_env` they are all there is.
-  std::vector<std::pair<std::string, std::string>> env;
+  std::vector<std::pair<std::string, std::string>> env = {};
   bool clear_env = false;
   // Descriptors that become 0, 1, 2 of the child; -1 is /dev/null. They stay owned by the caller.
   int stdin_fd = -1;

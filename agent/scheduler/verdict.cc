@@ -77,7 +77,7 @@ v1::AttemptStatus Conclude(const Evidence& e) {
     switch (e.report.state) {
       case SchedulerState::kEnded:
         if (e.report.cause != v1::END_CAUSE_UNSPECIFIED) {
-          End(e.report.cause, e.report.reason, &status);
+          End(e.report.cause, FirstOf(e.report.reason, "ended by the scheduler"), &status);
         } else if (e.cancelled) {
           End(v1::END_CAUSE_CANCELLED, CancelWords(e, e.lease ? "and killed" : "before it began"), &status);
         } else if (e.lease) {
