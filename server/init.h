@@ -26,10 +26,10 @@ struct DataDirectory {
 };
 
 struct InitOptions {
-  std::string data;                // made when missing
+  std::string data = {};           // made when missing
   std::string listen = "127.0.0.1:7443";
-  std::vector<std::string> hosts;  // further names and addresses of the gateway, for its certificate
-  std::string user;                // name of the first token
+  std::vector<std::string> hosts = {};  // further names and addresses of the gateway, for its certificate
+  std::string user = {};           // name of the first token
   bool install_client = false;     // also copy client/ to ~/.config/itwin
 };
 struct InitReport {

@@ -269,6 +269,8 @@ int Run(int argc, char** argv) {
   std::error_code error;
   flags.data = std::filesystem::absolute(flags.data, error).lexically_normal().string();
   while (flags.data.size() > 1 && flags.data.back() == '/') flags.data.pop_back();
+  // Short commands say what matters themselves.
+  if (const absl::Status log = InitLog("itwin-gateway", "warning"); !log.ok()) return Fail(log);
   if (*init) return RunInit(flags);
   if (*check) flags.check_config = true;
   if (*serve || flags.check_config) return RunServe(flags);

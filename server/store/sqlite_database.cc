@@ -21,11 +21,12 @@ namespace {
 constexpr int64_t kApplicationId = 0x6974776e;
 constexpr int64_t kPageBytes = 4096;
 
-// 16 MiB of log between checkpoints; 64 MiB of cache for the writer. Temporary things stay in memory: a full /tmp must
+// 64 MiB of log between checkpoints (a page that many jobs share is then copied back once for many commits); 64 MiB of
+// cache for the writer. Temporary things stay in memory: a full /tmp must
 // not hurt.
 constexpr char kWriterPragmas[] =
-    "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 4000;"
-    "PRAGMA journal_size_limit = 67108864; PRAGMA cache_size = -65536; PRAGMA temp_store = MEMORY;"
+    "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 16000;"
+    "PRAGMA journal_size_limit = 134217728; PRAGMA cache_size = -65536; PRAGMA temp_store = MEMORY;"
     "PRAGMA foreign_keys = OFF; PRAGMA trusted_schema = OFF;";
 constexpr char kReaderPragmas[] =
     "PRAGMA query_only = ON; PRAGMA cache_size = -8192; PRAGMA temp_store = MEMORY; PRAGMA trusted_schema = OFF;";
