@@ -34,19 +34,20 @@ using ::testing::_;
 
 constexpr char kChildVariable[] = "ITWIN_TEST_CHILD_DATABASE";
 constexpr int kPointsPerBatch = 10;
+constexpr int kPointsPerLargeBatch = 500;
 
-// Points [begin, begin + kPointsPerBatch) and as many bytes of log, in one commit.
-std::vector<SpoolBatch> Range(const AttemptKey& key, int64_t begin) {
-  SpoolBatch batch = MetricsBatch(key, begin, begin + kPointsPerBatch);
+// Points [begin, begin + count) and as many bytes of log, in one commit.
+std::vector<SpoolBatch> Range(const AttemptKey& key, int64_t begin, int count = kPointsPerBatch) {
+  SpoolBatch batch = MetricsBatch(key, begin, begin + count);
   PointColumns columns;
   columns.series = "x";
-  for (int i = 0; i < kPointsPerBatch; ++i) {
+  for (int i = 0; i < count; ++i) {
     columns.steps.push_back(begin + i);
     columns.times_us.push_back(begin + i);
     columns.values.push_back(static_cast<double>(begin + i));
   }
   batch.points.push_back(std::move(columns));
-  return {batch, LogBatch(key, begin, std::string(kPointsPerBatch, static_cast<char>('a' + begin / kPointsPerBatch % 26)))};
+  return {batch, LogBatch(key, begin, std::string(static_cast<size_t>(count), static_cast<char>('a' + begin / count % 26)))};
 }
 
 // What the process that gets killed does: writes as fast as it can and says what it was promised.
@@ -131,14 +132,14 @@ TEST(StoreCrash, KillLosesNothingPromisedAndLeavesNothingHalf) {
 int64_t FillUntilRefused(SqliteJobStore& store, const AttemptKey& key) {
   int64_t offset = store.GetAttempt(key)->cursor.metrics();
   for (int i = 0; i < 100'000; ++i) {
-    const auto committed = store.CommitSpool(Range(key, offset));
+    const auto committed = store.CommitSpool(Range(key, offset, kPointsPerLargeBatch));
     if (!committed.ok()) {
       EXPECT_THAT(committed, StatusIs(absl::StatusCode::kResourceExhausted, ::testing::HasSubstr("full")));
       EXPECT_EQ(store.GetAttempt(key)->cursor.metrics(), offset);
       EXPECT_EQ(store.ReadLog(key.job(), 1, v1::LOG_STREAM_STDOUT, 0, 10)->size, offset);
       return offset;
     }
-    offset += kPointsPerBatch;
+    offset += kPointsPerLargeBatch;
   }
   ADD_FAILURE() << "the disk never got full";
   return offset;
