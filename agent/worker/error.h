@@ -1,6 +1,6 @@
-// Errors of the worker. LibTorch throws, so the worker does too: anything that cannot go on throws a
-// WorkerError (or whatever LibTorch throws), and main.cc is the one door that turns it into an exit code and
-// result.json.
+// Errors of the worker. LibTorch throws, so the worker does too: anything that cannot go on throws
+// a WorkerError (or whatever LibTorch throws), and main.cc is the one door that turns it into an
+// exit code and result.json.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 
 namespace itwin::worker {
 
-// Who has to act, and the exit code that says so (docs/worker-contract.md): the request cannot work (2),
-// the training itself failed (3), memory or disk ran out (4).
+// Who has to act, and the exit code that says so (docs/worker-contract.md): the request cannot work
+// (2), the training itself failed (3), memory or disk ran out (4).
 enum class FailureClass { kUser, kApp, kResource };
 
 // `what()` is a sentence for the user: what was wrong, where, what would be right.

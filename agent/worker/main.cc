@@ -1,7 +1,8 @@
-// itwin-worker: one rank of a training job. `mpirun -n 2 itwin-worker --spec spec.json --spool DIR`; under the agent
-// the paths come from the environment (docs/worker-contract.md).
+// itwin-worker: one rank of a training job. `mpirun -n 2 itwin-worker --spec spec.json --spool
+// DIR`; under the agent the paths come from the environment (docs/worker-contract.md).
 //
-// This file is the door through which every error leaves: it becomes a sentence, result.json and an exit code.
+// This file is the door through which every error leaves: it becomes a sentence, result.json and an
+// exit code.
 #include <unistd.h>
 
 #include <chrono>
@@ -40,17 +41,22 @@ namespace {
 constexpr char kUsage[] =
     "itwin-worker: trains a model as a job spec says, as one rank of an MPI job or alone\n"
     "\n"
-    "  itwin-worker --spec FILE --spool DIR    train; DIR gets metrics.jsonl, checkpoints/, outputs/, result.json\n"
+    "  itwin-worker --spec FILE --spool DIR    train; DIR gets metrics.jsonl, checkpoints/, "
+    "outputs/, result.json\n"
     "  itwin-worker --self-test                check MPI, BLAS and LibTorch on this machine\n"
     "  itwin-worker --version\n"
     "\n"
-    "The variables ITWIN_SPEC, ITWIN_METRICS, ITWIN_OUTPUTS, ITWIN_CHECKPOINTS, ITWIN_RESUME, ITWIN_STOP,\n"
+    "The variables ITWIN_SPEC, ITWIN_METRICS, ITWIN_OUTPUTS, ITWIN_CHECKPOINTS, ITWIN_RESUME, "
+    "ITWIN_STOP,\n"
     "ITWIN_RESULT, ITWIN_DEADLINE and ITWIN_ATTEMPT win over the options.\n"
-    "Exit codes: 0 done, 2 the request cannot work, 3 the training failed, 4 out of memory or disk,\n"
+    "Exit codes: 0 done, 2 the request cannot work, 3 the training failed, 4 out of memory or "
+    "disk,\n"
     "85 saved and to be continued.\n";
 
-constexpr auto kOthersWriteFirst = std::chrono::milliseconds(300);  // before a rank beyond 0 reports a failure
-constexpr auto kOwnerWrites = std::chrono::seconds(3);  // for the rank that an agreed failure is about
+constexpr auto kOthersWriteFirst =
+    std::chrono::milliseconds(300);  // before a rank beyond 0 reports a failure
+constexpr auto kOwnerWrites =
+    std::chrono::seconds(3);  // for the rank that an agreed failure is about
 
 struct Options {
   std::string spec, spool;
@@ -106,9 +112,12 @@ struct RunState {
 
 int CodeOf(const WorkerError& error) {
   switch (error.failure) {
-    case FailureClass::kUser: return 2;
-    case FailureClass::kApp: return 3;
-    case FailureClass::kResource: return 4;
+    case FailureClass::kUser:
+      return 2;
+    case FailureClass::kApp:
+      return 3;
+    case FailureClass::kResource:
+      return 4;
   }
   return 3;
 }
@@ -124,12 +133,14 @@ WorkerError Translate(const std::exception_ptr& error) {
   } catch (const WorkerError& e) {
     return e;
   } catch (const std::bad_alloc&) {
-    return ResourceError("out of memory; ask for more memory per node, use a smaller batch or more ranks");
+    return ResourceError(
+        "out of memory; ask for more memory per node, use a smaller batch or more ranks");
   } catch (const c10::Error& e) {
     const std::string text = e.what_without_backtrace();
     if (is_memory(text)) {
-      return ResourceError("out of memory; ask for more memory per node, use a smaller batch or more ranks (" +
-                           text + ")");
+      return ResourceError(
+          "out of memory; ask for more memory per node, use a smaller batch or more ranks (" +
+          text + ")");
     }
     return AppError(text);
   } catch (const std::exception& e) {
@@ -139,7 +150,8 @@ WorkerError Translate(const std::exception_ptr& error) {
   }
 }
 
-// Writes the failure as the job's result, unless another rank has. The ranks may all come here, or only one.
+// Writes the failure as the job's result, unless another rank has. The ranks may all come here, or
+// only one.
 void ReportFailure(const RunState& state, const WorkerError& error) {
   const bool about_another = error.rank && *error.rank != state.rank;
   if (!about_another) {
@@ -147,11 +159,12 @@ void ReportFailure(const RunState& state, const WorkerError& error) {
     std::fflush(stderr);
   }
   if (!state.contract) return;
-  const auto patience = about_another        ? std::chrono::milliseconds(kOwnerWrites)
+  const auto patience = about_another                   ? std::chrono::milliseconds(kOwnerWrites)
                         : state.rank == 0 || error.rank ? std::chrono::milliseconds(0)
                                                         : kOthersWriteFirst;
   const auto until = std::chrono::steady_clock::now() + patience;
-  while (std::chrono::steady_clock::now() < until && access(state.contract->result.c_str(), F_OK) != 0) {
+  while (std::chrono::steady_clock::now() < until &&
+         access(state.contract->result.c_str(), F_OK) != 0) {
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
   Result result;
@@ -172,8 +185,8 @@ void ReportFailure(const RunState& state, const WorkerError& error) {
   }
 }
 
-// Reports the error in flight and ends every rank: the others may be waiting for this one. Comes back only in a
-// job of one rank, with the exit code.
+// Reports the error in flight and ends every rank: the others may be waiting for this one. Comes
+// back only in a job of one rank, with the exit code.
 int EndJob(const World* world, const RunState& state) {
   const WorkerError error = Translate(std::current_exception());
   ReportFailure(state, error);
@@ -187,7 +200,8 @@ nlohmann::json ReadSpecFile(const std::filesystem::path& path) {
   if (!std::filesystem::is_regular_file(path, error)) {
     throw UserError("there is no job spec " + path.string());
   }
-  nlohmann::json json = nlohmann::json::parse(ReadWholeFile(path), nullptr, /*allow_exceptions=*/false);
+  nlohmann::json json =
+      nlohmann::json::parse(ReadWholeFile(path), nullptr, /*allow_exceptions=*/false);
   if (json.is_discarded()) throw UserError("the job spec " + path.string() + " is not JSON");
   return json;
 }
@@ -215,7 +229,8 @@ int Train(World& world, RunState& state) {
   const nlohmann::json job = ReadSpecFile(contract.spec);
   const TrainSpec spec = ParseSpec(job);
   if (spec.strategy == "single" && world.size() > 1) {
-    throw UserError("train.strategy is \"single\", but the job has " + std::to_string(world.size()) +
+    throw UserError("train.strategy is \"single\", but the job has " +
+                    std::to_string(world.size()) +
                     " ranks; ask for one rank, or use strategy \"ddp\"");
   }
   const std::string strategy = world.size() > 1 ? "ddp" : "single";
@@ -234,9 +249,9 @@ int Train(World& world, RunState& state) {
   std::unique_ptr<MetricSink> metrics =
       first ? OpenMetricFile(contract.metrics) : std::make_unique<NullMetricSink>();
 
-  print("itwin-worker " ITWIN_VERSION ": " + spec.name + ", " + std::to_string(world.size()) + " rank(s) on " +
-        std::to_string(machine.nodes) + " node(s), " + std::to_string(machine.threads) +
-        " thread(s) each, LibTorch " + TorchVersion());
+  print("itwin-worker " ITWIN_VERSION ": " + spec.name + ", " + std::to_string(world.size()) +
+        " rank(s) on " + std::to_string(machine.nodes) + " node(s), " +
+        std::to_string(machine.threads) + " thread(s) each, LibTorch " + TorchVersion());
   const std::unique_ptr<Dataset> dataset = OpenDataset(spec.data, spec.seed, contract.work);
   print("data: " + std::to_string(dataset->size(Split::kTrain)) + " training, " +
         std::to_string(dataset->size(Split::kValidation)) + " validation, " +
@@ -271,7 +286,8 @@ int Train(World& world, RunState& state) {
     try {
       outcome = loop.Run();
     } catch (...) {
-      // Here, before anything is taken down: the communication thread may be in the middle of a bucket.
+      // Here, before anything is taken down: the communication thread may be in the middle of a
+      // bucket.
       return EndJob(&world, state);
     }
   }
@@ -289,17 +305,19 @@ int Train(World& world, RunState& state) {
     result.metrics = outcome.metrics;
     result.steps = outcome.steps;
     result.epochs = outcome.epochs;
-    result.info = {{"ranks", world.size()},
-                   {"nodes", machine.nodes},
-                   {"threads_per_rank", machine.threads},
-                   {"strategy", strategy},
-                   {"model", model->description()},
-                   {"weights_sha256", outcome.weights_sha256},
-                   {"worker", ITWIN_VERSION},
-                   {"libtorch", TorchVersion()},
-                   {"blas_kernels", machine.blas_kernels},
-                   {"blas_gflops_per_thread", gflops},
-                   {"seconds", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()}};
+    result.info = {
+        {"ranks", world.size()},
+        {"nodes", machine.nodes},
+        {"threads_per_rank", machine.threads},
+        {"strategy", strategy},
+        {"model", model->description()},
+        {"weights_sha256", outcome.weights_sha256},
+        {"worker", ITWIN_VERSION},
+        {"libtorch", TorchVersion()},
+        {"blas_kernels", machine.blas_kernels},
+        {"blas_gflops_per_thread", gflops},
+        {"seconds",
+         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()}};
     WriteFileDurably(contract.result, RenderResult(result));
   }
   control.Barrier()->Wait();
@@ -316,10 +334,11 @@ int SelfTest(World& world) {
   }
   if (world.rank() != 0) return 0;
   const double gflops = MeasureBlas();
-  std::printf("ranks %d on %d node(s), %d thread(s) each; LibTorch %s; BLAS %s %.1f Gflop/s per thread%s\n",
-              world.size(), machine.nodes, machine.threads, TorchVersion().c_str(),
-              machine.blas_kernels.empty() ? "(not OpenBLAS)" : machine.blas_kernels.c_str(), gflops,
-              gflops < kSlowGflops ? "" : ": ok");
+  std::printf(
+      "ranks %d on %d node(s), %d thread(s) each; LibTorch %s; BLAS %s %.1f Gflop/s per thread%s\n",
+      world.size(), machine.nodes, machine.threads, TorchVersion().c_str(),
+      machine.blas_kernels.empty() ? "(not OpenBLAS)" : machine.blas_kernels.c_str(), gflops,
+      gflops < kSlowGflops ? "" : ": ok");
   if (gflops < kSlowGflops) std::printf("%s\n", SlowBlasWarning(gflops).c_str());
   return 0;
 }
@@ -343,7 +362,8 @@ int Main(int argc, char** argv) {
     state.rank = world->rank();
     if (options.self_test) return SelfTest(*world);
     StopRequest::InstallSignalHandlers();
-    state.contract = ReadContract(options.spec, options.spool, [](const char* name) { return std::getenv(name); });
+    state.contract = ReadContract(options.spec, options.spool,
+                                  [](const char* name) { return std::getenv(name); });
     return Train(*world, state);
   } catch (...) {
     return EndJob(world.get(), state);

@@ -20,7 +20,8 @@
 #include "agent/worker/training/compute_threads.h"
 
 namespace torch::jit {
-std::atomic<bool>& getProfilingMode();  // torch/csrc/jit/runtime/graph_executor.h, which costs 10 s to compile
+std::atomic<bool>&
+getProfilingMode();  // torch/csrc/jit/runtime/graph_executor.h, which costs 10 s to compile
 }
 
 namespace itwin::worker {
@@ -42,12 +43,14 @@ Machine SetUpMachine(Communicator& communicator, int cpus_per_rank) {
   gethostname(mine.host, sizeof(mine.host) - 1);
   CPU_ZERO(&mine.cpus);
   if (sched_getaffinity(0, sizeof(mine.cpus), &mine.cpus) != 0) {
-    for (long c = 0; c < sysconf(_SC_NPROCESSORS_ONLN) && c < CPU_SETSIZE; ++c) CPU_SET(c, &mine.cpus);
+    for (long c = 0; c < sysconf(_SC_NPROCESSORS_ONLN) && c < CPU_SETSIZE; ++c)
+      CPU_SET(c, &mine.cpus);
   }
   std::vector<Rank> all(communicator.size());
   communicator
-      .AllGather(BufferOf(std::span(reinterpret_cast<char*>(&mine), sizeof(mine))),
-                 BufferOf(std::span(reinterpret_cast<char*>(all.data()), all.size() * sizeof(Rank))))
+      .AllGather(
+          BufferOf(std::span(reinterpret_cast<char*>(&mine), sizeof(mine))),
+          BufferOf(std::span(reinterpret_cast<char*>(all.data()), all.size() * sizeof(Rank))))
       ->Wait();
 
   Machine machine;
@@ -66,7 +69,8 @@ Machine SetUpMachine(Communicator& communicator, int cpus_per_rank) {
   }
   machine.nodes = static_cast<int>(hosts.size());
   const int cpus = CPU_COUNT(&mine.cpus);
-  machine.threads = std::max(1, cpus_per_rank > 0 ? std::min(cpus_per_rank, cpus) : cpus / std::max(1, sharing));
+  machine.threads =
+      std::max(1, cpus_per_rank > 0 ? std::min(cpus_per_rank, cpus) : cpus / std::max(1, sharing));
   machine.blas_kernels = ChooseBlasKernels();
   SetComputeThreads(machine.threads);
   return machine;
@@ -93,11 +97,13 @@ double MeasureBlas() {
 
 std::string SlowBlasWarning(double gflops) {
   char text[400];
-  std::snprintf(text, sizeof(text),
-                "WARNING: the BLAS library does %.1f Gflop/s per thread, which is as slow as the reference BLAS; "
-                "training will be up to 17 times slower than it could be. Install OpenBLAS beside LibTorch "
-                "(Debian: apt-get install libopenblas0-pthread; elsewhere: load its module).",
-                gflops);
+  std::snprintf(
+      text, sizeof(text),
+      "WARNING: the BLAS library does %.1f Gflop/s per thread, which is as slow as the reference "
+      "BLAS; "
+      "training will be up to 17 times slower than it could be. Install OpenBLAS beside LibTorch "
+      "(Debian: apt-get install libopenblas0-pthread; elsewhere: load its module).",
+      gflops);
   return text;
 }
 

@@ -12,23 +12,24 @@ struct Machine {
   int local_rank = 0;  // among the ranks on this host
   int local_size = 1;
   int nodes = 1;
-  int threads = 1;     // compute threads of this rank
+  int threads = 1;           // compute threads of this rank
   std::string blas_kernels;  // see ChooseBlasKernels
 };
 
-// The C library's allocator gives big blocks back to the system and fetches them again in every step unless told
-// otherwise (up to 1.4 times slower). Call first.
+// The C library's allocator gives big blocks back to the system and fetches them again in every
+// step unless told otherwise (up to 1.4 times slower). Call first.
 void TuneAllocator();
 
-// The optimising TorchScript executor delivers all gradients at the end of backward, and hangs in some versions.
+// The optimising TorchScript executor delivers all gradients at the end of backward, and hangs in
+// some versions.
 void TuneTorchScript();
 
-// Finds host, local ranks and threads, and sets the threads. Threads are `cpus_per_rank` if that is above 0, else
-// this rank's share of the processors that it may run on. Every rank calls it.
+// Finds host, local ranks and threads, and sets the threads. Threads are `cpus_per_rank` if that is
+// above 0, else this rank's share of the processors that it may run on. Every rank calls it.
 Machine SetUpMachine(Communicator& communicator, int cpus_per_rank);
 
-// Billions of operations per second and thread of a matrix product. Below kSlowGflops it is the reference BLAS,
-// which is some ten times slower than OpenBLAS.
+// Billions of operations per second and thread of a matrix product. Below kSlowGflops it is the
+// reference BLAS, which is some ten times slower than OpenBLAS.
 double MeasureBlas();
 inline constexpr double kSlowGflops = 6;
 std::string SlowBlasWarning(double gflops);

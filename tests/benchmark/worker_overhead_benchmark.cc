@@ -1,5 +1,6 @@
-// What the worker's training loop costs beside a bare LibTorch loop with the same network, data, optimiser and
-// threads, in one process and turn by turn; and what a second rank brings. One thread per rank throughout.
+// What the worker's training loop costs beside a bare LibTorch loop with the same network, data,
+// optimiser and threads, in one process and turn by turn; and what a second rank brings. One thread
+// per rank throughout.
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/wait.h>
@@ -15,8 +16,8 @@
 #include <string>
 #include <vector>
 
-#include <nlohmann/json.hpp>
 #include <torch/torch.h>
+#include <nlohmann/json.hpp>
 
 #include "agent/worker/checkpoint/checkpoint.h"
 #include "agent/worker/data/dataset.h"
@@ -45,36 +46,41 @@ struct Case {
 };
 
 Json Job(const Json& model, const Json& input_shape, int samples, int batch, int epochs) {
-  return {{"name", "overhead"},
-          {"train",
-           {{"model", model},
-            {"data", {{"synthetic", {{"samples", samples}, {"input_shape", input_shape}, {"classes", 10}}}}},
-            {"loss", "cross_entropy"},
-            {"optimizer", {{"adam", {{"lr", 1e-3}}}}},
-            {"batch", batch},
-            {"epochs", epochs}}}};
+  return {
+      {"name", "overhead"},
+      {"train",
+       {{"model", model},
+        {"data",
+         {{"synthetic", {{"samples", samples}, {"input_shape", input_shape}, {"classes", 10}}}}},
+        {"loss", "cross_entropy"},
+        {"optimizer", {{"adam", {{"lr", 1e-3}}}}},
+        {"batch", batch},
+        {"epochs", epochs}}}};
 }
 
 std::vector<Case> Cases() {
   namespace nn = torch::nn;
   return {
-      {"mlp_small", Job({{"builtin", "mlp"}, {"options", {{"hidden", {32, 32}}}}}, {16}, 16000, 8, 1),
+      {"mlp_small",
+       Job({{"builtin", "mlp"}, {"options", {{"hidden", {32, 32}}}}}, {16}, 16000, 8, 1),
        [] {
-         return nn::Sequential(nn::Flatten(), nn::Linear(16, 32), nn::ReLU(), nn::Linear(32, 32), nn::ReLU(),
-                               nn::Linear(32, 10));
+         return nn::Sequential(nn::Flatten(), nn::Linear(16, 32), nn::ReLU(), nn::Linear(32, 32),
+                               nn::ReLU(), nn::Linear(32, 10));
        }},
-      {"mlp_large", Job({{"builtin", "mlp"}, {"options", {{"hidden", {1024, 1024}}}}}, {784}, 6400, 64, 1),
+      {"mlp_large",
+       Job({{"builtin", "mlp"}, {"options", {{"hidden", {1024, 1024}}}}}, {784}, 6400, 64, 1),
        [] {
-         return nn::Sequential(nn::Flatten(), nn::Linear(784, 1024), nn::ReLU(), nn::Linear(1024, 1024),
-                               nn::ReLU(), nn::Linear(1024, 10));
+         return nn::Sequential(nn::Flatten(), nn::Linear(784, 1024), nn::ReLU(),
+                               nn::Linear(1024, 1024), nn::ReLU(), nn::Linear(1024, 10));
        }},
       {"cnn", Job({{"builtin", "cnn"}}, {1, 28, 28}, 4096, 64, 1),
        [] {
          return nn::Sequential(nn::Conv2d(nn::Conv2dOptions(1, 16, 3).padding(1)), nn::MaxPool2d(2),
                                nn::ReLU(nn::ReLUOptions(true)),
-                               nn::Conv2d(nn::Conv2dOptions(16, 32, 3).padding(1)), nn::MaxPool2d(2),
-                               nn::ReLU(nn::ReLUOptions(true)), nn::Flatten(), nn::Linear(32 * 7 * 7, 128),
-                               nn::ReLU(nn::ReLUOptions(true)), nn::Dropout(0.25), nn::Linear(128, 10));
+                               nn::Conv2d(nn::Conv2dOptions(16, 32, 3).padding(1)),
+                               nn::MaxPool2d(2), nn::ReLU(nn::ReLUOptions(true)), nn::Flatten(),
+                               nn::Linear(32 * 7 * 7, 128), nn::ReLU(nn::ReLUOptions(true)),
+                               nn::Dropout(0.25), nn::Linear(128, 10));
        }},
   };
 }
@@ -90,7 +96,9 @@ using itwin::benchmark::PrintFigure;
 class BareLoop {
  public:
   BareLoop(const Case& c, const TrainSpec& spec, const Dataset& dataset)
-      : net_(c.bare()), optimizer_(net_->parameters(), torch::optim::AdamOptions(1e-3)), batch_(spec.batch) {
+      : net_(c.bare()),
+        optimizer_(net_->parameters(), torch::optim::AdamOptions(1e-3)),
+        batch_(spec.batch) {
     std::vector<int64_t> all(static_cast<size_t>(dataset.size(Split::kTrain)));
     for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int64_t>(i);
     Batch whole = dataset.Gather(Split::kTrain, all);
@@ -102,10 +110,11 @@ class BareLoop {
     const torch::Tensor order = torch::randperm(input_.size(0));
     double sum = 0;
     for (int64_t first = 0; first < input_.size(0); first += batch_) {
-      const torch::Tensor indices = order.narrow(0, first, std::min(batch_, input_.size(0) - first));
+      const torch::Tensor indices =
+          order.narrow(0, first, std::min(batch_, input_.size(0) - first));
       optimizer_.zero_grad();
-      torch::Tensor loss = torch::nn::functional::cross_entropy(net_->forward(input_.index_select(0, indices)),
-                                                                target_.index_select(0, indices));
+      torch::Tensor loss = torch::nn::functional::cross_entropy(
+          net_->forward(input_.index_select(0, indices)), target_.index_select(0, indices));
       loss.backward();
       optimizer_.step();
       sum += loss.item<double>();  // what one would log
@@ -120,7 +129,8 @@ class BareLoop {
   torch::Tensor input_, target_;
 };
 
-// The worker's loop with everything on: metrics file, progress, hashes. The checkpoint at the end is outside.
+// The worker's loop with everything on: metrics file, progress, hashes. The checkpoint at the end
+// is outside.
 double WorkerEpoch(const TrainSpec& spec, const Dataset& dataset, const fs::path& directory) {
   SelfCommunicator self;
   const std::unique_ptr<Model> model = MakeModel(spec, dataset, directory);
@@ -146,9 +156,11 @@ double ProgramRate(const Json& job, int ranks, const fs::path& directory) {
   std::ofstream(directory / "job.json") << job.dump();
   const char* bin = std::getenv("ITWIN_BIN");
   itwin::testing::Program program(
-      {"mpirun", "-n", std::to_string(ranks), "--oversubscribe", (bin == nullptr ? std::string("bin") : bin) + "/itwin-worker",
-       "--spec", (directory / "job.json").string(), "--spool", (directory / "spool").string()},
-      {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}}, directory / "log");
+      {"mpirun", "-n", std::to_string(ranks), "--oversubscribe",
+       (bin == nullptr ? std::string("bin") : bin) + "/itwin-worker", "--spec",
+       (directory / "job.json").string(), "--spool", (directory / "spool").string()},
+      {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}},
+      directory / "log");
   if (program.Wait(std::chrono::seconds(300)) != 0) {
     std::fprintf(stderr, "%s\n", program.Output().c_str());
     return 0;
@@ -189,8 +201,8 @@ int Main() {
       theirs.push_back(b);
       ratios.push_back(a / b);
     }
-    PrintFigure("worker_samples_per_second_" + c.name, Median(ours), "samples/s", Median(theirs), kRounds,
-                Median(ratios));
+    PrintFigure("worker_samples_per_second_" + c.name, Median(ours), "samples/s", Median(theirs),
+                kRounds, Median(ratios));
   }
 
   // A second rank, with the same batch per rank (weak) and with the same batch in all (strong).

@@ -1,4 +1,5 @@
-// Runs a real program with an environment of its own, for tests that have no absl: starts, signals, waits.
+// Runs a real program with an environment of its own, for tests that have no absl: starts, signals,
+// waits.
 #pragma once
 
 #include <fcntl.h>
@@ -21,7 +22,8 @@ extern char** environ;
 
 namespace itwin::testing {
 
-// Looks again every few milliseconds until the predicate holds or the time is over. Returns whether it held.
+// Looks again every few milliseconds until the predicate holds or the time is over. Returns whether
+// it held.
 inline bool PollUntil(const std::function<bool()>& predicate,
                       std::chrono::seconds limit = std::chrono::seconds(60)) {
   const auto deadline = std::chrono::steady_clock::now() + limit;
@@ -53,9 +55,12 @@ class Program {
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
     posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0);
-    posix_spawn_file_actions_addopen(&actions, 1, output_.c_str(), O_WRONLY | O_CREAT | O_APPEND, 0644);
+    posix_spawn_file_actions_addopen(&actions, 1, output_.c_str(), O_WRONLY | O_CREAT | O_APPEND,
+                                     0644);
     posix_spawn_file_actions_adddup2(&actions, 1, 2);
-    if (posix_spawnp(&pid_, arguments[0], &actions, nullptr, arguments.data(), environment.data()) != 0) pid_ = -1;
+    if (posix_spawnp(&pid_, arguments[0], &actions, nullptr, arguments.data(),
+                     environment.data()) != 0)
+      pid_ = -1;
     posix_spawn_file_actions_destroy(&actions);
   }
   ~Program() {

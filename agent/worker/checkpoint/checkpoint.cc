@@ -53,20 +53,23 @@ std::vector<fs::path> ListSteps(const fs::path& directory) {
   for (fs::directory_iterator it(directory, error), end; !error && it != end; it.increment(error)) {
     if (const auto step = StepOf(it->path())) found.emplace_back(*step, it->path());
   }
-  std::sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  std::sort(found.begin(), found.end(),
+            [](const auto& a, const auto& b) { return a.first > b.first; });
   std::vector<fs::path> paths;
   for (auto& [step, path] : found) paths.push_back(std::move(path));
   return paths;
 }
 
 Json ReadManifest(const fs::path& step_directory) {
-  Json manifest = Json::parse(ReadWholeFile(step_directory / kManifest), nullptr, /*allow_exceptions=*/false);
+  Json manifest =
+      Json::parse(ReadWholeFile(step_directory / kManifest), nullptr, /*allow_exceptions=*/false);
   if (!manifest.is_object() || !manifest.contains("format")) {
     throw AppError((step_directory / kManifest).string() + " is not a manifest");
   }
   if (manifest["format"] != kFormat) {
-    throw AppError((step_directory / kManifest).string() + " has format " + manifest["format"].dump() +
-                   "; this worker reads format " + std::to_string(kFormat));
+    throw AppError((step_directory / kManifest).string() + " has format " +
+                   manifest["format"].dump() + "; this worker reads format " +
+                   std::to_string(kFormat));
   }
   const Json checksum = manifest.value("manifest_sha256", Json());
   manifest.erase("manifest_sha256");
@@ -84,8 +87,8 @@ void Verify(const fs::path& step_directory) {
       const fs::path path = step_directory / file.at("path").get<std::string>();
       const FileDigest digest = DigestFile(path);
       if (digest.size != file.at("size").get<int64_t>()) {
-        throw AppError(path.string() + " has " + std::to_string(digest.size) + " bytes instead of " +
-                       file.at("size").dump());
+        throw AppError(path.string() + " has " + std::to_string(digest.size) +
+                       " bytes instead of " + file.at("size").dump());
       }
       if (digest.sha256 != file.at("sha256").get<std::string>()) {
         throw AppError(path.string() + " does not have the checksum of the manifest");
@@ -177,8 +180,9 @@ fs::path CheckpointStore::Save(const CheckpointContents& contents) {
   }
   std::vector<Digest> all(communicator_.size());
   communicator_
-      .AllGather(BufferOf(std::span(reinterpret_cast<char*>(&mine), sizeof(mine))),
-                 BufferOf(std::span(reinterpret_cast<char*>(all.data()), all.size() * sizeof(Digest))))
+      .AllGather(
+          BufferOf(std::span(reinterpret_cast<char*>(&mine), sizeof(mine))),
+          BufferOf(std::span(reinterpret_cast<char*>(all.data()), all.size() * sizeof(Digest))))
       ->Wait();
   if (first) {
     for (size_t r = 0; r < all.size(); ++r) {
@@ -232,7 +236,8 @@ CheckpointContents LoadNewestCheckpoint(const fs::path& directory, Communicator&
   if (found.empty()) {
     int64_t any = static_cast<int64_t>(problems.size());
     communicator.Broadcast(BufferOf(std::span(&any, 1)), 0)->Wait();
-    if (any == 0) throw UserError("there is no checkpoint in " + directory.string() + " to go on from");
+    if (any == 0)
+      throw UserError("there is no checkpoint in " + directory.string() + " to go on from");
     throw AppError("none of the " + std::to_string(any) + " checkpoints in " + directory.string() +
                    " is sound" + (problems.empty() ? "" : "; the newest: " + problems.front()));
   }

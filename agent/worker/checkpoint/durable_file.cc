@@ -28,9 +28,11 @@ std::filesystem::path TemporaryFor(const std::filesystem::path& path) {
 void ThrowIoError(const std::string& doing, const std::filesystem::path& path, int error) {
   std::string message = doing + " " + path.string() + ": " + std::strerror(error);
   if (error == ENOSPC || error == EDQUOT) {
-    throw ResourceError(message + "; free space on this file system (or raise the quota) and start again");
+    throw ResourceError(message +
+                        "; free space on this file system (or raise the quota) and start again");
   }
-  if (error == ENOMEM || error == EFBIG || error == EMFILE || error == ENFILE) throw ResourceError(message);
+  if (error == ENOMEM || error == EFBIG || error == EMFILE || error == ENFILE)
+    throw ResourceError(message);
   throw AppError(message);
 }
 
@@ -98,7 +100,8 @@ bool CreateFileDurably(const std::filesystem::path& path, std::string_view conte
 
 void SyncDirectory(const std::filesystem::path& path) {
   const int fd = open(path.empty() ? "." : path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd < 0) return;  // some file systems do not let a directory be opened; the rename itself is done
+  if (fd < 0)
+    return;  // some file systems do not let a directory be opened; the rename itself is done
   fsync(fd);
   close(fd);
 }

@@ -7,9 +7,10 @@
 
 namespace itwin::worker {
 
-// Throws for a failed system call: ResourceError when the disk, quota or memory ran out (with what to do),
-// else AppError. `doing` reads like "cannot write"; `error` is errno.
-[[noreturn]] void ThrowIoError(const std::string& doing, const std::filesystem::path& path, int error);
+// Throws for a failed system call: ResourceError when the disk, quota or memory ran out (with what
+// to do), else AppError. `doing` reads like "cannot write"; `error` is errno.
+[[noreturn]] void ThrowIoError(const std::string& doing, const std::filesystem::path& path,
+                               int error);
 
 // Owns a file descriptor open for writing. Every failure throws as above.
 class OutputFile {
@@ -32,8 +33,8 @@ class OutputFile {
 // Temporary file, fsync, rename.
 void WriteFileDurably(const std::filesystem::path& path, std::string_view contents);
 
-// Like WriteFileDurably, but only if there is no such file yet; says whether it wrote. Of several processes
-// that try, exactly one does.
+// Like WriteFileDurably, but only if there is no such file yet; says whether it wrote. Of several
+// processes that try, exactly one does.
 bool CreateFileDurably(const std::filesystem::path& path, std::string_view contents);
 
 // Makes renames and new entries in the directory durable.

@@ -25,7 +25,7 @@ struct TypeName {
   const char* name;
 };
 constexpr TypeName kTypes[] = {
-    {at::kFloat, "F32"}, {at::kDouble, "F64"}, {at::kHalf, "F16"}, {at::kBFloat16, "BF16"},
+    {at::kFloat, "F32"}, {at::kDouble, "F64"}, {at::kHalf, "F16"},  {at::kBFloat16, "BF16"},
     {at::kLong, "I64"},  {at::kInt, "I32"},    {at::kShort, "I16"}, {at::kChar, "I8"},
     {at::kByte, "U8"},   {at::kBool, "BOOL"},
 };
@@ -72,13 +72,15 @@ void WriteSafetensors(const std::filesystem::path& path, const NamedTensors& ten
   if (!metadata.empty()) header["__metadata__"] = metadata;
   int64_t offset = 0;
   for (const auto& [name, tensor] : tensors) {
-    const auto type = std::find_if(std::begin(kTypes), std::end(kTypes),
-                                   [&](const TypeName& t) { return t.type == tensor.scalar_type(); });
+    const auto type = std::find_if(std::begin(kTypes), std::end(kTypes), [&](const TypeName& t) {
+      return t.type == tensor.scalar_type();
+    });
     if (type == std::end(kTypes)) {
       throw AppError("tensor " + name + " has an element type that safetensors does not have");
     }
     const int64_t end = offset + tensor.numel() * static_cast<int64_t>(tensor.element_size());
-    header[name] = {{"dtype", type->name}, {"shape", tensor.sizes().vec()}, {"data_offsets", {offset, end}}};
+    header[name] = {
+        {"dtype", type->name}, {"shape", tensor.sizes().vec()}, {"data_offsets", {offset, end}}};
     offset = end;
   }
   std::string text = header.dump();
@@ -130,10 +132,12 @@ NamedTensors ReadSafetensors(const std::filesystem::path& path) {
     } catch (const nlohmann::json::exception&) {
       Refuse(path, "the entry of tensor " + name + " is malformed");
     }
-    if (type == at::ScalarType::Undefined) Refuse(path, "tensor " + name + " has an unknown element type");
+    if (type == at::ScalarType::Undefined)
+      Refuse(path, "tensor " + name + " has an unknown element type");
     int64_t count = 1;
     for (int64_t size : shape) {
-      if (size < 0 || (size > 0 && count > data_size / size)) Refuse(path, "tensor " + name + " is too large");
+      if (size < 0 || (size > 0 && count > data_size / size))
+        Refuse(path, "tensor " + name + " is too large");
       count *= size;
     }
     const int64_t bytes = count * static_cast<int64_t>(c10::elementSize(type));

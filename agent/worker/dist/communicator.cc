@@ -4,10 +4,13 @@ namespace itwin::worker {
 
 int64_t SizeInBytes(const Buffer& buffer) {
   switch (buffer.type) {
-    case ElementType::kByte: return buffer.count;
-    case ElementType::kFloat32: return buffer.count * 4;
+    case ElementType::kByte:
+      return buffer.count;
+    case ElementType::kFloat32:
+      return buffer.count * 4;
     case ElementType::kInt64:
-    case ElementType::kFloat64: return buffer.count * 8;
+    case ElementType::kFloat64:
+      return buffer.count * 8;
   }
   return 0;
 }

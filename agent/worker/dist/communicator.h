@@ -1,5 +1,6 @@
-// What ranks say to each other. A collective is started by every rank of a communicator in the same order;
-// it is done when Wait() returns. Implementations: Mpi (processes), InProcess (threads, for tests), Self (one).
+// What ranks say to each other. A collective is started by every rank of a communicator in the same
+// order; it is done when Wait() returns. Implementations: Mpi (processes), InProcess (threads, for
+// tests), Self (one).
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,8 @@ inline Buffer BufferOf(std::span<char> v) {
 }
 int64_t SizeInBytes(const Buffer& buffer);
 
-// A collective that was started. Wait() may be called once, by any thread, and throws what the collective met.
+// A collective that was started. Wait() may be called once, by any thread, and throws what the
+// collective met.
 class Work {
  public:
   virtual ~Work() = default;

@@ -65,10 +65,14 @@ void InProcessGroup::Fail() {
 std::unique_ptr<Work> InProcessCommunicator::AllReduce(Buffer buffer, Reduction reduction) {
   group_.Meet(rank_, buffer, {}, [&](std::vector<Buffer>& buffers, std::vector<Buffer>&) {
     switch (buffer.type) {
-      case ElementType::kFloat32: return Reduce<float>(buffers, reduction);
-      case ElementType::kFloat64: return Reduce<double>(buffers, reduction);
-      case ElementType::kInt64: return Reduce<int64_t>(buffers, reduction);
-      case ElementType::kByte: throw AppError("bytes cannot be reduced");
+      case ElementType::kFloat32:
+        return Reduce<float>(buffers, reduction);
+      case ElementType::kFloat64:
+        return Reduce<double>(buffers, reduction);
+      case ElementType::kInt64:
+        return Reduce<int64_t>(buffers, reduction);
+      case ElementType::kByte:
+        throw AppError("bytes cannot be reduced");
     }
   });
   return std::make_unique<Done>();

@@ -18,10 +18,11 @@ class InProcessGroup {
 
   int size() const { return size_; }
 
-  // Every rank calls it; the last to arrive runs `combine` over all ranks' buffers, then all go on. Throws
-  // AppError in every rank once Fail() was called.
-  void Meet(int rank, Buffer mine, Buffer all,
-            const std::function<void(std::vector<Buffer>& mine, std::vector<Buffer>& all)>& combine);
+  // Every rank calls it; the last to arrive runs `combine` over all ranks' buffers, then all go on.
+  // Throws AppError in every rank once Fail() was called.
+  void Meet(
+      int rank, Buffer mine, Buffer all,
+      const std::function<void(std::vector<Buffer>& mine, std::vector<Buffer>& all)>& combine);
 
   // A rank that cannot go on lets the others out of Meet().
   void Fail();

@@ -22,10 +22,14 @@ constexpr int64_t kMaxElementsPerCall = 1 << 28;
 
 MPI_Datatype TypeOf(ElementType type) {
   switch (type) {
-    case ElementType::kByte: return MPI_BYTE;
-    case ElementType::kInt64: return MPI_INT64_T;
-    case ElementType::kFloat32: return MPI_FLOAT;
-    case ElementType::kFloat64: return MPI_DOUBLE;
+    case ElementType::kByte:
+      return MPI_BYTE;
+    case ElementType::kInt64:
+      return MPI_INT64_T;
+    case ElementType::kFloat32:
+      return MPI_FLOAT;
+    case ElementType::kFloat64:
+      return MPI_DOUBLE;
   }
   return MPI_DATATYPE_NULL;
 }
@@ -181,7 +185,8 @@ class ThreadedMpiCommunicator : public MpiBase {
 
   std::mutex mutex_;
   std::condition_variable started_, finished_;
-  std::deque<std::shared_ptr<State>> queue_;  // bounded by the caller: it waits for a step's buckets
+  std::deque<std::shared_ptr<State>>
+      queue_;  // bounded by the caller: it waits for a step's buckets
   bool stopping_ = false;
   std::thread thread_;  // last: it uses all of the above
 };
@@ -196,27 +201,31 @@ int TasksOfLauncher() {
 }  // namespace
 
 bool MpiWorld::Launched() {
-  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "SLURM_STEP_NUM_TASKS"}) {
+  for (const char* name :
+       {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "SLURM_STEP_NUM_TASKS"}) {
     if (std::getenv(name) != nullptr) return true;
   }
   return false;
 }
 
 MpiWorld::MpiWorld() {
-  // A collective that waits for a slower rank shall not take the processor from this rank's own computing.
+  // A collective that waits for a slower rank shall not take the processor from this rank's own
+  // computing.
   setenv("OMPI_MCA_mpi_yield_when_idle", "1", /*overwrite=*/0);
   int provided = 0;
   MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &provided);
   if (provided < MPI_THREAD_MULTIPLE) {
     throw UserError(
-        "this MPI was built without MPI_THREAD_MULTIPLE, which the worker needs for its communication "
+        "this MPI was built without MPI_THREAD_MULTIPLE, which the worker needs for its "
+        "communication "
         "thread; load an Open MPI of version 4 or later");
   }
   const int tasks = TasksOfLauncher();
   if (tasks > 1 && size() == 1) {
-    throw UserError("the launcher started " + std::to_string(tasks) +
-                    " tasks, but MPI sees only one; start with SLURM's `--mpi=pmix` or with mpirun of the "
-                    "MPI that the worker was built with");
+    throw UserError(
+        "the launcher started " + std::to_string(tasks) +
+        " tasks, but MPI sees only one; start with SLURM's `--mpi=pmix` or with mpirun of the "
+        "MPI that the worker was built with");
   }
 }
 

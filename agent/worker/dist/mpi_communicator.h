@@ -1,8 +1,9 @@
 // Ranks as MPI processes. The only code that includes mpi.h is mpi_communicator.cc.
 //
-// Open MPI does not progress a non-blocking collective by itself, so overlap needs a thread that blocks in it:
-// the *threaded* communicator queues collectives to one communication thread; the *direct* one blocks the
-// caller. Each has its own duplicated MPI communicator, so that both may be busy at once.
+// Open MPI does not progress a non-blocking collective by itself, so overlap needs a thread that
+// blocks in it: the *threaded* communicator queues collectives to one communication thread; the
+// *direct* one blocks the caller. Each has its own duplicated MPI communicator, so that both may be
+// busy at once.
 #pragma once
 
 #include <memory>
@@ -18,8 +19,8 @@ class MpiWorld {
   // Whether a launcher (mpirun, SLURM) started this process as part of a job.
   static bool Launched();
 
-  // Calls MPI_Init_thread. Throws UserError when this MPI lacks MPI_THREAD_MULTIPLE, and when the launcher
-  // started several tasks but MPI sees one (SLURM without --mpi).
+  // Calls MPI_Init_thread. Throws UserError when this MPI lacks MPI_THREAD_MULTIPLE, and when the
+  // launcher started several tasks but MPI sees one (SLURM without --mpi).
   MpiWorld();
   // Finalizes; every rank must come here. Communicators must be gone.
   ~MpiWorld();
@@ -32,7 +33,8 @@ class MpiWorld {
   std::unique_ptr<Communicator> MakeThreaded();
   std::unique_ptr<Communicator> MakeDirect();
 
-  // Ends every rank of the job; the launcher's exit code becomes `exit_code`. May be called by any thread.
+  // Ends every rank of the job; the launcher's exit code becomes `exit_code`. May be called by any
+  // thread.
   [[noreturn]] static void Abort(int exit_code);
 };
 

@@ -29,14 +29,14 @@ uint64_t KilobytesOf(std::string_view meminfo, std::string_view key) {
 }
 
 NodeSample Sample() {
-  return ParseNodeSample(ReadProc("/proc/stat"), ReadProc("/proc/meminfo"), ReadProc("/proc/loadavg"),
-                         ReadProc("/proc/net/dev"));
+  return ParseNodeSample(ReadProc("/proc/stat"), ReadProc("/proc/meminfo"),
+                         ReadProc("/proc/loadavg"), ReadProc("/proc/net/dev"));
 }
 
 }  // namespace
 
-NodeSample ParseNodeSample(std::string_view stat, std::string_view meminfo, std::string_view loadavg,
-                           std::string_view net_dev) {
+NodeSample ParseNodeSample(std::string_view stat, std::string_view meminfo,
+                           std::string_view loadavg, std::string_view net_dev) {
   NodeSample sample;
   {
     std::istringstream line{std::string(stat.substr(0, stat.find('\n')))};
@@ -55,7 +55,9 @@ NodeSample ParseNodeSample(std::string_view stat, std::string_view meminfo, std:
   std::istringstream lines{std::string(net_dev)};
   for (std::string line; std::getline(lines, line);) {
     const size_t colon = line.find(':');
-    if (colon == std::string::npos || line.substr(0, colon).ends_with(" lo") || line.starts_with("lo:")) continue;
+    if (colon == std::string::npos || line.substr(0, colon).ends_with(" lo") ||
+        line.starts_with("lo:"))
+      continue;
     std::istringstream fields(line.substr(colon + 1));
     uint64_t value[9] = {};
     for (uint64_t& v : value) fields >> v;
@@ -65,7 +67,8 @@ NodeSample ParseNodeSample(std::string_view stat, std::string_view meminfo, std:
   return sample;
 }
 
-std::map<std::string, double> NodeMetrics(const NodeSample& before, const NodeSample& after, double seconds) {
+std::map<std::string, double> NodeMetrics(const NodeSample& before, const NodeSample& after,
+                                          double seconds) {
   const auto rate = [&](uint64_t from, uint64_t to) {
     return to >= from && seconds > 0 ? static_cast<double>(to - from) / seconds : 0.0;
   };
@@ -74,13 +77,14 @@ std::map<std::string, double> NodeMetrics(const NodeSample& before, const NodeSa
     metrics["node/cpu_percent"] = 100.0 * static_cast<double>(after.cpu_busy - before.cpu_busy) /
                                   static_cast<double>(after.cpu_total - before.cpu_total);
   }
-  metrics["node/memory_bytes"] =
-      static_cast<double>(after.memory_total_bytes) - static_cast<double>(after.memory_available_bytes);
+  metrics["node/memory_bytes"] = static_cast<double>(after.memory_total_bytes) -
+                                 static_cast<double>(after.memory_available_bytes);
   metrics["node/memory_total_bytes"] = static_cast<double>(after.memory_total_bytes);
   metrics["node/load"] = after.load;
   metrics["node/net_received_bytes_per_second"] =
       rate(before.network_received_bytes, after.network_received_bytes);
-  metrics["node/net_sent_bytes_per_second"] = rate(before.network_sent_bytes, after.network_sent_bytes);
+  metrics["node/net_sent_bytes_per_second"] =
+      rate(before.network_sent_bytes, after.network_sent_bytes);
   return metrics;
 }
 

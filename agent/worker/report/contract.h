@@ -22,8 +22,9 @@ struct Contract {
   std::string attempt;
 };
 
-// `spec` and `spool` are the command line's, empty when absent; the environment (ITWIN_SPEC, ITWIN_METRICS, …)
-// wins where it says something. Throws UserError when no spec or no spool can be told.
+// `spec` and `spool` are the command line's, empty when absent; the environment (ITWIN_SPEC,
+// ITWIN_METRICS, …) wins where it says something. Throws UserError when no spec or no spool can be
+// told.
 Contract ReadContract(const std::string& spec, const std::string& spool,
                       const std::function<const char*(const char*)>& environment);
 

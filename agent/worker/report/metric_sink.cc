@@ -13,7 +13,7 @@ namespace itwin::worker {
 namespace {
 
 constexpr auto kWriteInterval = std::chrono::milliseconds(10);  // at most one write(2) in this time
-constexpr size_t kMaxBufferedBytes = 4 << 20;                   // beyond, the training waits for the disk
+constexpr size_t kMaxBufferedBytes = 4 << 20;  // beyond, the training waits for the disk
 
 class LineFile : public MetricSink {
  public:
@@ -77,7 +77,8 @@ class LineFile : public MetricSink {
  private:
   static void Start(std::string& line) {
     char text[40];
-    const auto end = std::to_chars(text, text + sizeof(text), Now(), std::chars_format::fixed, 3).ptr;
+    const auto end =
+        std::to_chars(text, text + sizeof(text), Now(), std::chars_format::fixed, 3).ptr;
     line += "{\"t\":";
     line.append(text, end);
   }

@@ -1,5 +1,5 @@
-// Where points and progress go. Rank 0 has the file; the others have a sink that drops everything, so that the
-// training loop need not know its rank.
+// Where points and progress go. Rank 0 has the file; the others have a sink that drops everything,
+// so that the training loop need not know its rank.
 #pragma once
 
 #include <cstdint>
@@ -38,8 +38,9 @@ class NullMetricSink : public MetricSink {
   void Flush() override {}
 };
 
-// Appends JSON Lines (docs/worker-contract.md) in whole lines; a line is in the file a few milliseconds after it
-// was written here. When the file cannot be written, the next call throws ResourceError (disk full) or AppError.
+// Appends JSON Lines (docs/worker-contract.md) in whole lines; a line is in the file a few
+// milliseconds after it was written here. When the file cannot be written, the next call throws
+// ResourceError (disk full) or AppError.
 std::unique_ptr<MetricSink> OpenMetricFile(const std::filesystem::path& path);
 
 // A JSON number, or "NaN", "Infinity", "-Infinity" as strings.

@@ -14,18 +14,24 @@ using Json = nlohmann::ordered_json;
 
 const char* Name(Outcome outcome) {
   switch (outcome) {
-    case Outcome::kSucceeded: return "succeeded";
-    case Outcome::kFailed: return "failed";
-    case Outcome::kSaved: return "saved";
+    case Outcome::kSucceeded:
+      return "succeeded";
+    case Outcome::kFailed:
+      return "failed";
+    case Outcome::kSaved:
+      return "saved";
   }
   return "";
 }
 
 const char* Name(FailureClass failure_class) {
   switch (failure_class) {
-    case FailureClass::kUser: return "user";
-    case FailureClass::kApp: return "app";
-    case FailureClass::kResource: return "resource";
+    case FailureClass::kUser:
+      return "user";
+    case FailureClass::kApp:
+      return "app";
+    case FailureClass::kResource:
+      return "resource";
   }
   return "";
 }
@@ -42,9 +48,12 @@ int ExitCode(const Result& result) {
   if (result.outcome == Outcome::kSucceeded) return 0;
   if (result.outcome == Outcome::kSaved) return 85;
   switch (result.failure ? result.failure->failure_class : FailureClass::kApp) {
-    case FailureClass::kUser: return 2;
-    case FailureClass::kApp: return 3;
-    case FailureClass::kResource: return 4;
+    case FailureClass::kUser:
+      return 2;
+    case FailureClass::kApp:
+      return 3;
+    case FailureClass::kResource:
+      return 4;
   }
   return 3;
 }
@@ -66,7 +75,8 @@ std::string RenderResult(const Result& result) {
   json["epochs"] = result.epochs;
   json["outputs"] = Json::array();
   for (const OutputEntry& output : result.outputs) {
-    json["outputs"].push_back({{"path", output.path}, {"size", output.size}, {"sha256", output.sha256}});
+    json["outputs"].push_back(
+        {{"path", output.path}, {"size", output.size}, {"sha256", output.sha256}});
   }
   json["info"] = result.info;
   json["t"] = std::round(Now() * 1000) / 1000;
@@ -77,13 +87,16 @@ std::vector<OutputEntry> ListOutputs(const std::filesystem::path& outputs) {
   namespace fs = std::filesystem;
   std::vector<OutputEntry> entries;
   std::error_code error;
-  for (fs::recursive_directory_iterator it(outputs, error), end; !error && it != end; it.increment(error)) {
+  for (fs::recursive_directory_iterator it(outputs, error), end; !error && it != end;
+       it.increment(error)) {
     if (!it->is_regular_file(error) || it->path().extension() == ".tmp") continue;
     const FileDigest digest = DigestFile(it->path());
-    entries.push_back({it->path().lexically_relative(outputs).string(), digest.size, digest.sha256});
+    entries.push_back(
+        {it->path().lexically_relative(outputs).string(), digest.size, digest.sha256});
   }
   if (error) ThrowIoError("cannot list", outputs, error.value());
-  std::sort(entries.begin(), entries.end(), [](const auto& a, const auto& b) { return a.path < b.path; });
+  std::sort(entries.begin(), entries.end(),
+            [](const auto& a, const auto& b) { return a.path < b.path; });
   return entries;
 }
 

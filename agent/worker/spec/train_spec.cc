@@ -15,8 +15,8 @@ namespace {
 
 using Json = nlohmann::json;
 
-// One JSON object of the spec and where it stands in it. Every Get marks its key as known; Done() refuses
-// the rest.
+// One JSON object of the spec and where it stands in it. Every Get marks its key as known; Done()
+// refuses the rest.
 class Object {
  public:
   Object(const Json& json, std::string path) : json_(json), path_(std::move(path)) {
@@ -128,20 +128,27 @@ class Object {
  private:
   static std::string TypeName(const Json& json) {
     switch (json.type()) {
-      case Json::value_t::null: return "null";
-      case Json::value_t::object: return "an object";
-      case Json::value_t::array: return "a list";
-      case Json::value_t::string: return "the string " + json.dump(-1, ' ', false, Json::error_handler_t::replace);
+      case Json::value_t::null:
+        return "null";
+      case Json::value_t::object:
+        return "an object";
+      case Json::value_t::array:
+        return "a list";
+      case Json::value_t::string:
+        return "the string " + json.dump(-1, ' ', false, Json::error_handler_t::replace);
       case Json::value_t::boolean:
       case Json::value_t::number_integer:
       case Json::value_t::number_unsigned:
-      case Json::value_t::number_float: return json.dump();
+      case Json::value_t::number_float:
+        return json.dump();
       case Json::value_t::binary:
-      case Json::value_t::discarded: break;
+      case Json::value_t::discarded:
+        break;
     }
     return "something else";
   }
-  [[noreturn]] void RefuseType(const std::string& key, const Json& json, const std::string& wanted) const {
+  [[noreturn]] void RefuseType(const std::string& key, const Json& json,
+                               const std::string& wanted) const {
     Refuse(key, "is " + TypeName(json) + "; it must be " + wanted);
   }
   double Number(const std::string& key, const Json& json) const {
@@ -186,7 +193,8 @@ double ParseDuration(Object& in, const std::string& key, double fallback) {
     if (text.size() > 1 && text.back() == 's') {
       char* end = nullptr;
       const double seconds = std::strtod(text.c_str(), &end);
-      if (end == text.c_str() + text.size() - 1 && seconds > 0 && std::isfinite(seconds)) return seconds;
+      if (end == text.c_str() + text.size() - 1 && seconds > 0 && std::isfinite(seconds))
+        return seconds;
     }
   }
   in.Refuse(key, "is " + json->dump() + R"(; it must be a duration in seconds such as "1800s")");
@@ -234,11 +242,13 @@ std::optional<IndexRange> ParseRange(Object& in, const std::string& key) {
   IndexRange range;
   const char* end = text.data() + text.size();
   const auto first = std::from_chars(text.data(), end, range.first);
-  const bool dots = first.ec == std::errc() && end - first.ptr > 2 && first.ptr[0] == '.' && first.ptr[1] == '.';
+  const bool dots =
+      first.ec == std::errc() && end - first.ptr > 2 && first.ptr[0] == '.' && first.ptr[1] == '.';
   const auto last = dots ? std::from_chars(first.ptr + 2, end, range.last)
                          : std::from_chars_result{end, std::errc::invalid_argument};
   if (last.ec != std::errc() || last.ptr != end || range.first < 0 || range.last < range.first) {
-    in.Refuse(key, "is \"" + text + "\"; it must be a half-open range of sample numbers such as \"0..108\"");
+    in.Refuse(key, "is \"" + text +
+                       "\"; it must be a half-open range of sample numbers such as \"0..108\"");
   }
   return range;
 }
@@ -261,12 +271,14 @@ SplitSpec ParseSplit(const Json& json) {
 
 Transform ParseTransform(const Json& json, const std::string& path) {
   Object in(json, path);
-  const std::vector<std::string> kinds = {"standardize", "scale", "crop", "coarsen",
+  const std::vector<std::string> kinds = {"standardize",  "scale",  "crop",   "coarsen",
                                           "fill_missing", "window", "reshape"};
   const std::string kind = in.OneOf(kinds);
   in.Done();
   if (kind.empty()) {
-    in.Refuse("", "names no transform; known: standardize, scale, crop, coarsen, fill_missing, window, reshape");
+    in.Refuse("",
+              "names no transform; known: standardize, scale, crop, coarsen, fill_missing, window, "
+              "reshape");
   }
   Object body(*in.Find(kind), path + "." + kind);
   Transform result;
@@ -324,7 +336,8 @@ DataSpec ParseData(const Json& json) {
   Object in(json, "train.data");
   DataSpec d;
   const std::string source = in.OneOf({"netcdf", "idx", "npz", "npy", "csv", "synthetic"});
-  if (source.empty()) in.Refuse("", "names no source; give one of netcdf, idx, npz, npy, csv, synthetic");
+  if (source.empty())
+    in.Refuse("", "names no source; give one of netcdf, idx, npz, npy, csv, synthetic");
   const std::string at = "train.data." + source;
   if (source == "netcdf") {
     NetcdfFile s;
@@ -381,7 +394,8 @@ DataSpec ParseData(const Json& json) {
     body.Get("classes", s.classes);
     body.Done();
     body.AtLeast("samples", static_cast<double>(s.samples), 1);
-    if (s.input_shape.empty()) body.Refuse("input_shape", "is missing; give the shape of one sample");
+    if (s.input_shape.empty())
+      body.Refuse("input_shape", "is missing; give the shape of one sample");
     for (int64_t size : s.input_shape) body.AtLeast("input_shape", static_cast<double>(size), 1);
     for (int64_t size : s.target_shape) body.AtLeast("target_shape", static_cast<double>(size), 1);
     body.AtLeast("classes", static_cast<double>(s.classes), 0);
@@ -496,10 +510,12 @@ CheckpointSpec ParseCheckpoint(const Json& json) {
 void ParseTrain(const Json& json, TrainSpec& t) {
   Object in(json, "train");
   const Json* model = in.Find("model");
-  if (model == nullptr) in.Refuse("model", "is missing; give `builtin: <name>` or `torchscript: <file>`");
+  if (model == nullptr)
+    in.Refuse("model", "is missing; give `builtin: <name>` or `torchscript: <file>`");
   t.model = ParseModel(*model);
   const Json* data = in.Find("data");
-  if (data == nullptr) in.Refuse("data", "is missing; give one of netcdf, idx, npz, npy, csv, synthetic");
+  if (data == nullptr)
+    in.Refuse("data", "is missing; give one of netcdf, idx, npz, npy, csv, synthetic");
   t.data = ParseData(*data);
   in.Get("loss", t.loss);
   in.Get("metrics", t.metrics);
@@ -538,7 +554,8 @@ TrainSpec ParseSpec(const Json& job) {
   if (const Json* resources = in.Find("resources")) spec.resources = ParseResources(*resources);
   // These are the gateway's and the agent's; the worker only knows that they may stand here.
   for (const char* key : {"site", "env", "inputs", "retry", "labels"}) in.Find(key);
-  if (in.Find("command") != nullptr) in.Refuse("command", "is not for itwin-worker; it runs `train` jobs");
+  if (in.Find("command") != nullptr)
+    in.Refuse("command", "is not for itwin-worker; it runs `train` jobs");
   const Json* train = in.Find("train");
   if (train == nullptr) in.Refuse("train", "is missing; itwin-worker needs to know what to train");
   ParseTrain(*train, spec);
@@ -557,14 +574,16 @@ std::filesystem::path ResolveFile(const std::string& name, const std::filesystem
   }
   if (path.is_relative()) {
     for (const fs::path& part : path) {
-      if (part == "..") throw UserError(field + " is \"" + name + "\"; a path must not contain \"..\"");
+      if (part == "..")
+        throw UserError(field + " is \"" + name + "\"; a path must not contain \"..\"");
     }
     path = work_dir / path;
   }
   std::error_code error;
   const fs::file_status status = fs::status(path, error);
   if (!fs::exists(status)) {
-    throw UserError(field + ": there is no file \"" + name + "\" (looked for " + path.string() + ")");
+    throw UserError(field + ": there is no file \"" + name + "\" (looked for " + path.string() +
+                    ")");
   }
   if (fs::is_directory(status)) {
     throw UserError(field + ": \"" + name + "\" is a directory; it must be a file");

@@ -1,5 +1,6 @@
 // The job spec as the worker needs it: plain structs with every default filled in. They mirror
-// itwin.v1.TrainSpec (proto/itwin/v1/spec.proto says what each field means) without needing protobuf here.
+// itwin.v1.TrainSpec (proto/itwin/v1/spec.proto says what each field means) without needing
+// protobuf here.
 #pragma once
 
 #include <cstdint>
@@ -28,13 +29,19 @@ struct ModelSpec {  // exactly one of the first two is not empty
   nlohmann::json options = nlohmann::json::object();
 };
 
-struct NetcdfFile { std::string path; };
+struct NetcdfFile {
+  std::string path;
+};
 struct IdxFiles {
   std::string train_images, train_labels;
   std::string test_images, test_labels;  // both or neither
 };
-struct NpzFile { std::string path; };
-struct NpyFiles { std::string input, target; };
+struct NpzFile {
+  std::string path;
+};
+struct NpyFiles {
+  std::string input, target;
+};
 struct CsvFile {
   std::string path;
   std::vector<std::string> inputs, targets;
@@ -56,18 +63,24 @@ struct SplitSpec {
   double test_fraction = 0;
 };
 
-struct Standardize { std::vector<std::string> arrays; };  // empty: every float array
+struct Standardize {
+  std::vector<std::string> arrays;
+};  // empty: every float array
 struct Scale {
   std::vector<std::string> arrays;
   double multiply = 1;  // a spec that leaves `multiply` out means 1
   double add = 0;
 };
-struct Crop { std::vector<int64_t> sizes; };
+struct Crop {
+  std::vector<int64_t> sizes;
+};
 struct Coarsen {
   int factor = 0;
   std::vector<std::string> baselines;
 };
-struct FillMissing { std::optional<double> value; };
+struct FillMissing {
+  std::optional<double> value;
+};
 struct Window {
   int length = 0;
   int horizon = 0;
@@ -121,7 +134,7 @@ struct TrainSpec {
 
   ModelSpec model;
   DataSpec data;
-  std::string loss;  // empty: the model brings its own
+  std::string loss;                  // empty: the model brings its own
   std::vector<std::string> metrics;  // empty: what fits the loss
   OptimizerSpec optimizer = Adam{};
   int64_t batch = 32;  // samples per step over all ranks together
@@ -136,15 +149,16 @@ struct TrainSpec {
   bool stop_on_nan = true;
 };
 
-// Reads a whole job spec, {"name": …, "resources": …, "train": {…}}, in protobuf JSON with the proto's field
-// names (64-bit integers may be strings, durations are "1800s", an absent field has its default). Strict: an
-// unknown key, a wrong type or a value out of range throws a UserError that names the path, such as
-// "train.optimizer.adam.lr".
+// Reads a whole job spec, {"name": …, "resources": …, "train": {…}}, in protobuf JSON with the
+// proto's field names (64-bit integers may be strings, durations are "1800s", an absent field has
+// its default). Strict: an unknown key, a wrong type or a value out of range throws a UserError
+// that names the path, such as "train.optimizer.adam.lr".
 TrainSpec ParseSpec(const nlohmann::json& job);
 
-// Where a file named in a spec lies: "site:<path>" is read in place, an absolute path is itself, and all else
-// is relative to the working directory (the agent has put it there). Throws a UserError naming `field` when
-// there is no such file, or when a relative path would leave the working directory.
+// Where a file named in a spec lies: "site:<path>" is read in place, an absolute path is itself,
+// and all else is relative to the working directory (the agent has put it there). Throws a
+// UserError naming `field` when there is no such file, or when a relative path would leave the
+// working directory.
 std::filesystem::path ResolveFile(const std::string& name, const std::filesystem::path& work_dir,
                                   const std::string& field);
 

@@ -7,9 +7,10 @@
 namespace itwin::worker {
 namespace {
 
-constexpr int kMeasuredBatches = 12;        // then it is decided
-constexpr double kWorthwhileShare = 0.03;   // of the step
-constexpr double kWorthwhileSeconds = 2e-4; // a hand-over between threads costs some tens of microseconds
+constexpr int kMeasuredBatches = 12;       // then it is decided
+constexpr double kWorthwhileShare = 0.03;  // of the step
+constexpr double kWorthwhileSeconds =
+    2e-4;  // a hand-over between threads costs some tens of microseconds
 
 double Seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -33,7 +34,8 @@ BatchSource::Item BatchSource::Gather(int64_t g) const {
   item.local_samples = static_cast<int64_t>(indices.size());
   item.global_samples = order_->size(g);
   if (!indices.empty()) {
-    item.batch = dataset_.Gather(Split::kTrain, std::vector<int64_t>(indices.begin(), indices.end()));
+    item.batch =
+        dataset_.Gather(Split::kTrain, std::vector<int64_t>(indices.begin(), indices.end()));
   }
   return item;
 }

@@ -1,5 +1,6 @@
-// Gives the training loop its batches in order. When gathering a batch takes a noticeable share of a step, a
-// thread gathers the next one while the loop computes; for small data that would cost more than it saves.
+// Gives the training loop its batches in order. When gathering a batch takes a noticeable share of
+// a step, a thread gathers the next one while the loop computes; for small data that would cost
+// more than it saves.
 #pragma once
 
 #include <condition_variable>
@@ -18,14 +19,15 @@ namespace itwin::worker {
 class BatchSource {
  public:
   // The dataset must outlive it.
-  BatchSource(const Dataset& dataset, int rank, int ranks) : dataset_(dataset), rank_(rank), ranks_(ranks) {}
+  BatchSource(const Dataset& dataset, int rank, int ranks)
+      : dataset_(dataset), rank_(rank), ranks_(ranks) {}
   ~BatchSource();
 
   // Goes to global batch `first` of the order, which must outlive the use of it.
   void Start(const EpochOrder& order, int64_t first);
 
   struct Item {
-    Batch batch;             // empty when local_samples is 0
+    Batch batch;  // empty when local_samples is 0
     int64_t local_samples = 0;
     int64_t global_samples = 0;
   };

@@ -14,9 +14,11 @@ namespace itwin::worker {
 void SetComputeThreads(int threads) {
   at::set_num_interop_threads(1);
   at::set_num_threads(threads);
-  // OpenBLAS has threads of its own; it reads its environment variable when it is loaded, before main.
+  // OpenBLAS has threads of its own; it reads its environment variable when it is loaded, before
+  // main.
   using Setter = void (*)(int);
-  if (auto set = reinterpret_cast<Setter>(dlsym(RTLD_DEFAULT, "openblas_set_num_threads"))) set(threads);
+  if (auto set = reinterpret_cast<Setter>(dlsym(RTLD_DEFAULT, "openblas_set_num_threads")))
+    set(threads);
 }
 
 std::string ChooseBlasKernels() {
@@ -24,10 +26,10 @@ std::string ChooseBlasKernels() {
   if (name == nullptr) return "";
 #if defined(__x86_64__)
   // Kernels without AVX2, by OpenBLAS's names.
-  static const std::set<std::string> kOld = {"Katmai",    "Coppermine", "Northwood",    "Prescott",    "Banias",
-                                             "Atom",      "Core2",      "Penryn",       "Dunnington",  "Nehalem",
-                                             "Athlon",    "Opteron",    "Opteron_SSE3", "Barcelona",   "Nano",
-                                             "Bobcat",    "Sandybridge", "Bulldozer",   "Piledriver",  "Steamroller"};
+  static const std::set<std::string> kOld = {
+      "Katmai", "Coppermine", "Northwood",   "Prescott",  "Banias",     "Atom",         "Core2",
+      "Penryn", "Dunnington", "Nehalem",     "Athlon",    "Opteron",    "Opteron_SSE3", "Barcelona",
+      "Nano",   "Bobcat",     "Sandybridge", "Bulldozer", "Piledriver", "Steamroller"};
   using Hook = void (*)();
   const auto leave = reinterpret_cast<Hook>(dlsym(RTLD_DEFAULT, "gotoblas_dynamic_quit"));
   const auto enter = reinterpret_cast<Hook>(dlsym(RTLD_DEFAULT, "gotoblas_dynamic_init"));
@@ -42,7 +44,7 @@ std::string ChooseBlasKernels() {
     if (kernels == std::string("SkylakeX") && !avx512) continue;
     setenv("OPENBLAS_CORETYPE", kernels, 1);
     leave();
-    enter();  // reads the variable
+    enter();                                    // reads the variable
     if (name() == std::string(kernels)) break;  // else this build of OpenBLAS does not have them
   }
   unsetenv("OPENBLAS_CORETYPE");

@@ -19,7 +19,8 @@ struct Ddp::Hooks {
 
   // Runs after AccumulateGrad has added into the parameter's gradient, once per backward pass.
   struct Hook : autograd::FunctionPostHook {
-    Hook(std::weak_ptr<Hooks> shared_hooks, size_t index) : hooks(std::move(shared_hooks)), parameter(index) {}
+    Hook(std::weak_ptr<Hooks> shared_hooks, size_t index)
+        : hooks(std::move(shared_hooks)), parameter(index) {}
     autograd::variable_list operator()(const autograd::variable_list& outputs,
                                        const autograd::variable_list&) override {
       const std::shared_ptr<Hooks> alive = hooks.lock();
@@ -75,11 +76,12 @@ void Ddp::OnGradientReady(size_t parameter) {
 }
 
 void Ddp::LaunchReady() {
-  // In order: all ranks must start the same collectives in the same order, whatever becomes ready first.
+  // In order: all ranks must start the same collectives in the same order, whatever becomes ready
+  // first.
   if (communicator_.size() == 1) return;
   while (next_bucket_ < missing_.size() && missing_[next_bucket_] <= 0) {
-    work_[next_bucket_] =
-        communicator_.AllReduce(BufferOfTensor(parameters_.buckets()[next_bucket_].gradients), Reduction::kSum);
+    work_[next_bucket_] = communicator_.AllReduce(
+        BufferOfTensor(parameters_.buckets()[next_bucket_].gradients), Reduction::kSum);
     ++next_bucket_;
   }
 }
@@ -95,7 +97,8 @@ void Ddp::WaitBucket(size_t bucket) {
   const auto start = std::chrono::steady_clock::now();
   work_[bucket]->Wait();
   work_[bucket].reset();
-  waited_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  waited_seconds_ +=
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 std::vector<int64_t> Ddp::Unused() const {

@@ -21,7 +21,8 @@ class WeightedSums {
   }
   void AddSamples(int64_t samples) { samples_ += samples; }
 
-  // Means over all ranks. Names are rank 0's, which always has samples; a rank without any does not know them.
+  // Means over all ranks. Names are rank 0's, which always has samples; a rank without any does not
+  // know them.
   std::map<std::string, double> Means(Communicator& communicator) const {
     std::string names;
     for (const auto& [name, sum] : sums_) names += name + '\n';
@@ -53,7 +54,8 @@ class WeightedSums {
 
 // Calls f(batch, samples) for this rank's samples of the split, in their order.
 template <typename F>
-void ForEachBatch(const Dataset& dataset, Split split, int64_t batch, const Communicator& communicator, F f) {
+void ForEachBatch(const Dataset& dataset, Split split, int64_t batch,
+                  const Communicator& communicator, F f) {
   const Slice mine = SliceOf(dataset.size(split), communicator.rank(), communicator.size());
   for (int64_t first = mine.first; first < mine.last; first += batch) {
     std::vector<int64_t> indices(static_cast<size_t>(std::min(batch, mine.last - first)));
@@ -70,8 +72,8 @@ std::string RootName(const std::string& metric) {
   return "";
 }
 
-std::map<std::string, double> Evaluate(Model& model, const Dataset& dataset, Split split, int64_t batch,
-                                       Communicator& communicator) {
+std::map<std::string, double> Evaluate(Model& model, const Dataset& dataset, Split split,
+                                       int64_t batch, Communicator& communicator) {
   WeightedSums sums;
   ForEachBatch(dataset, split, batch, communicator, [&](const Batch& samples, int64_t count) {
     const StepOutput output = model.EvaluationStep(samples);

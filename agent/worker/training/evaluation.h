@@ -1,4 +1,5 @@
-// Metrics of a model over a whole split: every sample exactly once, means weighted by samples over all ranks.
+// Metrics of a model over a whole split: every sample exactly once, means weighted by samples over
+// all ranks.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +12,12 @@
 
 namespace itwin::worker {
 
-// Means over samples: "loss" and the model's metrics; each mean square "mse" or "<x>_mse" also as "rmse" or
-// "<x>_rmse", its root. Every rank calls it and gets the same values. The model must be in evaluation mode; the
-// split must not be empty.
-std::map<std::string, double> Evaluate(Model& model, const Dataset& dataset, Split split, int64_t batch,
-                                       Communicator& communicator);
+// Means over samples: "loss" and the model's metrics; each mean square "mse" or "<x>_mse" also as
+// "rmse" or
+// "<x>_rmse", its root. Every rank calls it and gets the same values. The model must be in
+// evaluation mode; the split must not be empty.
+std::map<std::string, double> Evaluate(Model& model, const Dataset& dataset, Split split,
+                                       int64_t batch, Communicator& communicator);
 
 // "<baseline>_rmse" over the split for each baseline of the dataset. Like Evaluate.
 std::map<std::string, double> EvaluateBaselines(const Dataset& dataset, Split split, int64_t batch,

@@ -33,7 +33,8 @@ FlatParameters::FlatParameters(const std::vector<std::pair<std::string, at::Tens
   }
   if (parameters_.empty()) {
     throw UserError(
-        "the model has no parameter that can be trained (a frozen TorchScript module has none: export it with "
+        "the model has no parameter that can be trained (a frozen TorchScript module has none: "
+        "export it with "
         "torch.jit.script and without torch.jit.freeze)");
   }
 
@@ -56,7 +57,8 @@ FlatParameters::FlatParameters(const std::vector<std::pair<std::string, at::Tens
   for (size_t b = 0; b < buckets_.size(); ++b) {
     const auto options = at::TensorOptions().dtype(buckets_[b].type);
     buckets_[b].values = at::zeros({sizes[b]}, options);
-    buckets_[b].gradients = at::zeros({sizes[b] + (b + 1 == buckets_.size() ? kStatusElements : 0)}, options);
+    buckets_[b].gradients =
+        at::zeros({sizes[b] + (b + 1 == buckets_.size() ? kStatusElements : 0)}, options);
   }
   for (size_t i = 0; i < parameters_.size(); ++i) {
     Parameter& p = parameters_[i];
@@ -98,18 +100,21 @@ StepStatus FlatParameters::ReadStatus() const {
 void FlatParameters::CheckGradientViews() const {
   for (const Parameter& p : parameters_) {
     const at::Tensor& flat = buckets_[p.bucket].gradients;
-    const char* expected = static_cast<const char*>(flat.data_ptr()) + p.offset * flat.element_size();
+    const char* expected =
+        static_cast<const char*>(flat.data_ptr()) + p.offset * flat.element_size();
     if (!p.tensor.grad().defined() || p.tensor.grad().data_ptr() != expected) {
-      throw AppError("the model replaced the gradient of parameter " + p.name +
-                     " (by zero_grad or an assignment to .grad); gradients are the worker's to clear");
+      throw AppError(
+          "the model replaced the gradient of parameter " + p.name +
+          " (by zero_grad or an assignment to .grad); gradients are the worker's to clear");
     }
   }
 }
 
 bool FlatParameters::AllFinite() const {
   for (const Bucket& b : buckets_) {
-    const bool finite = b.type == at::kFloat ? kernels::AllFinite(b.values.data_ptr<float>(), b.values.numel())
-                                             : kernels::AllFinite(b.values.data_ptr<double>(), b.values.numel());
+    const bool finite = b.type == at::kFloat
+                            ? kernels::AllFinite(b.values.data_ptr<float>(), b.values.numel())
+                            : kernels::AllFinite(b.values.data_ptr<double>(), b.values.numel());
     if (!finite) return false;
   }
   return true;

@@ -1,6 +1,7 @@
-// The trainable parameters of a model as a few flat buffers. A *bucket* is a run of parameters, in reverse order
-// of the model (gradients become ready about in that order), whose values and gradients are each one contiguous
-// tensor: one all-reduce, one optimiser loop. The model's tensors and their gradients become views into it.
+// The trainable parameters of a model as a few flat buffers. A *bucket* is a run of parameters, in
+// reverse order of the model (gradients become ready about in that order), whose values and
+// gradients are each one contiguous tensor: one all-reduce, one optimiser loop. The model's tensors
+// and their gradients become views into it.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,8 @@
 
 namespace itwin::worker {
 
-// Figures that travel with the last bucket's gradients, so that agreeing on them costs no message. Sums over
-// the ranks once that bucket is reduced.
+// Figures that travel with the last bucket's gradients, so that agreeing on them costs no message.
+// Sums over the ranks once that bucket is reduced.
 struct StepStatus {
   double loss = 0;        // local mean loss times local samples / global samples
   double not_finite = 0;  // 1 when this rank's loss is not finite
@@ -36,9 +37,9 @@ class FlatParameters {
   };
 
   // Moves the parameters' storage into the buckets. The first bucket is closed when it has reached
-  // `first_bytes`, the others at `bucket_bytes`. Parameters that need no gradient stay as they are, a tensor
-  // that appears under two names counts once. Throws UserError when there is nothing to train, or for an
-  // element type other than float32 and float64.
+  // `first_bytes`, the others at `bucket_bytes`. Parameters that need no gradient stay as they are,
+  // a tensor that appears under two names counts once. Throws UserError when there is nothing to
+  // train, or for an element type other than float32 and float64.
   FlatParameters(const std::vector<std::pair<std::string, at::Tensor>>& named, int64_t first_bytes,
                  int64_t bucket_bytes);
 
@@ -52,8 +53,8 @@ class FlatParameters {
   void WriteStatus(const StepStatus& status);
   StepStatus ReadStatus() const;
 
-  // Whether each gradient is still the view that was set; a model that replaces it cannot be averaged.
-  // Throws AppError that names the parameter.
+  // Whether each gradient is still the view that was set; a model that replaces it cannot be
+  // averaged. Throws AppError that names the parameter.
   void CheckGradientViews() const;
 
   bool AllFinite() const;

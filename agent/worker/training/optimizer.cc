@@ -18,7 +18,8 @@ constexpr int64_t kElementsPerThread = 1 << 16;  // below, a second thread does 
 std::vector<std::string> StateNames(const OptimizerSpec& spec) {
   struct Visitor {
     std::vector<std::string> operator()(const Sgd& o) const {
-      return o.momentum != 0 ? std::vector<std::string>{"momentum_buffer"} : std::vector<std::string>{};
+      return o.momentum != 0 ? std::vector<std::string>{"momentum_buffer"}
+                             : std::vector<std::string>{};
     }
     std::vector<std::string> operator()(const Adam&) const { return {"exp_avg", "exp_avg_sq"}; }
     std::vector<std::string> operator()(const AdamW&) const { return {"exp_avg", "exp_avg_sq"}; }
@@ -38,8 +39,8 @@ struct Ranges {
 };
 
 template <typename T>
-void StepRange(const OptimizerSpec& spec, const Ranges<T>& r, int64_t first, int64_t last, int64_t step,
-               double scale) {
+void StepRange(const OptimizerSpec& spec, const Ranges<T>& r, int64_t first, int64_t last,
+               int64_t step, double scale) {
   const int64_t n = last - first;
   T* p = r.values + first;
   T* g = r.gradients + first;
@@ -88,7 +89,8 @@ Optimizer::Optimizer(const OptimizerSpec& spec, FlatParameters& parameters)
     : spec_(spec), parameters_(parameters), state_names_(StateNames(spec)) {
   for (const FlatParameters::Bucket& bucket : parameters.buckets()) {
     std::vector<at::Tensor> states;
-    for (size_t s = 0; s < state_names_.size(); ++s) states.push_back(at::zeros_like(bucket.values));
+    for (size_t s = 0; s < state_names_.size(); ++s)
+      states.push_back(at::zeros_like(bucket.values));
     state_.push_back(std::move(states));
   }
 }
@@ -96,11 +98,13 @@ Optimizer::Optimizer(const OptimizerSpec& spec, FlatParameters& parameters)
 void Optimizer::StepBucket(size_t b, double gradient_scale) {
   FlatParameters::Bucket& bucket = parameters_.buckets()[b];
   const auto run = [&]<typename T>(T*) {
-    Ranges<T> ranges{bucket.values.data_ptr<T>(), bucket.gradients.data_ptr<T>(), {nullptr, nullptr}};
+    Ranges<T> ranges{
+        bucket.values.data_ptr<T>(), bucket.gradients.data_ptr<T>(), {nullptr, nullptr}};
     for (size_t s = 0; s < state_names_.size(); ++s) ranges.state[s] = state_[b][s].data_ptr<T>();
-    at::parallel_for(0, bucket.values.numel(), kElementsPerThread, [&](int64_t first, int64_t last) {
-      StepRange(spec_, ranges, first, last, step_, gradient_scale);
-    });
+    at::parallel_for(0, bucket.values.numel(), kElementsPerThread,
+                     [&](int64_t first, int64_t last) {
+                       StepRange(spec_, ranges, first, last, step_, gradient_scale);
+                     });
   };
   if (bucket.type == at::kFloat) {
     run(static_cast<float*>(nullptr));
@@ -111,7 +115,8 @@ void Optimizer::StepBucket(size_t b, double gradient_scale) {
 
 NamedTensors Optimizer::State() const {
   NamedTensors state;
-  state.emplace_back("step", at::full({1}, at::Scalar(step_), at::TensorOptions().dtype(at::kLong)));
+  state.emplace_back("step",
+                     at::full({1}, at::Scalar(step_), at::TensorOptions().dtype(at::kLong)));
   const auto& parameters = parameters_.parameters();
   for (size_t s = 0; s < state_names_.size(); ++s) {
     for (size_t i = 0; i < parameters.size(); ++i) {

@@ -1,5 +1,5 @@
-// The optimiser on flat buckets: one pass per bucket updates the parameters and clears the gradients. Formulas
-// and defaults are PyTorch's.
+// The optimiser on flat buckets: one pass per bucket updates the parameters and clears the
+// gradients. Formulas and defaults are PyTorch's.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ class Optimizer {
   // `parameters` must outlive it.
   Optimizer(const OptimizerSpec& spec, FlatParameters& parameters);
 
-  // A step is BeginStep and then StepBucket for every bucket, in any order. The gradient is multiplied by
-  // `gradient_scale` first, and is zero afterwards.
+  // A step is BeginStep and then StepBucket for every bucket, in any order. The gradient is
+  // multiplied by `gradient_scale` first, and is zero afterwards.
   void BeginStep() { ++step_; }
   void StepBucket(size_t bucket, double gradient_scale);
 
@@ -39,7 +39,8 @@ class Optimizer {
   std::vector<std::vector<at::Tensor>> state_;  // [bucket][state name], flat
 };
 
-// Square root of the sum of squares of all gradients: the same bits on every rank once they are reduced.
+// Square root of the sum of squares of all gradients: the same bits on every rank once they are
+// reduced.
 double GradientNorm(const FlatParameters& parameters);
 
 }  // namespace itwin::worker

@@ -1,5 +1,5 @@
-// Compiled with -O3 -fno-math-errno (so that sqrt is vectorised) and -ffp-contract=off: the versions for
-// different processors then give the same bits, which ranks on mixed nodes need.
+// Compiled with -O3 -fno-math-errno (so that sqrt is vectorised) and -ffp-contract=off: the
+// versions for different processors then give the same bits, which ranks on mixed nodes need.
 #include "agent/worker/training/optimizer_kernels.h"
 
 #include <cmath>
@@ -7,8 +7,8 @@
 #include <type_traits>
 
 // One version of a function per kind of processor; the loader picks.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
-    !defined(__SANITIZE_THREAD__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define ITWIN_VECTORISED __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define ITWIN_VECTORISED
@@ -19,9 +19,10 @@ namespace itwin::worker::kernels {
 namespace {
 
 template <typename T>
-ITWIN_INLINE void SgdLoop(T* __restrict p, T* __restrict g, T* __restrict buffer, int64_t n, double scale,
-                          const SgdArguments& a) {
-  const T s = static_cast<T>(scale), lr = static_cast<T>(a.lr), decay = static_cast<T>(a.weight_decay);
+ITWIN_INLINE void SgdLoop(T* __restrict p, T* __restrict g, T* __restrict buffer, int64_t n,
+                          double scale, const SgdArguments& a) {
+  const T s = static_cast<T>(scale), lr = static_cast<T>(a.lr),
+          decay = static_cast<T>(a.weight_decay);
   if (a.momentum == 0) {
     for (int64_t i = 0; i < n; ++i) {
       const T d = g[i] * s + decay * p[i];
@@ -54,8 +55,8 @@ ITWIN_INLINE void SgdLoop(T* __restrict p, T* __restrict g, T* __restrict buffer
 }
 
 template <typename T>
-ITWIN_INLINE void AdamLoop(T* __restrict p, T* __restrict g, T* __restrict m, T* __restrict v, int64_t n,
-                           double scale, const AdamArguments& a) {
+ITWIN_INLINE void AdamLoop(T* __restrict p, T* __restrict g, T* __restrict m, T* __restrict v,
+                           int64_t n, double scale, const AdamArguments& a) {
   const double correction1 = 1 - std::pow(a.beta1, static_cast<double>(a.step));
   const double correction2 = 1 - std::pow(a.beta2, static_cast<double>(a.step));
   const T s = static_cast<T>(scale), eps = static_cast<T>(a.eps);
@@ -78,10 +79,13 @@ ITWIN_INLINE void AdamLoop(T* __restrict p, T* __restrict g, T* __restrict m, T*
 }
 
 template <typename T>
-ITWIN_INLINE void RmsPropLoop(T* __restrict p, T* __restrict g, T* __restrict v, T* __restrict buffer,
-                              int64_t n, double scale, const RmsPropArguments& a) {
-  const T s = static_cast<T>(scale), lr = static_cast<T>(a.lr), decay = static_cast<T>(a.weight_decay);
-  const T alpha = static_cast<T>(a.alpha), take = static_cast<T>(1 - a.alpha), eps = static_cast<T>(a.eps);
+ITWIN_INLINE void RmsPropLoop(T* __restrict p, T* __restrict g, T* __restrict v,
+                              T* __restrict buffer, int64_t n, double scale,
+                              const RmsPropArguments& a) {
+  const T s = static_cast<T>(scale), lr = static_cast<T>(a.lr),
+          decay = static_cast<T>(a.weight_decay);
+  const T alpha = static_cast<T>(a.alpha), take = static_cast<T>(1 - a.alpha),
+          eps = static_cast<T>(a.eps);
   if (a.momentum == 0) {
     for (int64_t i = 0; i < n; ++i) {
       const T d = g[i] * s + decay * p[i];
@@ -110,7 +114,8 @@ ITWIN_INLINE double SumOfSquaresLoop(const T* g, int64_t n) {
   double sums[8] = {};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    for (int k = 0; k < 8; ++k) sums[k] += static_cast<double>(g[i + k]) * static_cast<double>(g[i + k]);
+    for (int k = 0; k < 8; ++k)
+      sums[k] += static_cast<double>(g[i + k]) * static_cast<double>(g[i + k]);
   }
   for (int k = 0; i < n; ++i, ++k) sums[k] += static_cast<double>(g[i]) * static_cast<double>(g[i]);
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
@@ -119,7 +124,8 @@ ITWIN_INLINE double SumOfSquaresLoop(const T* g, int64_t n) {
 template <typename T>
 ITWIN_INLINE bool AllFiniteLoop(const T* p, int64_t n) {
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  constexpr Bits kExponent = sizeof(T) == 4 ? Bits{0x7f800000u} : static_cast<Bits>(0x7ff0000000000000ull);
+  constexpr Bits kExponent =
+      sizeof(T) == 4 ? Bits{0x7f800000u} : static_cast<Bits>(0x7ff0000000000000ull);
   Bits bad = 0;
   for (int64_t i = 0; i < n; ++i) {
     Bits bits;
@@ -131,10 +137,12 @@ ITWIN_INLINE bool AllFiniteLoop(const T* p, int64_t n) {
 
 }  // namespace
 
-ITWIN_VECTORISED void Sgd(float* p, float* g, float* b, int64_t n, double s, const SgdArguments& a) {
+ITWIN_VECTORISED void Sgd(float* p, float* g, float* b, int64_t n, double s,
+                          const SgdArguments& a) {
   SgdLoop(p, g, b, n, s, a);
 }
-ITWIN_VECTORISED void Sgd(double* p, double* g, double* b, int64_t n, double s, const SgdArguments& a) {
+ITWIN_VECTORISED void Sgd(double* p, double* g, double* b, int64_t n, double s,
+                          const SgdArguments& a) {
   SgdLoop(p, g, b, n, s, a);
 }
 ITWIN_VECTORISED void Adam(float* p, float* g, float* m, float* v, int64_t n, double s,

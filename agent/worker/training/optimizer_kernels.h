@@ -1,5 +1,6 @@
-// One optimiser step over a flat range: reads each value once, updates it, and clears the gradient for the next
-// step. The formulas are PyTorch's; `gradient_scale` is applied first (gradient clipping).
+// One optimiser step over a flat range: reads each value once, updates it, and clears the gradient
+// for the next step. The formulas are PyTorch's; `gradient_scale` is applied first (gradient
+// clipping).
 #pragma once
 
 #include <cstdint>
@@ -21,9 +22,12 @@ struct RmsPropArguments {
 };
 
 // `momentum` may be null when the argument is 0.
-void Sgd(float* p, float* g, float* momentum, int64_t n, double gradient_scale, const SgdArguments& a);
-void Sgd(double* p, double* g, double* momentum, int64_t n, double gradient_scale, const SgdArguments& a);
-void Adam(float* p, float* g, float* m, float* v, int64_t n, double gradient_scale, const AdamArguments& a);
+void Sgd(float* p, float* g, float* momentum, int64_t n, double gradient_scale,
+         const SgdArguments& a);
+void Sgd(double* p, double* g, double* momentum, int64_t n, double gradient_scale,
+         const SgdArguments& a);
+void Adam(float* p, float* g, float* m, float* v, int64_t n, double gradient_scale,
+          const AdamArguments& a);
 void Adam(double* p, double* g, double* m, double* v, int64_t n, double gradient_scale,
           const AdamArguments& a);
 // `momentum` may be null when the argument is 0.

@@ -7,7 +7,8 @@
 namespace itwin::worker {
 namespace {
 
-// SplitMix64: own code, because the standard library's distributions differ between implementations.
+// SplitMix64: own code, because the standard library's distributions differ between
+// implementations.
 class Generator {
  public:
   explicit Generator(uint64_t seed) : state_(seed) {}

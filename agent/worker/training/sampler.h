@@ -1,5 +1,5 @@
-// Which samples a step takes: a pure function of (seed, epoch, step, rank), so that every epoch touches each
-// sample exactly once, at any number of ranks, and a run can go on anywhere.
+// Which samples a step takes: a pure function of (seed, epoch, step, rank), so that every epoch
+// touches each sample exactly once, at any number of ranks, and a run can go on anywhere.
 #pragma once
 
 #include <cstdint>
@@ -14,11 +14,12 @@ struct Slice {  // half-open
   int64_t size() const { return last - first; }
 };
 
-// The part of `count` things that is `rank`'s: contiguous, sizes differ by at most one, the first ranks have more.
+// The part of `count` things that is `rank`'s: contiguous, sizes differ by at most one, the first
+// ranks have more.
 Slice SliceOf(int64_t count, int rank, int ranks);
 
-// The order of one epoch. Global batch g is elements [g * batch, (g + 1) * batch) of a permutation of all
-// samples; the last may be smaller. A rank takes its slice of each.
+// The order of one epoch. Global batch g is elements [g * batch, (g + 1) * batch) of a permutation
+// of all samples; the last may be smaller. A rank takes its slice of each.
 class EpochOrder {
  public:
   EpochOrder(int64_t samples, int64_t batch, uint64_t seed, int64_t epoch);

@@ -1,5 +1,5 @@
-// Whether this run has been asked to save and end: by the stop file, by a signal, or because the wall limit is
-// near.
+// Whether this run has been asked to save and end: by the stop file, by a signal, or because the
+// wall limit is near.
 #pragma once
 
 #include <filesystem>
@@ -13,8 +13,8 @@ class StopRequest {
   // `file` may be empty: it is then not looked for (ranks beyond the first leave that to rank 0).
   StopRequest(std::filesystem::path file, std::optional<double> deadline);
 
-  // True once asked; stays true. `reserve_seconds` is how long before the deadline saving must begin. Cheap: the
-  // file is looked for at most four times a second.
+  // True once asked; stays true. `reserve_seconds` is how long before the deadline saving must
+  // begin. Cheap: the file is looked for at most four times a second.
   bool Poll(double reserve_seconds);
 
   // Why, as a sentence's beginning: "the stop file appeared". Empty when not asked.

@@ -17,10 +17,10 @@
 namespace itwin::worker {
 namespace {
 
-constexpr double kProgressSeconds = 0.25;     // between progress lines
-constexpr double kPrintSeconds = 0.25;        // between lines for people
-constexpr double kReserveSeconds = 5;         // kept before the deadline beside the measured save time
-constexpr double kFirstSaveSeconds = 10;      // a save's assumed time before one was measured
+constexpr double kProgressSeconds = 0.25;  // between progress lines
+constexpr double kPrintSeconds = 0.25;     // between lines for people
+constexpr double kReserveSeconds = 5;      // kept before the deadline beside the measured save time
+constexpr double kFirstSaveSeconds = 10;   // a save's assumed time before one was measured
 constexpr double kMegabyte = 1 << 20;
 constexpr char kGenerator[] = "random_generator";
 constexpr char kBuffer[] = "buffer/";
@@ -42,11 +42,11 @@ at::Generator Generator() { return at::detail::getDefaultCPUGenerator(); }
 // Times of this attempt, on this rank.
 struct TrainingLoop::Clock {
   double start = Seconds();
-  double training = 0;         // in steps
-  int64_t samples = 0;         // trained
+  double training = 0;  // in steps
+  int64_t samples = 0;  // trained
   double longest_step = 0;
-  double save = -1;            // the longest save
-  double evaluation = 0;       // the longest evaluation
+  double save = -1;       // the longest save
+  double evaluation = 0;  // the longest evaluation
   double total_evaluation = 0;
   // Since the epoch's start.
   double epoch_training = 0, epoch_data_wait = 0, epoch_communication_wait = 0;
@@ -60,7 +60,8 @@ struct TrainingLoop::Clock {
 
 std::string HashSpec(const nlohmann::json& job) {
   nlohmann::json train = job.value("train", nlohmann::json::object());
-  for (const char* key : {"epochs", "steps", "validate_every", "checkpoint", "metrics"}) train.erase(key);
+  for (const char* key : {"epochs", "steps", "validate_every", "checkpoint", "metrics"})
+    train.erase(key);
   return Sha256Hex(train.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
 }
 
@@ -70,7 +71,8 @@ TrainingLoop::TrainingLoop(const TrainingSetup& setup)
       model_(setup.model),
       rank_(setup.control.rank()),
       ranks_(setup.control.size()),
-      parameters_(setup.model.parameters(), static_cast<int64_t>(spec_.ddp.first_bucket_mb * kMegabyte),
+      parameters_(setup.model.parameters(),
+                  static_cast<int64_t>(spec_.ddp.first_bucket_mb * kMegabyte),
                   static_cast<int64_t>(spec_.ddp.bucket_mb * kMegabyte)),
       ddp_(parameters_, setup.gradients, spec_.ddp.overlap),
       optimizer_(spec_.optimizer, parameters_),
@@ -85,7 +87,8 @@ TrainingLoop::~TrainingLoop() = default;
 void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
   if (checkpoint.spec_sha256 != setup_.spec_sha256) {
     throw UserError(
-        "the checkpoint belongs to another job: model, data, optimizer, batch and seed must be the same to go on");
+        "the checkpoint belongs to another job: model, data, optimizer, batch and seed must be the "
+        "same to go on");
   }
   LoadWeights(model_, checkpoint.weights);
   optimizer_.LoadState(checkpoint.optimizer);
@@ -100,12 +103,13 @@ void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
       }
     }
   } else {
-    Generator().set_current_seed(
-        MixSeed(spec_.seed, MixSeed(static_cast<uint64_t>(position_.step), static_cast<uint64_t>(rank_) + 1)));
+    Generator().set_current_seed(MixSeed(spec_.seed, MixSeed(static_cast<uint64_t>(position_.step),
+                                                             static_cast<uint64_t>(rank_) + 1)));
   }
   saved_step_ = position_.step;
   if (HashWeights(model_) != checkpoint.weights_sha256) {
-    throw AppError("the weights read from the checkpoint do not have the hash they were saved with");
+    throw AppError(
+        "the weights read from the checkpoint do not have the hash they were saved with");
   }
 }
 
@@ -119,7 +123,8 @@ TrainingOutcome TrainingLoop::Run() {
   if (stopped) {
     Save();
     outcome.saved = true;
-    outcome.message = setup_.stop.reason().empty() ? "another rank was asked to stop" : setup_.stop.reason();
+    outcome.message =
+        setup_.stop.reason().empty() ? "another rank was asked to stop" : setup_.stop.reason();
     outcome.message += Text("; saved at step %lld", static_cast<long long>(position_.step));
     setup_.print(outcome.message);
   } else {
@@ -141,7 +146,8 @@ bool TrainingLoop::RunEpoch() {
   const double data_wait = batches_.waited_seconds();
   const double communication_wait = ddp_.waited_seconds();
   model_.Train(true);
-  while (position_.next_batch < order_->batches() && !(spec_.steps > 0 && position_.step >= spec_.steps)) {
+  while (position_.next_batch < order_->batches() &&
+         !(spec_.steps > 0 && position_.step >= spec_.steps)) {
     if (!Step()) return false;
   }
   clock_->epoch_data_wait = batches_.waited_seconds() - data_wait;
@@ -157,15 +163,16 @@ bool TrainingLoop::Step() {
   local_not_finite_ = false;
   status.stop = setup_.stop.Poll(ReserveSeconds()) ? 1 : 0;
   if (item.local_samples > 0) {
-    const double weight = static_cast<double>(item.local_samples) / static_cast<double>(item.global_samples);
+    const double weight =
+        static_cast<double>(item.local_samples) / static_cast<double>(item.global_samples);
     const at::Tensor loss = model_.TrainingStep(item.batch).loss;
     const double value = loss.item<double>();
     status.loss = value * weight;
     local_not_finite_ = !std::isfinite(value);
     status.not_finite = local_not_finite_ ? 1 : 0;
     ddp_.BeginStep(status);
-    // Each rank's mean loss counts as much as its share of the samples: the sum over ranks is then the gradient
-    // of the mean over the whole batch, however the samples are spread.
+    // Each rank's mean loss counts as much as its share of the samples: the sum over ranks is then
+    // the gradient of the mean over the whole batch, however the samples are spread.
     if (weight == 1) {
       loss.backward();
     } else {
@@ -217,17 +224,18 @@ bool TrainingLoop::Step() {
 
 void TrainingLoop::FailNotFinite() {
   std::vector<int64_t> bad(ranks_);
-  // The local losses are gone; the ranks tell each other who had a bad one. A sum of finite losses that overflows
-  // is rank 0's to report.
+  // The local losses are gone; the ranks tell each other who had a bad one. A sum of finite losses
+  // that overflows is rank 0's to report.
   int64_t mine = local_not_finite_ ? 1 : 0;
   setup_.control.AllGather(BufferOf(std::span(&mine, 1)), BufferOf(std::span(bad)))->Wait();
   const auto first = std::find(bad.begin(), bad.end(), 1);
   const int rank = first == bad.end() ? 0 : static_cast<int>(first - bad.begin());
-  WorkerError error = AppError(
-      Text("the loss is not finite at step %lld (epoch %lld) on rank %d; a smaller learning rate, `clip_norm` or "
-           "clean data may help",
-           static_cast<long long>(position_.step), static_cast<long long>(position_.epoch + 1), rank),
-      position_.step);
+  WorkerError error = AppError(Text("the loss is not finite at step %lld (epoch %lld) on rank %d; "
+                                    "a smaller learning rate, `clip_norm` or "
+                                    "clean data may help",
+                                    static_cast<long long>(position_.step),
+                                    static_cast<long long>(position_.epoch + 1), rank),
+                               position_.step);
   error.rank = rank;
   throw error;
 }
@@ -254,10 +262,12 @@ void TrainingLoop::FinishEpoch() {
   epoch_metrics_.clear();
   MetricSink::Values values;
   if (position_.epoch_samples > 0) {
-    values.emplace_back("train/loss_epoch", position_.epoch_loss_sum / static_cast<double>(position_.epoch_samples));
+    values.emplace_back("train/loss_epoch",
+                        position_.epoch_loss_sum / static_cast<double>(position_.epoch_samples));
   }
   if (clock_->epoch_training > 0) {
-    values.emplace_back("perf/samples_per_second", static_cast<double>(clock_->epoch_samples) / clock_->epoch_training);
+    values.emplace_back("perf/samples_per_second",
+                        static_cast<double>(clock_->epoch_samples) / clock_->epoch_training);
     values.emplace_back("perf/data_wait_s", clock_->epoch_data_wait);
     values.emplace_back("perf/comm_wait_s", clock_->epoch_communication_wait);
   }
@@ -273,7 +283,8 @@ void TrainingLoop::FinishEpoch() {
     const int every = spec_.checkpoint.every_epochs;
     if (every > 0 && position_.epoch % every == 0) Save();
     if (position_.epoch % spec_.validate_every == 0) {
-      EvaluateSplit(setup_.dataset.size(Split::kValidation) > 0 ? Split::kValidation : Split::kTest);
+      EvaluateSplit(setup_.dataset.size(Split::kValidation) > 0 ? Split::kValidation
+                                                                : Split::kTest);
     }
   }
   ReportProgress(/*now=*/true);
@@ -281,8 +292,9 @@ void TrainingLoop::FinishEpoch() {
   if (Done() || now - clock_->printed_at >= kPrintSeconds) {
     clock_->printed_at = now;
     std::string line = Text("epoch %lld/%d", static_cast<long long>(position_.epoch), spec_.epochs);
-    for (const char* name : {"train/loss_epoch", "validation/loss", "validation/rmse", "validation/accuracy",
-                             "test/rmse", "test/accuracy", "perf/samples_per_second"}) {
+    for (const char* name :
+         {"train/loss_epoch", "validation/loss", "validation/rmse", "validation/accuracy",
+          "test/rmse", "test/accuracy", "perf/samples_per_second"}) {
       const auto found = epoch_metrics_.find(name);
       if (found != epoch_metrics_.end()) line += Text("  %s %.5g", name, found->second);
     }
@@ -298,7 +310,8 @@ void TrainingLoop::EvaluateSplit(Split split) {
   const int64_t batch = std::max<int64_t>(1, 2 * ((spec_.batch + ranks_ - 1) / ranks_));
   model_.Train(false);
   at::NoGradGuard no_grad;
-  std::map<std::string, double> metrics = Evaluate(model_, setup_.dataset, split, batch, setup_.control);
+  std::map<std::string, double> metrics =
+      Evaluate(model_, setup_.dataset, split, batch, setup_.control);
   if (split == Split::kTest) {
     if (test_baselines_.empty()) {
       test_baselines_ = EvaluateBaselines(setup_.dataset, split, batch, setup_.control);
@@ -306,7 +319,8 @@ void TrainingLoop::EvaluateSplit(Split split) {
     for (const auto& [name, rmse] : test_baselines_) {
       metrics[name] = rmse;
       const std::string baseline = name.substr(0, name.size() - std::string("_rmse").size());
-      if (metrics.contains("rmse") && rmse > 0) metrics["ratio_to_" + baseline] = metrics["rmse"] / rmse;
+      if (metrics.contains("rmse") && rmse > 0)
+        metrics["ratio_to_" + baseline] = metrics["rmse"] / rmse;
     }
   }
   MetricSink::Values values;
@@ -321,13 +335,15 @@ void TrainingLoop::EvaluateSplit(Split split) {
 }
 
 void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
-  // Saved before the last evaluation: if that meets the wall limit, the next attempt only evaluates.
+  // Saved before the last evaluation: if that meets the wall limit, the next attempt only
+  // evaluates.
   if (saved_step_ != position_.step) Save();
   if (weights_sha256_.empty()) weights_sha256_ = CompareWeights(model_, setup_.control);
   EvaluateSplit(Split::kValidation);
   EvaluateSplit(Split::kTest);
   for (const auto& [name, value] : last_metrics_) {
-    if (name.starts_with("test/") || name.starts_with("validation/")) setup_.print(name + Text(" %.6g", value));
+    if (name.starts_with("test/") || name.starts_with("validation/"))
+      setup_.print(name + Text(" %.6g", value));
   }
   outcome.message = "";
 }
@@ -335,7 +351,8 @@ void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
 void TrainingLoop::Save() {
   const double start = Seconds();
   if (!parameters_.AllFinite()) {
-    throw AppError(Text("the weights are not finite at step %lld; they are not saved, the checkpoint before stays",
+    throw AppError(Text("the weights are not finite at step %lld; they are not saved, the "
+                        "checkpoint before stays",
                         static_cast<long long>(position_.step)),
                    position_.step);
   }
@@ -347,7 +364,8 @@ void TrainingLoop::Save() {
   weights_sha256_ = CompareWeights(model_, setup_.control);
   contents.weights_sha256 = weights_sha256_;
   contents.of_rank.emplace_back(kGenerator, Generator().get_state());
-  for (const auto& [name, tensor] : model_.parameters()) contents.weights.emplace_back(name, tensor);
+  for (const auto& [name, tensor] : model_.parameters())
+    contents.weights.emplace_back(name, tensor);
   for (const auto& [name, tensor] : model_.buffers()) {
     contents.weights.emplace_back(name, tensor);
     contents.of_rank.emplace_back(kBuffer + name, tensor);
@@ -364,7 +382,9 @@ void TrainingLoop::ReportProgress(bool now) {
   if (!now && since < kProgressSeconds) return;
   const double training = clock_->training - clock_->progress_training;
   if (training > 0.05 || clock_->rate == 0) {  // too short a time tells nothing
-    const double rate = training > 0 ? static_cast<double>(clock_->samples - clock_->progress_samples) / training : 0;
+    const double rate =
+        training > 0 ? static_cast<double>(clock_->samples - clock_->progress_samples) / training
+                     : 0;
     clock_->rate = clock_->rate == 0 ? rate : 0.5 * clock_->rate + 0.5 * rate;
     clock_->progress_training = clock_->training;
     clock_->progress_samples = clock_->samples;
@@ -379,8 +399,8 @@ void TrainingLoop::ReportProgress(bool now) {
   if (clock_->samples > 0) {
     // All time so far (evaluations, saves) spread over the steps of this attempt.
     const double per_sample = (time - clock_->start) / static_cast<double>(clock_->samples);
-    progress.seconds_left =
-        per_sample * static_cast<double>(progress.steps - progress.step) * static_cast<double>(spec_.batch);
+    progress.seconds_left = per_sample * static_cast<double>(progress.steps - progress.step) *
+                            static_cast<double>(spec_.batch);
   }
   setup_.metrics.Write(progress);
 }

@@ -32,21 +32,22 @@ struct TrainingSetup {
   MetricSink& metrics;      // of rank 0; the other ranks' drops all
   CheckpointStore& checkpoints;
   StopRequest& stop;
-  std::function<void(const std::string&)> print;  // a line for people; rank 0's prints, the others' drops it
+  // A line for people; rank 0's prints, the others' drops it.
+  std::function<void(const std::string&)> print;
   std::string spec_sha256;  // see CheckpointContents
 };
 
 struct TrainingOutcome {
   bool saved = false;  // true: stopped on request, go on from the checkpoint
   std::string message;
-  int64_t steps = 0;   // done since the very start
+  int64_t steps = 0;  // done since the very start
   int64_t epochs = 0;
   std::map<std::string, double> metrics;  // last value of each series that is no per-step series
   std::string weights_sha256;
 };
 
-// Hash of what must be the same for a checkpoint to be gone on from: the `train` part of the spec without
-// epochs, steps, evaluation and checkpointing.
+// Hash of what must be the same for a checkpoint to be gone on from: the `train` part of the spec
+// without epochs, steps, evaluation and checkpointing.
 std::string HashSpec(const nlohmann::json& job);
 
 // Used by one thread.
@@ -55,12 +56,13 @@ class TrainingLoop {
   explicit TrainingLoop(const TrainingSetup& setup);
   ~TrainingLoop();
 
-  // Goes on from a checkpoint instead of the start. Throws UserError when it is of another spec, AppError when it
-  // does not fit the model.
+  // Goes on from a checkpoint instead of the start. Throws UserError when it is of another spec,
+  // AppError when it does not fit the model.
   void Resume(const CheckpointContents& checkpoint);
 
-  // Every rank calls it. Errors that all ranks agree on (a loss that is not finite, weights that differ) are thrown
-  // on all of them; any other error is one rank's alone, and the caller must end the job.
+  // Every rank calls it. Errors that all ranks agree on (a loss that is not finite, weights that
+  // differ) are thrown on all of them; any other error is one rank's alone, and the caller must end
+  // the job.
   TrainingOutcome Run();
 
  private:

@@ -22,7 +22,8 @@ std::string HashWeights(Model& model) {
 std::string CompareWeights(Model& model, Communicator& communicator) {
   std::string mine = HashWeights(model);
   std::vector<char> all(mine.size() * communicator.size());
-  communicator.AllGather(BufferOf(std::span(mine.data(), mine.size())), BufferOf(std::span(all)))->Wait();
+  communicator.AllGather(BufferOf(std::span(mine.data(), mine.size())), BufferOf(std::span(all)))
+      ->Wait();
   std::string differing;
   for (int r = 1; r < communicator.size(); ++r) {
     if (std::string_view(all.data() + r * mine.size(), mine.size()) !=
@@ -31,9 +32,10 @@ std::string CompareWeights(Model& model, Communicator& communicator) {
     }
   }
   if (!differing.empty()) {
-    throw AppError("the weights differ between ranks: rank " + differing +
-                   " does not have those of rank 0; results of this run cannot be trusted (faulty memory or "
-                   "network, or different libraries on the nodes)");
+    throw AppError(
+        "the weights differ between ranks: rank " + differing +
+        " does not have those of rank 0; results of this run cannot be trusted (faulty memory or "
+        "network, or different libraries on the nodes)");
   }
   return mine;
 }
@@ -43,9 +45,12 @@ void LoadWeights(Model& model, const NamedTensors& tensors) {
   const auto load = [&](const std::vector<std::pair<std::string, at::Tensor>>& targets) {
     for (const auto& [name, target] : targets) {
       const auto found = by_name.find(name);
-      if (found == by_name.end()) throw AppError("the checkpoint does not fit the model: " + name + " is missing");
-      if (found->second.sizes() != target.sizes() || found->second.scalar_type() != target.scalar_type()) {
-        throw AppError("the checkpoint does not fit the model: " + name + " has another shape or type");
+      if (found == by_name.end())
+        throw AppError("the checkpoint does not fit the model: " + name + " is missing");
+      if (found->second.sizes() != target.sizes() ||
+          found->second.scalar_type() != target.scalar_type()) {
+        throw AppError("the checkpoint does not fit the model: " + name +
+                       " has another shape or type");
       }
       target.detach().copy_(found->second);
       by_name.erase(found);
@@ -54,7 +59,8 @@ void LoadWeights(Model& model, const NamedTensors& tensors) {
   load(model.parameters());
   load(model.buffers());
   if (!by_name.empty()) {
-    throw AppError("the checkpoint does not fit the model: the model has no " + by_name.begin()->first);
+    throw AppError("the checkpoint does not fit the model: the model has no " +
+                   by_name.begin()->first);
   }
 }
 
@@ -71,7 +77,9 @@ void AverageBuffers(Model& model, Communicator& communicator) {
     } else {
       at::Tensor copy = buffer.detach().contiguous();
       communicator
-          .Broadcast({copy.data_ptr(), copy.numel() * static_cast<int64_t>(copy.element_size()), ElementType::kByte}, 0)
+          .Broadcast({copy.data_ptr(), copy.numel() * static_cast<int64_t>(copy.element_size()),
+                      ElementType::kByte},
+                     0)
           ->Wait();
       buffer.detach().copy_(copy);
     }

@@ -15,11 +15,12 @@ std::string HashWeights(Model& model);
 // Throws AppError that names the ranks whose parameters differ from rank 0's. Returns the hash.
 std::string CompareWeights(Model& model, Communicator& communicator);
 
-// Copies tensors into the model's parameters and buffers of the same names. Throws AppError when one is missing
-// or does not fit; names that the model does not have are errors, too.
+// Copies tensors into the model's parameters and buffers of the same names. Throws AppError when
+// one is missing or does not fit; names that the model does not have are errors, too.
 void LoadWeights(Model& model, const NamedTensors& tensors);
 
-// Floating-point buffers (running statistics of batch norm) become their mean over the ranks, others rank 0's.
+// Floating-point buffers (running statistics of batch norm) become their mean over the ranks,
+// others rank 0's.
 void AverageBuffers(Model& model, Communicator& communicator);
 
 }  // namespace itwin::worker

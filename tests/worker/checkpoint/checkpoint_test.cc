@@ -15,14 +15,15 @@
 namespace itwin::worker {
 namespace {
 
+using ::testing::HasSubstr;
 using testing::RunRanksOrThrow;
 using testing::Scratch;
-using ::testing::HasSubstr;
 namespace fs = std::filesystem;
 
 CheckpointContents Contents(int64_t step, int rank, int world_size) {
   CheckpointContents c;
-  c.position = {.step = step, .epoch = 3, .next_batch = 4, .epoch_loss_sum = 0.1 + 0.2, .epoch_samples = 99};
+  c.position = {
+      .step = step, .epoch = 3, .next_batch = 4, .epoch_loss_sum = 0.1 + 0.2, .epoch_samples = 99};
   c.world_size = world_size;
   c.seed = 18446744073709551615ull;
   c.spec_sha256 = "spec";
@@ -41,7 +42,8 @@ class CheckpointFiles : public ::testing::Test {
   }
   CheckpointContents Load() {
     warnings_.clear();
-    return LoadNewestCheckpoint(scratch_.path(), self_, [&](const std::string& w) { warnings_.push_back(w); });
+    return LoadNewestCheckpoint(scratch_.path(), self_,
+                                [&](const std::string& w) { warnings_.push_back(w); });
   }
   Scratch scratch_;
   SelfCommunicator self_;
@@ -63,7 +65,8 @@ TEST_F(CheckpointFiles, NewestIsReadBackExactly) {
 }
 
 TEST_F(CheckpointFiles, AnyDamagedFileFallsBackToTheOneBefore) {
-  for (const char* name : {"weights.safetensors", "optimizer.safetensors", "rank-0.safetensors", "manifest.json"}) {
+  for (const char* name :
+       {"weights.safetensors", "optimizer.safetensors", "rank-0.safetensors", "manifest.json"}) {
     for (int damage = 0; damage < 4; ++damage) {
       SaveSteps({1, 2});
       const fs::path file = scratch_ / "step-2" / name;
@@ -83,7 +86,8 @@ TEST_F(CheckpointFiles, AnyDamagedFileFallsBackToTheOneBefore) {
 TEST_F(CheckpointFiles, HalfWrittenOnesAreNotSeen) {
   SaveSteps({1});
   fs::create_directories(scratch_ / "step-2.partial");
-  WriteFileDurably(scratch_ / "step-2.partial" / "manifest.json", ReadWholeFile(scratch_ / "step-1" / "manifest.json"));
+  WriteFileDurably(scratch_ / "step-2.partial" / "manifest.json",
+                   ReadWholeFile(scratch_ / "step-1" / "manifest.json"));
   EXPECT_EQ(Load().position.step, 1);
   SaveSteps({2});  // and they are no obstacle
   EXPECT_EQ(Load().position.step, 2);
@@ -109,7 +113,8 @@ TEST_F(CheckpointFiles, NoneAndNoneSoundAreDifferentErrors) {
 
 TEST_F(CheckpointFiles, OneStepDirectoryMayBeNamedItself) {
   SaveSteps({1, 2});
-  EXPECT_EQ(LoadNewestCheckpoint(scratch_ / "step-1", self_, [](const std::string&) {}).position.step, 1);
+  EXPECT_EQ(
+      LoadNewestCheckpoint(scratch_ / "step-1", self_, [](const std::string&) {}).position.step, 1);
 }
 
 TEST_F(CheckpointFiles, KeepsTheNewest) {
@@ -123,7 +128,8 @@ TEST_F(CheckpointFiles, EachRankGetsItsOwnFileAtTheSameWorldSizeOnly) {
   RunRanksOrThrow(3, [&](Communicator&, Communicator& control) {
     CheckpointStore store(scratch_.path(), 2, control);
     store.Save(Contents(5, control.rank(), 3));
-    const CheckpointContents c = LoadNewestCheckpoint(scratch_.path(), control, [](const std::string&) {});
+    const CheckpointContents c =
+        LoadNewestCheckpoint(scratch_.path(), control, [](const std::string&) {});
     EXPECT_EQ(c.of_rank[0].second[0].item<float>(), static_cast<float>(control.rank()));
   });
   EXPECT_EQ(Load().world_size, 3);

@@ -12,8 +12,8 @@
 namespace itwin::worker {
 namespace {
 
-using testing::Scratch;
 using ::testing::HasSubstr;
+using testing::Scratch;
 
 at::Tensor Counting(std::vector<int64_t> shape, at::ScalarType type) {
   int64_t count = 1;
@@ -33,8 +33,8 @@ std::string ErrorOf(const std::filesystem::path& path) {
 TEST(Safetensors, RoundTripKeepsEverything) {
   const Scratch scratch;
   NamedTensors written;
-  for (at::ScalarType type : {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16, at::kLong, at::kInt, at::kShort,
-                              at::kChar, at::kByte, at::kBool}) {
+  for (at::ScalarType type : {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16, at::kLong,
+                              at::kInt, at::kShort, at::kChar, at::kByte, at::kBool}) {
     written.emplace_back(std::string("t \"") + c10::toString(type), Counting({2, 3}, type));
   }
   written.emplace_back("scalar", Counting({}, at::kFloat));
@@ -52,7 +52,8 @@ TEST(Safetensors, RoundTripKeepsEverything) {
 
 TEST(Safetensors, OtherReadersUnderstandIt) {
   const Scratch scratch;
-  WriteSafetensors(scratch / "a", {{"x", Counting({2, 3}, at::kFloat)}, {"y", Counting({4}, at::kLong)}});
+  WriteSafetensors(scratch / "a",
+                   {{"x", Counting({2, 3}, at::kFloat)}, {"y", Counting({4}, at::kLong)}});
   scratch.Python(R"(
 import json, struct, numpy
 data = open("a", "rb").read()
@@ -68,7 +69,8 @@ assert y["data_offsets"][1] == len(data) - 8 - n
 
 TEST(Safetensors, EveryTruncationAndEveryDamageIsFoundOrHarmless) {
   const Scratch scratch;
-  WriteSafetensors(scratch / "a", {{"x", Counting({2, 3}, at::kFloat)}, {"y", Counting({4}, at::kLong)}});
+  WriteSafetensors(scratch / "a",
+                   {{"x", Counting({2, 3}, at::kFloat)}, {"y", Counting({4}, at::kLong)}});
   const std::string whole = scratch.Read("a");
   for (size_t size = 0; size < whole.size(); ++size) {
     scratch.Write("b", whole.substr(0, size));

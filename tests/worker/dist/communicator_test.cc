@@ -17,7 +17,8 @@ void CheckCollectives(Communicator& c) {
   std::vector<float> floats = {1.0f + static_cast<float>(c.rank()), 2.0f};
   c.AllReduce(BufferOf(std::span(floats)), Reduction::kSum)->Wait();
   const int n = c.size();
-  EXPECT_EQ(floats, (std::vector<float>{static_cast<float>(n * (n + 1) / 2), 2.0f * static_cast<float>(n)}));
+  EXPECT_EQ(floats, (std::vector<float>{static_cast<float>(n * (n + 1) / 2),
+                                        2.0f * static_cast<float>(n)}));
   std::vector<int64_t> most = {c.rank(), -c.rank()};
   c.AllReduce(BufferOf(std::span(most)), Reduction::kMax)->Wait();
   EXPECT_EQ(most, (std::vector<int64_t>{n - 1, 0}));

@@ -5,13 +5,18 @@
 namespace itwin::worker {
 namespace {
 
-constexpr char kMemory[] = "MemTotal:       24680000 kB\nMemFree:  1 kB\nMemAvailable:   20000000 kB\n";
+constexpr char kMemory[] =
+    "MemTotal:       24680000 kB\nMemFree:  1 kB\nMemAvailable:   20000000 kB\n";
 constexpr char kNetwork[] =
     "Inter-|   Receive                                                |  Transmit\n"
-    " face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls\n"
-    "    lo: 5000       1    0    0    0     0          0         0     5000       1    0    0    0     0\n"
-    "  eth0: 1000      10    0    0    0     0          0         0      300      10    0    0    0     0\n"
-    "   ib0:7         10    0    0    0     0          0         0      3      10    0    0    0     0\n";
+    " face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop "
+    "fifo colls\n"
+    "    lo: 5000       1    0    0    0     0          0         0     5000       1    0    0    "
+    "0     0\n"
+    "  eth0: 1000      10    0    0    0     0          0         0      300      10    0    0    "
+    "0     0\n"
+    "   ib0:7         10    0    0    0     0          0         0      3      10    0    0    0   "
+    "  0\n";
 
 TEST(NodeMonitor, ReadsTheKernelsTexts) {
   const NodeSample sample = ParseNodeSample("cpu  100 0 50 800 50 0 0 0 0 0\ncpu0 1 2 3\n", kMemory,
@@ -27,9 +32,15 @@ TEST(NodeMonitor, ReadsTheKernelsTexts) {
 
 TEST(NodeMonitor, TurnsTwoSamplesIntoRates) {
   NodeSample before, after;
-  before = {.cpu_busy = 100, .cpu_total = 1000, .network_received_bytes = 500, .network_sent_bytes = 100};
-  after = {.cpu_busy = 250, .cpu_total = 1200, .memory_total_bytes = 100, .memory_available_bytes = 30,
-           .load = 2, .network_received_bytes = 1500, .network_sent_bytes = 50};
+  before = {
+      .cpu_busy = 100, .cpu_total = 1000, .network_received_bytes = 500, .network_sent_bytes = 100};
+  after = {.cpu_busy = 250,
+           .cpu_total = 1200,
+           .memory_total_bytes = 100,
+           .memory_available_bytes = 30,
+           .load = 2,
+           .network_received_bytes = 1500,
+           .network_sent_bytes = 50};
   const auto metrics = NodeMetrics(before, after, 2);
   EXPECT_EQ(metrics.at("node/cpu_percent"), 75);
   EXPECT_EQ(metrics.at("node/memory_bytes"), 70);

@@ -16,8 +16,8 @@ namespace {
 
 using itwin::testing::PollUntil;
 using itwin::testing::Program;
-using testing::Scratch;
 using ::testing::HasSubstr;
+using testing::Scratch;
 using Json = nlohmann::json;
 namespace fs = std::filesystem;
 
@@ -41,7 +41,8 @@ class WorkerProgram : public ::testing::Test {
     if (ranks > 0) argv = {"mpirun", "-n", std::to_string(ranks), "--oversubscribe"};
     const char* bin = std::getenv("ITWIN_BIN");
     argv.push_back((bin == nullptr ? std::string("bin") : std::string(bin)) + "/itwin-worker");
-    for (const std::string& a : {std::string("--spec"), spec.string(), std::string("--spool"), Spool(spool).string()}) {
+    for (const std::string& a :
+         {std::string("--spec"), spec.string(), std::string("--spool"), Spool(spool).string()}) {
       argv.push_back(a);
     }
     environment.insert({{"OMPI_ALLOW_RUN_AS_ROOT", "1"},
@@ -92,7 +93,8 @@ TEST_F(WorkerProgram, TrainsAloneAndUnderMpi) {
   EXPECT_EQ(two["steps"], 54);
   EXPECT_GT(two["metrics"]["test/accuracy"].get<double>(), 0.5);
   for (const Json& output : two["outputs"]) {
-    EXPECT_EQ(fs::file_size(Spool("two") / "outputs" / output["path"].get<std::string>()), output["size"]);
+    EXPECT_EQ(fs::file_size(Spool("two") / "outputs" / output["path"].get<std::string>()),
+              output["size"]);
   }
   EXPECT_EQ(Losses("two").size(), 54u);
   EXPECT_TRUE(fs::exists(Spool("two") / "checkpoints" / "step-54" / "manifest.json"));
@@ -122,9 +124,12 @@ TEST_F(WorkerProgram, StopFileSavesWith85AndTheNextAttemptEqualsTheWholeRun) {
     const Json saved = Result("first" + n);
     EXPECT_EQ(saved["outcome"], "saved");
     EXPECT_THAT(saved["message"].get<std::string>(), HasSubstr("the stop file appeared"));
-    ASSERT_EQ(Run(ranks, job, "second" + n, {{"ITWIN_RESUME", Spool("first" + n) / "checkpoints"}}), 0) << log_;
+    ASSERT_EQ(Run(ranks, job, "second" + n, {{"ITWIN_RESUME", Spool("first" + n) / "checkpoints"}}),
+              0)
+        << log_;
     EXPECT_EQ(Hash(Result("whole" + n)), Hash(Result("second" + n)));
-    EXPECT_EQ(Result("whole" + n)["metrics"]["test/loss"], Result("second" + n)["metrics"]["test/loss"]);
+    EXPECT_EQ(Result("whole" + n)["metrics"]["test/loss"],
+              Result("second" + n)["metrics"]["test/loss"]);
     // Together the attempts have each step's point once, with the whole run's value.
     auto losses = Losses("first" + n);
     for (const auto& point : Losses("second" + n)) losses.push_back(point);
@@ -177,17 +182,19 @@ TEST_F(WorkerProgram, FailureOfOneRankAloneEndsAllOfThemAtOnce) {
                                                           {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}};
   // Rank 1 has another spec: it fails while rank 0 waits for it.
   const std::string start = Spool("start");
-  Program at_start({"mpirun", "--oversubscribe", "-n", "1", worker, "--spec", good_spec, "--spool", start, ":",
-                    "-n", "1", worker, "--spec", bad_spec, "--spool", start},
+  Program at_start({"mpirun", "--oversubscribe", "-n", "1", worker, "--spec", good_spec, "--spool",
+                    start, ":", "-n", "1", worker, "--spec", bad_spec, "--spool", start},
                    environment, scratch_ / "start.log");
   EXPECT_EQ(at_start.Wait(), 2) << at_start.Output();
   EXPECT_EQ(Result("start")["failure"]["rank"], 1);
-  // Rank 1 cannot write its part of the last checkpoint: it fails while rank 0 waits for its checksum.
+  // Rank 1 cannot write its part of the last checkpoint: it fails while rank 0 waits for its
+  // checksum.
   const std::string save = Spool("save");
-  Program at_save({"mpirun", "--oversubscribe", "-n", "1", worker, "--spec", good_spec, "--spool", save, ":", "-n",
-                   "1", "-x", "ITWIN_CHECKPOINTS=" + (scratch_ / "no" / "such").string(), worker, "--spec", good_spec,
-                   "--spool", save},
-                  environment, scratch_ / "save.log");
+  Program at_save(
+      {"mpirun", "--oversubscribe", "-n", "1", worker, "--spec", good_spec, "--spool", save, ":",
+       "-n", "1", "-x", "ITWIN_CHECKPOINTS=" + (scratch_ / "no" / "such").string(), worker,
+       "--spec", good_spec, "--spool", save},
+      environment, scratch_ / "save.log");
   EXPECT_EQ(at_save.Wait(), 3) << at_save.Output();
   EXPECT_EQ(Result("save")["failure"]["rank"], 1);
   EXPECT_THAT(Result("save")["message"].get<std::string>(), HasSubstr("rank-1.safetensors"));
@@ -233,7 +240,8 @@ TEST_F(WorkerProgram, DamagedCheckpointFallsBackToTheOneBefore) {
 
 TEST_F(WorkerProgram, SelfTestAndVersion) {
   const char* bin = std::getenv("ITWIN_BIN");
-  const std::string worker = (bin == nullptr ? std::string("bin") : std::string(bin)) + "/itwin-worker";
+  const std::string worker =
+      (bin == nullptr ? std::string("bin") : std::string(bin)) + "/itwin-worker";
   const std::map<std::string, std::string> environment = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"},
                                                           {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}};
   for (const char* ranks : {"1", "3"}) {

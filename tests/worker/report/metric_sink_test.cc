@@ -54,7 +54,8 @@ TEST(MetricSink, GoesOnInAFileThatIsThere) {
 TEST(MetricSink, SpellsWhatJsonHasNoNumberFor) {
   const Scratch scratch;
   const double infinity = std::numeric_limits<double>::infinity();
-  OpenMetricFile(scratch / "m")->Write(1, {{"a\"b\n", std::nan("")}, {"p", infinity}, {"n", -infinity}});
+  OpenMetricFile(scratch / "m")
+      ->Write(1, {{"a\"b\n", std::nan("")}, {"p", infinity}, {"n", -infinity}});
   const Json metrics = Lines(scratch.Read("m"))[0]["metrics"];
   EXPECT_EQ(metrics["a\"b\n"], "NaN");
   EXPECT_EQ(metrics["p"], "Infinity");
@@ -63,11 +64,18 @@ TEST(MetricSink, SpellsWhatJsonHasNoNumberFor) {
 
 TEST(MetricSink, ProgressHasItsFields) {
   const Scratch scratch;
-  OpenMetricFile(scratch / "m")->Write(
-      {.step = 5, .steps = 10, .epoch = 1, .epochs = 2, .samples_per_second = 3.5, .seconds_left = 4.0});
+  OpenMetricFile(scratch / "m")
+      ->Write({.step = 5,
+               .steps = 10,
+               .epoch = 1,
+               .epochs = 2,
+               .samples_per_second = 3.5,
+               .seconds_left = 4.0});
   const Json progress = Lines(scratch.Read("m"))[0]["progress"];
-  EXPECT_EQ(progress, Json::parse(
-                          R"({"step":5,"steps":10,"epoch":1,"epochs":2,"samples_per_second":3.5,"seconds_left":4})"));
+  EXPECT_EQ(
+      progress,
+      Json::parse(
+          R"({"step":5,"steps":10,"epoch":1,"epochs":2,"samples_per_second":3.5,"seconds_left":4})"));
 }
 
 TEST(MetricSink, FullDiskIsAResourceError) {

@@ -12,9 +12,9 @@
 namespace itwin::worker {
 namespace {
 
+using ::testing::HasSubstr;
 using testing::Scratch;
 using testing::UserErrorOf;
-using ::testing::HasSubstr;
 using Json = nlohmann::json;
 
 TEST(Result, SaysWhatTheContractSays) {
@@ -42,7 +42,8 @@ TEST(Result, FailureHasClassRankStepAndExitCode) {
   Result result;
   result.outcome = Outcome::kFailed;
   result.message = "bad \xff byte";
-  result.failure = Failure{.failure_class = FailureClass::kResource, .rank = 1, .step = 37, .host = "n2"};
+  result.failure =
+      Failure{.failure_class = FailureClass::kResource, .rank = 1, .step = 37, .host = "n2"};
   const Json json = Json::parse(RenderResult(result));
   EXPECT_EQ(json["failure"], Json::parse(R"({"class":"resource","rank":1,"step":37,"host":"n2"})"));
   EXPECT_EQ(ExitCode(result), 4);
@@ -78,8 +79,9 @@ TEST(Contract, EnvironmentWinsOverOptions) {
   EXPECT_EQ(c.stop, "/s/stop");
   EXPECT_EQ(c.work, "/d");
   EXPECT_FALSE(c.deadline);
-  environment = {{"ITWIN_SPEC", "/e/spec.json"}, {"ITWIN_METRICS", "/e/m.jsonl"}, {"ITWIN_RESUME", "/old"},
-                 {"ITWIN_DEADLINE", "1732370000.5"}, {"ITWIN_ATTEMPT", "a-1"}, {"ITWIN_OUTPUTS", ""}};
+  environment = {{"ITWIN_SPEC", "/e/spec.json"}, {"ITWIN_METRICS", "/e/m.jsonl"},
+                 {"ITWIN_RESUME", "/old"},       {"ITWIN_DEADLINE", "1732370000.5"},
+                 {"ITWIN_ATTEMPT", "a-1"},       {"ITWIN_OUTPUTS", ""}};
   c = ReadContract("/d/j.json", "/s", get);
   EXPECT_EQ(c.spec, "/e/spec.json");
   EXPECT_EQ(c.metrics, "/e/m.jsonl");
@@ -87,7 +89,8 @@ TEST(Contract, EnvironmentWinsOverOptions) {
   EXPECT_EQ(c.resume, "/old");
   EXPECT_EQ(c.deadline, 1732370000.5);
   environment["ITWIN_DEADLINE"] = "soon";
-  EXPECT_THAT(UserErrorOf([&] { ReadContract("/d/j.json", "/s", get); }), HasSubstr("ITWIN_DEADLINE"));
+  EXPECT_THAT(UserErrorOf([&] { ReadContract("/d/j.json", "/s", get); }),
+              HasSubstr("ITWIN_DEADLINE"));
 }
 
 }  // namespace

@@ -85,17 +85,20 @@ TEST(TrainSpec, NamesTheBadField) {
   EXPECT_THAT(ErrorOf(WithTrain(R"({"epoch": 3})")), HasSubstr("train.epoch is not a known field"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"adam": {"lr": "fast"}}})")),
               HasSubstr("train.optimizer.adam.lr is the string \"fast\"; it must be a number"));
-  EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"adam": {"lr": 0}}})")), HasSubstr("train.optimizer.adam.lr"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"adam": {"lr": 0}}})")),
+              HasSubstr("train.optimizer.adam.lr"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"adam": {}, "sgd": {}}})")), HasSubstr("both"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"batch": -1})")), HasSubstr("train.batch is -1"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"batch": 1.5})")), HasSubstr("an integer"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"strategy": "zero3"})")), HasSubstr("known: single, ddp"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"model": null})")), HasSubstr("train.model is missing"));
-  EXPECT_THAT(ErrorOf(WithTrain(R"({"data": {"split": {"train": "5..2"}}})")), HasSubstr("train.data.split.train"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"data": {"split": {"train": "5..2"}}})")),
+              HasSubstr("train.data.split.train"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"data": {"split": {"train": "0-5"}}})")), HasSubstr("0..108"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"data": {"transforms": [{"coarsen": {"factor": 1}}]}})")),
               HasSubstr("train.data.transforms[0].coarsen.factor"));
-  EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"sgd": {"nesterov": true}}})")), HasSubstr("momentum"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"sgd": {"nesterov": true}}})")),
+              HasSubstr("momentum"));
   EXPECT_THAT(ErrorOf(Json::parse(R"({"name": "x"})")), HasSubstr("train is missing"));
   EXPECT_THAT(ErrorOf(Json::parse("[]")), HasSubstr("must be an object"));
   Json job = SmallJob();

@@ -16,12 +16,14 @@ namespace {
 
 constexpr int kSteps = 25;
 
-using TorchOptimizer = std::function<std::unique_ptr<torch::optim::Optimizer>(std::vector<at::Tensor>)>;
+using TorchOptimizer =
+    std::function<std::unique_ptr<torch::optim::Optimizer>(std::vector<at::Tensor>)>;
 
 std::vector<at::Tensor> MakeParameters(at::ScalarType type) {
   torch::manual_seed(5);
   std::vector<at::Tensor> parameters;
-  for (const std::vector<int64_t>& shape : {std::vector<int64_t>{33, 7}, {1}, {129}, {4, 3, 3, 3}}) {
+  for (const std::vector<int64_t>& shape :
+       {std::vector<int64_t>{33, 7}, {1}, {129}, {4, 3, 3, 3}}) {
     parameters.push_back(torch::randn(shape, torch::dtype(type)).requires_grad_());
   }
   return parameters;
@@ -29,7 +31,8 @@ std::vector<at::Tensor> MakeParameters(at::ScalarType type) {
 
 std::vector<std::pair<std::string, at::Tensor>> Named(const std::vector<at::Tensor>& parameters) {
   std::vector<std::pair<std::string, at::Tensor>> named;
-  for (size_t i = 0; i < parameters.size(); ++i) named.emplace_back("p" + std::to_string(i), parameters[i]);
+  for (size_t i = 0; i < parameters.size(); ++i)
+    named.emplace_back("p" + std::to_string(i), parameters[i]);
   return named;
 }
 
@@ -53,7 +56,8 @@ double Compare(const OptimizerSpec& spec, const TorchOptimizer& make_torch, at::
     optimizer.BeginStep();
     for (size_t b = 0; b < flat.buckets().size(); ++b) optimizer.StepBucket(b, 1.0);
     reference->step();
-    for (const at::Tensor& p : ours) EXPECT_EQ(p.grad().abs().sum().item<double>(), 0) << "gradient not cleared";
+    for (const at::Tensor& p : ours)
+      EXPECT_EQ(p.grad().abs().sum().item<double>(), 0) << "gradient not cleared";
   }
   const std::vector<at::Tensor> start = MakeParameters(type);
   double worst = 0;
@@ -90,7 +94,8 @@ TEST(Optimizer, AdamAndAdamWEqualTorch) {
   using namespace torch::optim;  // NOLINT: names as in LibTorch
   ExpectEqualToTorch(itwin::worker::Adam{}, Torch<torch::optim::Adam>(AdamOptions()));
   ExpectEqualToTorch(
-      itwin::worker::Adam{.lr = 0.01, .beta1 = 0.8, .beta2 = 0.95, .eps = 1e-6, .weight_decay = 0.1},
+      itwin::worker::Adam{
+          .lr = 0.01, .beta1 = 0.8, .beta2 = 0.95, .eps = 1e-6, .weight_decay = 0.1},
       Torch<torch::optim::Adam>(AdamOptions(0.01).betas({0.8, 0.95}).eps(1e-6).weight_decay(0.1)));
   ExpectEqualToTorch(itwin::worker::AdamW{}, Torch<torch::optim::AdamW>(AdamWOptions()));
   ExpectEqualToTorch(itwin::worker::AdamW{.lr = 0.02, .weight_decay = 0.2},
@@ -101,8 +106,9 @@ TEST(Optimizer, RmsPropEqualsTorch) {
   using torch::optim::RMSprop;
   using torch::optim::RMSpropOptions;
   ExpectEqualToTorch(RmsProp{}, Torch<RMSprop>(RMSpropOptions()));
-  ExpectEqualToTorch(RmsProp{.lr = 0.003, .alpha = 0.9, .weight_decay = 0.05, .momentum = 0.7},
-                     Torch<RMSprop>(RMSpropOptions(0.003).alpha(0.9).weight_decay(0.05).momentum(0.7)));
+  ExpectEqualToTorch(
+      RmsProp{.lr = 0.003, .alpha = 0.9, .weight_decay = 0.05, .momentum = 0.7},
+      Torch<RMSprop>(RMSpropOptions(0.003).alpha(0.9).weight_decay(0.05).momentum(0.7)));
 }
 
 TEST(Optimizer, StateMovesToOtherBuckets) {
@@ -151,7 +157,8 @@ TEST(Optimizer, GradientScaleComesFirst) {
 TEST(FlatParameters, LaysBucketsInReverseOrderAndKeepsValues) {
   std::vector<at::Tensor> p = MakeParameters(at::kFloat), copy = MakeParameters(at::kFloat);
   FlatParameters flat(Named(p), 1, 1000);
-  ASSERT_EQ(flat.buckets().size(), 2u);  // p3 alone (the first bucket is full at once), then p2, p1, p0
+  ASSERT_EQ(flat.buckets().size(),
+            2u);  // p3 alone (the first bucket is full at once), then p2, p1, p0
   EXPECT_EQ(flat.buckets()[0].parameters, (std::vector<size_t>{3}));
   EXPECT_EQ(flat.buckets()[1].parameters, (std::vector<size_t>{2, 1, 0}));
   for (size_t i = 0; i < p.size(); ++i) EXPECT_TRUE(p[i].equal(copy[i]));
@@ -180,7 +187,8 @@ TEST(FlatParameters, TiedParametersCountOnceAndFrozenOnesStay) {
   ASSERT_EQ(flat.parameters().size(), 1u);
   EXPECT_EQ(flat.parameters()[0].name, "a");
   EXPECT_THROW(FlatParameters({{"c", fixed}}, 1, 1), WorkerError);
-  EXPECT_THROW(FlatParameters({{"h", torch::ones({2}, at::kHalf).requires_grad_()}}, 1, 1), WorkerError);
+  EXPECT_THROW(FlatParameters({{"h", torch::ones({2}, at::kHalf).requires_grad_()}}, 1, 1),
+               WorkerError);
 }
 
 TEST(FlatParameters, StatusTravelsInTheLastBucket) {

@@ -10,10 +10,11 @@
 
 namespace itwin::worker::testing {
 
-// `rank_main(gradients, control)`. Returns what each rank threw (null: nothing). A rank that throws lets the others
-// out of their collectives.
+// `rank_main(gradients, control)`. Returns what each rank threw (null: nothing). A rank that throws
+// lets the others out of their collectives.
 inline std::vector<std::exception_ptr> RunRanks(
-    int size, const std::function<void(Communicator& gradients, Communicator& control)>& rank_main) {
+    int size,
+    const std::function<void(Communicator& gradients, Communicator& control)>& rank_main) {
   InProcessGroup gradients(size), control(size);
   std::vector<std::exception_ptr> errors(size);
   std::vector<std::thread> threads;
@@ -34,7 +35,8 @@ inline std::vector<std::exception_ptr> RunRanks(
 }
 
 // The same, where nothing may be thrown.
-inline void RunRanksOrThrow(int size, const std::function<void(Communicator&, Communicator&)>& rank_main) {
+inline void RunRanksOrThrow(int size,
+                            const std::function<void(Communicator&, Communicator&)>& rank_main) {
   for (const std::exception_ptr& error : RunRanks(size, rank_main)) {
     if (error) std::rethrow_exception(error);
   }

@@ -57,12 +57,14 @@ TEST(EpochOrder, DependsOnSeedAndEpochAlone) {
   // Written down: a checkpoint of one version must mean the same order in the next.
   const EpochOrder order(8, 8, 42, 0);
   const auto span = order.OfRank(0, 0, 1);
-  EXPECT_EQ(std::vector<int64_t>(span.begin(), span.end()), (std::vector<int64_t>{4, 3, 2, 1, 0, 5, 7, 6}));
+  EXPECT_EQ(std::vector<int64_t>(span.begin(), span.end()),
+            (std::vector<int64_t>{4, 3, 2, 1, 0, 5, 7, 6}));
 }
 
 TEST(EpochOrder, EveryPlaceIsEquallyLikely) {
   int counts[5] = {};
-  for (int epoch = 0; epoch < 5000; ++epoch) ++counts[EpochOrder(5, 5, 1, epoch).OfRank(0, 0, 1)[0]];
+  for (int epoch = 0; epoch < 5000; ++epoch)
+    ++counts[EpochOrder(5, 5, 1, epoch).OfRank(0, 0, 1)[0]];
   for (int count : counts) EXPECT_NEAR(count, 1000, 150);
 }
 

@@ -1,5 +1,5 @@
-// A small regression for tests of the loop: two linear layers with tanh between, float64 so that two ways of
-// adding the same gradients differ by no more than 1e-12.
+// A small regression for tests of the loop: two linear layers with tanh between, float64 so that
+// two ways of adding the same gradients differ by no more than 1e-12.
 #pragma once
 
 #include <atomic>
@@ -11,12 +11,12 @@
 #include <vector>
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/mse_loss.h>
 #include <ATen/ops/sin.h>
-#include <ATen/ops/arange.h>
-#include <ATen/ops/index_select.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
@@ -29,7 +29,11 @@ namespace itwin::worker::testing {
 inline at::Tensor Wave(std::vector<int64_t> shape, double frequency, at::ScalarType type) {
   int64_t count = 1;
   for (int64_t size : shape) count *= size;
-  return at::arange(count, at::TensorOptions().dtype(type)).mul(frequency).sin().view(shape).contiguous();
+  return at::arange(count, at::TensorOptions().dtype(type))
+      .mul(frequency)
+      .sin()
+      .view(shape)
+      .contiguous();
 }
 
 class TinyDataset : public Dataset {
@@ -40,10 +44,12 @@ class TinyDataset : public Dataset {
   int64_t size(Split split) const override { return sizes_[static_cast<int>(split)]; }
   Batch Gather(Split split, const std::vector<int64_t>& indices) const override {
     const double shift = 100.0 * static_cast<int>(split);
-    at::Tensor input = at::empty({static_cast<int64_t>(indices.size()), 4}, at::TensorOptions().dtype(at::kDouble));
+    at::Tensor input = at::empty({static_cast<int64_t>(indices.size()), 4},
+                                 at::TensorOptions().dtype(at::kDouble));
     for (size_t i = 0; i < indices.size(); ++i) {
       for (int k = 0; k < 4; ++k) {
-        input.data_ptr<double>()[4 * i + k] = std::sin(1.7 * static_cast<double>(indices[i]) + 0.9 * k + shift);
+        input.data_ptr<double>()[4 * i + k] =
+            std::sin(1.7 * static_cast<double>(indices[i]) + 0.9 * k + shift);
       }
       if (indices[i] == broken_sample && split == Split::kTrain) {
         input.data_ptr<double>()[4 * i] = std::numeric_limits<double>::quiet_NaN();
@@ -87,9 +93,9 @@ class TinyModel : public Model {
  public:
   struct Options {
     at::ScalarType type = at::kDouble;
-    bool unused = false;     // has a parameter that the loss does not use
+    bool unused = false;  // has a parameter that the loss does not use
     double dropout = 0;
-    double start = 0.7;      // of the weights; ranks may differ, rank 0's count
+    double start = 0.7;  // of the weights; ranks may differ, rank 0's count
   };
   TinyModel() : TinyModel(Options{}) {}
   explicit TinyModel(const Options& options) : options_(options) {
@@ -102,7 +108,9 @@ class TinyModel : public Model {
     mean_ = at::zeros({4}, at::TensorOptions().dtype(options.type));
   }
   std::vector<std::pair<std::string, at::Tensor>> parameters() override { return parameters_; }
-  std::vector<std::pair<std::string, at::Tensor>> buffers() override { return {{"running_mean", mean_}}; }
+  std::vector<std::pair<std::string, at::Tensor>> buffers() override {
+    return {{"running_mean", mean_}};
+  }
   StepOutput TrainingStep(const Batch& batch) override {
     // Like batch norm: a statistic that follows the local batches.
     mean_.mul_(0.9).add_(batch.at("input").mean(0), 0.1);
@@ -112,7 +120,8 @@ class TinyModel : public Model {
   StepOutput EvaluationStep(const Batch& batch) override {
     at::NoGradGuard no_grad;
     const at::Tensor mse = at::mse_loss(Forward(batch.at("input")), batch.at("target"));
-    return {.loss = mse, .metrics = {{"mse", mse}, {"samples_seen", batch.at("input").select(1, 0).mean()}}};
+    return {.loss = mse,
+            .metrics = {{"mse", mse}, {"samples_seen", batch.at("input").select(1, 0).mean()}}};
   }
   at::Tensor Predict(const at::Tensor& input) override { return Forward(input).detach(); }
   void Train(bool training) override { training_ = training; }

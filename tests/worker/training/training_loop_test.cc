@@ -17,12 +17,12 @@
 namespace itwin::worker {
 namespace {
 
+using ::testing::HasSubstr;
 using testing::RunRanks;
 using testing::RunRanksOrThrow;
 using testing::Scratch;
 using testing::TinyDataset;
 using testing::TinyModel;
-using ::testing::HasSubstr;
 using ::testing::UnorderedElementsAreArray;
 
 // Keeps every point.
@@ -83,14 +83,18 @@ struct Training {
                          .metrics = rank == 0 ? static_cast<MetricSink&>(sink) : drop,
                          .checkpoints = store,
                          .stop = stop,
-                         .print = [&](const std::string& line) {
-                           if (rank == 0) printed.push_back(line);
-                         },
+                         .print =
+                             [&](const std::string& line) {
+                               if (rank == 0) printed.push_back(line);
+                             },
                          .spec_sha256 = "spec"});
-      if (!resume.empty()) loop.Resume(LoadNewestCheckpoint(resume, control, [](const std::string&) {}));
+      if (!resume.empty())
+        loop.Resume(LoadNewestCheckpoint(resume, control, [](const std::string&) {}));
       outcomes[rank] = loop.Run();
-      for (const auto& [name, tensor] : tiny.parameters()) parameters[rank].emplace_back(name, tensor.detach().clone());
-      for (const auto& [name, tensor] : tiny.buffers()) buffers[rank].emplace_back(name, tensor.clone());
+      for (const auto& [name, tensor] : tiny.parameters())
+        parameters[rank].emplace_back(name, tensor.detach().clone());
+      for (const auto& [name, tensor] : tiny.buffers())
+        buffers[rank].emplace_back(name, tensor.clone());
     });
   }
   void GoOrThrow(const Dataset& dataset) {
@@ -138,12 +142,15 @@ TEST(TrainingLoop, RanksEqualOneProcessWithTheLargeBatch) {
     many.GoOrThrow(dataset);
     EXPECT_LT(LargestDifference(one.parameters[0], many.parameters[0]), 1e-12) << ranks << " ranks";
     for (int r = 1; r < ranks; ++r) EXPECT_TRUE(SameBits(many.parameters[0], many.parameters[r]));
-    for (const char* name : {"test/rmse", "validation/rmse", "train/loss_epoch", "test/ratio_to_zero"}) {
-      EXPECT_NEAR(one.outcomes[0].metrics.at(name), many.outcomes[0].metrics.at(name), 1e-12) << name;
+    for (const char* name :
+         {"test/rmse", "validation/rmse", "train/loss_epoch", "test/ratio_to_zero"}) {
+      EXPECT_NEAR(one.outcomes[0].metrics.at(name), many.outcomes[0].metrics.at(name), 1e-12)
+          << name;
     }
     EXPECT_EQ(many.sink.points["train/loss"].size(), 18u);
     for (size_t i = 0; i < 18; ++i) {
-      EXPECT_NEAR(one.sink.points["train/loss"][i].second, many.sink.points["train/loss"][i].second, 1e-12);
+      EXPECT_NEAR(one.sink.points["train/loss"][i].second, many.sink.points["train/loss"][i].second,
+                  1e-12);
     }
   }
 }
@@ -227,7 +234,8 @@ TEST(TrainingLoop, ScoresTheTestSplitDuringTrainingWhenThereIsNoValidation) {
   ASSERT_EQ(run.sink.points["test/rmse"].size(), 2u);  // after epoch 2, and at the end
   const auto& metrics = run.outcomes[0].metrics;
   EXPECT_NEAR(metrics.at("test/rmse") * metrics.at("test/rmse"), metrics.at("test/mse"), 1e-12);
-  EXPECT_NEAR(metrics.at("test/ratio_to_zero"), metrics.at("test/rmse") / metrics.at("test/zero_rmse"), 1e-12);
+  EXPECT_NEAR(metrics.at("test/ratio_to_zero"),
+              metrics.at("test/rmse") / metrics.at("test/zero_rmse"), 1e-12);
 }
 
 TEST(TrainingLoop, LossThatIsNotFiniteNamesStepAndRankOnEveryRankAndKeepsTheCheckpoint) {
@@ -268,22 +276,31 @@ TEST(TrainingLoop, GoesOnFromAnyStepBitForBit) {
   const TinyDataset dataset(43, 5, 6);
   for (int ranks : {1, 2, 3}) {
     const std::string name = std::to_string(ranks);
-    Training whole{.model = {.dropout = ranks == 1 ? 0.3 : 0.0}, .ranks = ranks, .checkpoints = scratch / ("w" + name)};
+    Training whole{.model = {.dropout = ranks == 1 ? 0.3 : 0.0},
+                   .ranks = ranks,
+                   .checkpoints = scratch / ("w" + name)};
     whole.spec.optimizer = AdamW{.lr = 0.01};
     whole.GoOrThrow(dataset);
     for (int64_t at : {1, 6, 10, 17}) {
       const std::filesystem::path directory = scratch / (name + "-" + std::to_string(at));
-      Training first{.spec = whole.spec, .model = whole.model, .ranks = ranks, .checkpoints = directory};
+      Training first{
+          .spec = whole.spec, .model = whole.model, .ranks = ranks, .checkpoints = directory};
       first.spec.steps = at;
       first.GoOrThrow(dataset);
-      Training second{.spec = whole.spec, .model = whole.model, .ranks = ranks, .checkpoints = directory,
-                 .resume = directory};
+      Training second{.spec = whole.spec,
+                      .model = whole.model,
+                      .ranks = ranks,
+                      .checkpoints = directory,
+                      .resume = directory};
       second.GoOrThrow(dataset);
-      EXPECT_TRUE(SameBits(whole.parameters[0], second.parameters[0])) << ranks << " ranks, from step " << at;
+      EXPECT_TRUE(SameBits(whole.parameters[0], second.parameters[0]))
+          << ranks << " ranks, from step " << at;
       EXPECT_EQ(whole.outcomes[0].weights_sha256, second.outcomes[0].weights_sha256);
       EXPECT_EQ(second.sink.points["train/loss"].front().first, at + 1);
-      EXPECT_EQ(whole.sink.points["train/loss_epoch"].back(), second.sink.points["train/loss_epoch"].back());
-      if (at % 6 == 0) {  // buffers are averaged at the end of an epoch, also of one that the step limit cut
+      EXPECT_EQ(whole.sink.points["train/loss_epoch"].back(),
+                second.sink.points["train/loss_epoch"].back());
+      if (at % 6 ==
+          0) {  // buffers are averaged at the end of an epoch, also of one that the step limit cut
         EXPECT_TRUE(SameBits(whole.buffers[0], second.buffers[0]));
       }
     }
@@ -309,14 +326,22 @@ TEST(TrainingLoop, RefusesACheckpointOfAnotherSpec) {
   Training first{.checkpoints = scratch / "c"};
   first.GoOrThrow(dataset);
   SelfCommunicator self;
-  CheckpointContents contents = LoadNewestCheckpoint(scratch / "c", self, [](const std::string&) {});
+  CheckpointContents contents =
+      LoadNewestCheckpoint(scratch / "c", self, [](const std::string&) {});
   TinyModel model;
   RecordingSink sink;
   CheckpointStore store(scratch / "c", 2, self);
   StopRequest stop("", std::nullopt);
   const TrainSpec spec = Spec();
-  TrainingLoop loop({.spec = spec, .dataset = dataset, .model = model, .gradients = self, .control = self,
-                     .metrics = sink, .checkpoints = store, .stop = stop, .print = [](const std::string&) {},
+  TrainingLoop loop({.spec = spec,
+                     .dataset = dataset,
+                     .model = model,
+                     .gradients = self,
+                     .control = self,
+                     .metrics = sink,
+                     .checkpoints = store,
+                     .stop = stop,
+                     .print = [](const std::string&) {},
                      .spec_sha256 = "another"});
   EXPECT_THROW(loop.Resume(contents), WorkerError);
 }
@@ -367,7 +392,8 @@ TEST(TrainingLoop, WeightsThatDifferNameTheRank) {
     if (control.rank() == 2) model.parameters()[1].second.detach()[3] += 1e-9;
     CompareWeights(model, control);
   });
-  for (const auto& error : errors) EXPECT_THAT(ErrorOf(error).what(), HasSubstr("rank 2 does not have"));
+  for (const auto& error : errors)
+    EXPECT_THAT(ErrorOf(error).what(), HasSubstr("rank 2 does not have"));
 }
 
 TEST(TrainingLoop, BatchesFromTheThreadAreTheSame) {
@@ -375,7 +401,8 @@ TEST(TrainingLoop, BatchesFromTheThreadAreTheSame) {
   const EpochOrder order(43, 8, 1, 0), next(43, 8, 1, 1);
   BatchSource direct(dataset, 1, 2), threaded(dataset, 1, 2);
   threaded.UseThread();
-  for (const auto& [epoch, first] : {std::pair{&order, 0}, std::pair{&next, 2}, std::pair{&order, 5}}) {
+  for (const auto& [epoch, first] :
+       {std::pair{&order, 0}, std::pair{&next, 2}, std::pair{&order, 5}}) {
     direct.Start(*epoch, first);
     threaded.Start(*epoch, first);
     for (int64_t g = first; g < epoch->batches() - (epoch == &next ? 2 : 0); ++g) {
