@@ -26,8 +26,8 @@ absl::StatusOr<JobFile> ReadJobFile(const std::string& path) {
                                                    " bytes; a job's document is small (data belong in files that it names)"));
   }
   if (!text.ok()) {
-    return absl::Status(text.status().code(),
-                        absl::StrCat("cannot read the job's file: ", text.status().message(), "; give its path, or '-'"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("cannot read the job's file: ", text.status().message(), "; give its path, or '-'"));
   }
   const std::string directory = std::filesystem::path(path).parent_path().string();
   return JobFile{.text = *std::move(text), .base_directory = standard_input || directory.empty() ? "." : directory};

@@ -12,7 +12,7 @@ struct JobFile {
   std::string text;
   std::string base_directory;  // what the paths in it are relative to
 };
-// "-" is standard input. kNotFound and the like name the file and what to do.
+// "-" is standard input. kInvalidArgument names the file and what to do.
 absl::StatusOr<JobFile> ReadJobFile(const std::string& path);
 
 // The file's spec with the overrides, checked as far as one can without a gateway. Problems name the file.

@@ -1,5 +1,6 @@
 #include <locale.h>
 #include <signal.h>
+#include <stdlib.h>
 
 #include <exception>
 #include <iostream>
@@ -9,6 +10,7 @@
 
 int main(int argc, char** argv) {
   setlocale(LC_ALL, "");
+  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);  // its own log lines; what matters is in our errors
   signal(SIGPIPE, SIG_IGN);  // `itwin logs | head` ends by a failed write
   // The door for what libraries throw.
   try {

@@ -48,11 +48,13 @@ class InterruptNotice {
 
 absl::StatusOr<int> WatchJob(Session& session, const std::string& job) {
   ITWIN_ASSIGN_OR_RETURN(client::Client gateway, session.Gateway());
-  InterruptNotice notice(job);
+  // The watch itself waits for a gateway for ever; one that was never there is an error after --timeout.
+  ITWIN_ASSIGN_OR_RETURN(const v1::Job known, gateway.Get(job));
+  InterruptNotice notice(known.id());
   std::unique_ptr<WatchView> view = session.output().Watch();
   client::WatchOptions options;
   options.on_reconnect = [&](const absl::Status& why, absl::Duration delay) { view->OnReconnect(why, delay); };
-  ITWIN_ASSIGN_OR_RETURN(v1::Job last, gateway.Watch(job, options, [&](const v1::JobUpdate& update) {
+  ITWIN_ASSIGN_OR_RETURN(v1::Job last, gateway.Watch(known.id(), options, [&](const v1::JobUpdate& update) {
     view->OnUpdate(update);
     return true;
   }));

@@ -136,6 +136,9 @@ absl::StatusOr<v1::Job> Client::Watch(const std::string& job, const WatchOptions
     });
     if (options.stop.stop_requested()) return absl::CancelledError("the watch was stopped");
     if (ended_by_caller || (status.ok() && IsFinal(seen.state()))) return seen;
+    // A stream may end by its deadline while nothing happened to the job: ask whether anybody is there.
+    const bool expired = status.code() == absl::StatusCode::kDeadlineExceeded;
+    if (expired && !heard) heard = connection_->GetVersion({}).ok();
     if (heard) {
       backoff.Reset();
       last_contact = pacing.now();
@@ -145,8 +148,7 @@ absl::StatusOr<v1::Job> Client::Watch(const std::string& job, const WatchOptions
     if (!IsTransient(status.code(), Idempotency::kIdempotent)) return status;
     const absl::Duration delay = backoff.Next();
     if (pacing.now() + delay - last_contact > options.give_up_after) return status;
-    const bool routine = heard && status.code() == absl::StatusCode::kDeadlineExceeded;
-    if (options.on_reconnect && !routine) options.on_reconnect(status, delay);
+    if (options.on_reconnect && !(expired && heard)) options.on_reconnect(status, delay);
     if (!pacing.pause(delay)) return absl::CancelledError("the watch was stopped");
   }
 }

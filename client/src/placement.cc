@@ -44,8 +44,9 @@ absl::StatusOr<std::vector<LocalFile>> PlaceLocalFiles(v1::JobSpec* spec, const 
     };
     struct stat info;
     if (stat(path.c_str(), &info) != 0) {
-      return annotated(ErrnoStatus(errno, path), "; paths are relative to the job's file (use \"site:<path>\" for a file "
-                                                 "that lies at the site)");
+      return absl::InvalidArgumentError(
+          absl::StrCat(reference.field(), ": ", ErrnoStatus(errno, path).message(),
+                       "; paths are relative to the job's file (\"site:<path>\" names a file that lies at the site)"));
     }
     if (!S_ISREG(info.st_mode)) {
       return absl::InvalidArgumentError(absl::StrCat(reference.field(), ": ", path, " is not a file; name a file"));

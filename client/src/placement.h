@@ -21,8 +21,8 @@ struct LocalFile {
 using OnHashed = std::function<void(const std::string&, int64_t, int64_t)>;
 
 // Hashes every local file that the spec names, enters it in `inputs` and rewrites the reference. Returns the files, one
-// per hash. kNotFound or kPermissionDenied name field and path; kInvalidArgument for a directory, or for two files that
-// would lie in one place.
+// per hash. kInvalidArgument names field and path: for a file that is not there, a directory, or two files that would lie
+// in one place.
 absl::StatusOr<std::vector<LocalFile>> PlaceLocalFiles(v1::JobSpec* spec, const std::string& base_directory,
                                                        const OnHashed& on_hashed);
 

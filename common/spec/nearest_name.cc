@@ -11,6 +11,7 @@ namespace {
 
 constexpr size_t kMaxWord = 64;        // longer ones are not typing errors
 constexpr size_t kMaxListedNames = 16;
+constexpr size_t kShortestPrefix = 3;
 
 std::string Normalised(absl::string_view word) {
   std::string out;
@@ -52,6 +53,13 @@ std::optional<std::string> NearestName(absl::string_view word, const std::vector
     // One edit of a word of one or two letters is another word.
     if (edits >= best_edits || edits >= std::max(meant.size(), name.size())) continue;
     best_edits = edits;
+    best = candidate;
+  }
+  if (best || meant.size() < kShortestPrefix) return best;
+  // Nothing is near, but it may be the beginning of just one.
+  for (const std::string& candidate : candidates) {
+    if (Normalised(candidate.substr(0, kMaxWord)).rfind(meant, 0) != 0) continue;
+    if (best) return std::nullopt;
     best = candidate;
   }
   return best;

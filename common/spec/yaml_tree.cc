@@ -200,12 +200,15 @@ absl::StatusOr<YamlNodePtr> ParseYaml(absl::string_view text, absl::string_view 
   TreeBuilder builder{std::string(where)};
   // yaml-cpp reports by exceptions; this is their door.
   try {
-    std::istringstream stream(json ? JoinSurrogates(text) : std::string(text));
+    // With an end marker yaml-cpp sees a quote that is never closed; without it, it takes the rest of the text for a value.
+    std::istringstream stream(absl::StrCat(json ? JoinSurrogates(text) : std::string(text), "\n...\n"));
     YAML::Parser parser(stream);
-    if (!parser.HandleNextDocument(builder)) {
+    const bool any = parser.HandleNextDocument(builder);
+    if (!builder.problem().empty()) return absl::InvalidArgumentError(builder.problem());
+    // An override may be empty (`x=~`), a file may not.
+    if (!any || builder.root() == nullptr || (where.empty() && builder.root()->kind == YamlNode::Kind::kNull)) {
       return absl::InvalidArgumentError(absl::StrCat(prefix, "the document is empty"));
     }
-    if (!builder.problem().empty()) return absl::InvalidArgumentError(builder.problem());
     TreeBuilder rest{std::string(where)};
     if (parser.HandleNextDocument(rest)) {
       return absl::InvalidArgumentError(
@@ -215,7 +218,9 @@ absl::StatusOr<YamlNodePtr> ParseYaml(absl::string_view text, absl::string_view 
     const std::string place = !where.empty()         ? prefix
                               : error.mark.is_null() ? ""
                                                      : absl::StrCat("line ", error.mark.line + 1, ": ");
-    return absl::InvalidArgumentError(absl::StrCat(place, "not valid YAML: ", error.msg));
+    const bool unclosed = error.msg == YAML::ErrorMsg::DOC_IN_SCALAR || error.msg == YAML::ErrorMsg::EOF_IN_SCALAR;
+    return absl::InvalidArgumentError(
+        absl::StrCat(place, "not valid YAML: ", unclosed ? "the text ends inside quotes that are never closed" : error.msg));
   } catch (const std::exception& error) {
     return absl::InvalidArgumentError(absl::StrCat(prefix, "not valid YAML: ", error.what()));
   }

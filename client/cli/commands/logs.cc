@@ -30,12 +30,13 @@ absl::StatusOr<int> Print(Session& session, client::Client& gateway, const LogsA
 }
 
 absl::StatusOr<int> Follow(Session& session, client::Client& gateway, const LogsArguments& arguments) {
+  ITWIN_ASSIGN_OR_RETURN(const v1::Job known, gateway.Get(arguments.job));  // an error now, not a wait for ever
   client::WatchOptions options;
   options.points = false;
   options.logs = true;
   int attempt = 0;
   std::ostream& out = *session.terminal().out;
-  ITWIN_ASSIGN_OR_RETURN(v1::Job job, gateway.Watch(arguments.job, options, [&](const v1::JobUpdate& update) {
+  ITWIN_ASSIGN_OR_RETURN(v1::Job job, gateway.Watch(known.id(), options, [&](const v1::JobUpdate& update) {
     const int now = update.cursor().log_attempt();
     if (attempt != 0 && now != attempt && now != 0) *session.terminal().err << "itwin: attempt " << now << " begins\n";
     if (now != 0) attempt = now;

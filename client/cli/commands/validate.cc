@@ -21,9 +21,8 @@ absl::StatusOr<int> Validate(Session& session, const ValidateArguments& argument
       const std::string path = (std::filesystem::path(file.base_directory) / reference.value()).string();
       struct stat info;
       if (stat(path.c_str(), &info) != 0) {
-        const absl::Status why = ErrnoStatus(errno, path);
-        return absl::Status(why.code(), absl::StrCat(reference.field(), ": ", why.message(),
-                                                     "; paths are relative to the job's file"));
+        return absl::InvalidArgumentError(absl::StrCat(reference.field(), ": ", ErrnoStatus(errno, path).message(),
+                                                       "; paths are relative to the job's file"));
       }
       if (!S_ISREG(info.st_mode)) {
         return absl::InvalidArgumentError(absl::StrCat(reference.field(), ": ", path, " is not a file; name a file"));

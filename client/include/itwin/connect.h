@@ -16,11 +16,11 @@ class Client;
 class Connection;
 
 struct ConnectOptions {
-  std::string endpoint;     // "host:port" or "unix:/path"
-  std::string ca_file;      // PEM of the CA that signed the gateway's certificate; empty: the system's CAs
-  std::string token_file;   // file with the bearer token, one line
-  std::string token;        // instead of the file
-  std::string server_name;  // name in the certificate when it is not the endpoint's host (behind a port forward)
+  std::string endpoint{};     // "host:port" or "unix:/path"
+  std::string ca_file{};      // PEM of the CA that signed the gateway's certificate; empty: the system's CAs
+  std::string token_file{};   // file with the bearer token, one line
+  std::string token{};        // instead of the file
+  std::string server_name{};  // name in the certificate when it is not the endpoint's host (behind a port forward)
   bool insecure = false;    // plain text; only for loopback and Unix sockets
 
   absl::Duration call_deadline = absl::Seconds(30);  // of one try of a unary call

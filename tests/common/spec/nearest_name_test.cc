@@ -19,6 +19,13 @@ TEST(NearestName, FindsTypingErrors) {
   EXPECT_THAT(NearestName("ranks-per-node", kNames), Optional(Eq("ranks_per_node")));
 }
 
+TEST(NearestName, FindsTheOnlyOneThatBeginsSo) {
+  EXPECT_THAT(NearestName("stat", {"status", "sites"}), Optional(Eq("status")));
+  EXPECT_THAT(NearestName("opt", kNames), Optional(Eq("optimizer")));
+  EXPECT_EQ(NearestName("sta", {"status", "starting"}), std::nullopt);
+  EXPECT_EQ(NearestName("op", kNames), std::nullopt);
+}
+
 TEST(NearestName, KeepsSilentWhenNothingIsNear) {
   EXPECT_EQ(NearestName("gpu", kNames), std::nullopt);
   EXPECT_EQ(NearestName("", kNames), std::nullopt);

@@ -149,6 +149,15 @@ TEST(SpecDocument, ReadsJson) {
   EXPECT_EQ(spec.train().seed(), 18446744073709551615u);
 }
 
+TEST(SpecDocument, ReadsBlocksAndEndMarkers) {
+  EXPECT_EQ(Parse("command:\n  argv:\n    - |\n      one\n      two\n").command().argv(0), "one\ntwo\n");
+  EXPECT_EQ(Parse("name: >\n  folded\n  text").name(), "folded text");
+  EXPECT_EQ(Parse("---\nname: a\n...\n").name(), "a");
+  EXPECT_EQ(Parse("\xef\xbb\xbfname: a").name(), "a");  // a byte order mark
+  EXPECT_EQ(Parse("name: a\r\nsite: b\r\n").site(), "b");
+  EXPECT_EQ(Parse("name: a  # not in it\n# nor this").name(), "a");
+}
+
 TEST(SpecDocument, ReadsAnchorsAndAliases) {
   const v1::JobSpec spec = Parse("train: {optimizer: {adam: &a {lr: 0.5}}}\nlabels: {x: &v deep, y: *v}");
   EXPECT_EQ(spec.labels().at("y"), "deep");
@@ -167,7 +176,11 @@ TEST(SpecDocument, NamesThePlaceTheMistakeAndTheRemedy) {
       {"just words", "line 1: found 'just words'; a job is a map of fields"},
       {"- a\n- b", "line 1: found a list; a job is a map"},
       {"name: [a", "line "},
-      {"name: 'a", "not valid YAML"},
+      {"name: 'a", "the text ends inside quotes that are never closed"},
+      {"name: 'a\ntrain: {}\n", "the text ends inside quotes that are never closed"},
+      {"name: \"a\n", "the text ends inside quotes that are never closed"},
+      {"~", "the document is empty"},
+      {"...", "the document is empty"},
       {"\tname: a", "line 1: not valid YAML"},
       {"name: a\n---\nname: b", "there is a second document"},
       {"name: a\x01z", "line 1: a control character (code 1)"},
