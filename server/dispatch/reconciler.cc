@@ -371,7 +371,7 @@ std::vector<Action> InStaging(const JobSnapshot& job, absl::Time now) {
     }
     if (code == absl::StatusCode::kResourceExhausted) {
       // Waits for room where everybody can see why; a full disk fails no job.
-      Record out = Event(EventKind::kRequeued, job, absl::StrCat("its inputs could not be sent, trying again later: ", why),
+      Record out = Event(EventKind::kRequeued, job, absl::StrCat("no space at the site for its inputs, trying again later: ", why),
                          now, kGateway);
       out.event.failure = FailureClass::kResource;
       out.event.not_before = now + Backoff(job.record.retries_other, job.jitter);

@@ -322,12 +322,8 @@ void SiteDispatcher::List() {
     absl::StatusOr<std::vector<agent::v1::AttemptStatus>> all = std::vector<agent::v1::AttemptStatus>();
     if (keys->empty()) {
       // Nothing to ask for, but is anybody there?
-      agent::v1::HelloRequest request;
-      request.set_protocol(kProtocol);
-      request.set_gateway_version(gateway_version_);
-      request.set_gateway_id(gateway_id_);
-      const auto hello = client->Hello(request, absl::Now() + options_.list_timeout);
-      if (!hello.ok()) all = hello.status();
+      const auto answer = client->StatInputs({}, absl::Now() + options_.list_timeout);
+      if (!answer.ok()) all = answer.status();
     }
     for (size_t begin = 0; begin < keys->size() && all.ok(); begin += kListBatch) {
       const std::vector<std::string> batch(
