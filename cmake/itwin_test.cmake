@@ -10,6 +10,7 @@ function(itwin_test path)
   set_target_properties(${target} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/tests)
   target_include_directories(${target} PRIVATE ${CMAKE_SOURCE_DIR})
   target_link_libraries(${target} PRIVATE itwin::warnings GTest::gtest_main GTest::gmock ${ARG_DEPS})
+  target_compile_options(${target} PRIVATE -O0)  # the tests' own code: compile time counts more
   if(NOT ARG_LABELS)
     set(ARG_LABELS unit)
   endif()

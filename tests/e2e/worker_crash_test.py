@@ -54,9 +54,9 @@ def test_retry_goes_on_from_the_checkpoint(world):
 def test_wall_limit_saves_and_goes_on(world):
     """Three wall limits long, and the weights are those of one long run."""
     w = world()
-    # Validation of many epochs of a fixed number of steps: long enough for several limits of two seconds.
-    document = train(epochs=4000, batch=4)
-    limited = dict(document, resources={"ranks_per_node": 2, "time": "4s"})
+    # Before it has measured a save the worker keeps about 15 s in hand: each attempt of 20 s trains for some seconds.
+    document = train(epochs=12000, batch=4)
+    limited = dict(document, resources={"ranks_per_node": 2, "time": "20s"})
     one = submit_training(w, document)
     end_one = w.wait_final(one, 240)
     chain = submit_training(w, limited)
