@@ -28,9 +28,9 @@ if(ITWIN_STATIC_AGENT AND NOT ITWIN_SANITIZE)
     list(APPEND itwin_own_archives $<TARGET_FILE:${library}>)
   endforeach()
   set_property(TARGET itwin-agent PROPERTY LINK_DEPENDS ${itwin_own_archives})
-  # gRPC can resolve names and protobuf can look up users; glibc warns that this needs its shared libraries at run time.
-  # The agent does neither: it speaks on a Unix socket.
-  target_link_options(itwin-agent PRIVATE -static -Wl,--no-warnings)
+  # The linker warns that getaddrinfo, dlopen and their like need glibc's shared libraries at run time. The agent calls none
+  # of them: it speaks on a Unix socket. (The linker's --no-warnings would also hide undefined symbols.)
+  target_link_options(itwin-agent PRIVATE -static)
   target_link_libraries(itwin-agent PRIVATE itwin::warnings
     -Wl,--start-group ${itwin_own_archives} ${ITWIN_GRPC_STATIC_STATIC_LIBRARIES}
     ${ITWIN_PROTOBUF_STATIC_STATIC_LIBRARIES} -Wl,--end-group)
