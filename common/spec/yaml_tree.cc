@@ -1,5 +1,6 @@
 #include "common/spec/yaml_tree.h"
 
+#include <algorithm>
 #include <yaml-cpp/eventhandler.h>
 #include <yaml-cpp/yaml.h>
 
@@ -197,6 +198,8 @@ absl::StatusOr<YamlNodePtr> ParseYaml(absl::string_view text, absl::string_view 
   if (!good.ok()) return good;
   const absl::string_view start = absl::StripLeadingAsciiWhitespace(text);
   const bool json = !start.empty() && (start[0] == '{' || start[0] == '[' || start[0] == '"');
+  // The end marker below is no line of the user's.
+  const int lines = 1 + static_cast<int>(std::count(text.begin(), text.end(), '\n'));
   TreeBuilder builder{std::string(where)};
   // yaml-cpp reports by exceptions; this is their door.
   try {
@@ -217,7 +220,7 @@ absl::StatusOr<YamlNodePtr> ParseYaml(absl::string_view text, absl::string_view 
   } catch (const YAML::Exception& error) {
     const std::string place = !where.empty()         ? prefix
                               : error.mark.is_null() ? ""
-                                                     : absl::StrCat("line ", error.mark.line + 1, ": ");
+                                                     : absl::StrCat("line ", std::min(error.mark.line + 1, lines), ": ");
     const bool unclosed = error.msg == YAML::ErrorMsg::DOC_IN_SCALAR || error.msg == YAML::ErrorMsg::EOF_IN_SCALAR;
     return absl::InvalidArgumentError(
         absl::StrCat(place, "not valid YAML: ", unclosed ? "the text ends inside quotes that are never closed" : error.msg));

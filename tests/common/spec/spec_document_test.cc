@@ -151,7 +151,7 @@ TEST(SpecDocument, ReadsJson) {
 
 TEST(SpecDocument, ReadsBlocksAndEndMarkers) {
   EXPECT_EQ(Parse("command:\n  argv:\n    - |\n      one\n      two\n").command().argv(0), "one\ntwo\n");
-  EXPECT_EQ(Parse("name: >\n  folded\n  text").name(), "folded text");
+  EXPECT_EQ(Parse("name: >-\n  folded\n  text\n").name(), "folded text");
   EXPECT_EQ(Parse("---\nname: a\n...\n").name(), "a");
   EXPECT_EQ(Parse("\xef\xbb\xbfname: a").name(), "a");  // a byte order mark
   EXPECT_EQ(Parse("name: a\r\nsite: b\r\n").site(), "b");
