@@ -214,8 +214,11 @@ TEST_F(ServicesTest, WatchDeliversACommittedPointWithinMilliseconds) {
   ASSERT_TRUE(reader->Read(&update));
   EXPECT_EQ(update.job().state(), v1::JOB_STATE_RUNNING);
   std::vector<absl::Duration> delays;
-  for (int i = 0; i < 50; ++i) {
-    Emit(job, i, i);
+  int offset = 0;
+  for (int i = 0; i < 200; ++i) {
+    // Bursts: some commits fall into the time in which the watcher is being fed, and must not be forgotten.
+    for (int burst = i % 4; burst > 0; --burst, ++offset) Emit(job, offset, -1);
+    Emit(job, offset++, i);
     const absl::Time committed = absl::Now();
     bool got = false;
     while (!got && reader->Read(&update)) {
@@ -225,7 +228,7 @@ TEST_F(ServicesTest, WatchDeliversACommittedPointWithinMilliseconds) {
     delays.push_back(absl::Now() - committed);
   }
   std::sort(delays.begin(), delays.end());
-  EXPECT_LT(delays[delays.size() / 2], absl::Milliseconds(50)) << absl::FormatDuration(delays[25]);
+  EXPECT_LT(delays[delays.size() / 2], absl::Milliseconds(50)) << absl::FormatDuration(delays[delays.size() / 2]);
   Succeed(job);
   v1::Job last;
   while (reader->Read(&update)) {

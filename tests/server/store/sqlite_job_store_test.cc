@@ -222,9 +222,14 @@ TEST_F(SqliteJobStoreTest, BadSeriesAreCountedNotFatal) {
   EXPECT_EQ(store_->ListPoints(job.id, 0, {}, 100)->blocks.size(), 1u);
 
   batch.begin_offset = 10, batch.end_offset = 20;
-  batch.points.assign(1, {"loss", {1, 2}, {1}, {1, 2}});
+  batch.points = {{"fresh", {1}, {1}, {1}}, {"loss", {1, 2}, {1}, {1, 2}}};
   EXPECT_THAT(store_->CommitSpool({batch}), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("loss")));
+  // What was written before the fault was taken back, also in the writer's memory.
   EXPECT_EQ(store_->GetAttempt({job.id, 1})->cursor.metrics(), 10);
+  EXPECT_TRUE(store_->ListPoints(job.id, 0, {"fresh"}, 100)->blocks.empty());
+  batch.points.pop_back();
+  ASSERT_OK(store_->CommitSpool({batch}));
+  ASSERT_EQ(store_->ListPoints(job.id, 0, {"fresh"}, 100)->blocks.size(), 1u);
 }
 
 TEST_F(SqliteJobStoreTest, LogMirrorIsBoundedAndSaysSo) {
