@@ -35,7 +35,6 @@ constexpr int kMaxThreads = 48;
 struct Agent::Parts {
   Options options;
   std::optional<RootLock> lock;
-  bool renew_lock = false;
   std::string socket_path;
   SystemClock clock;
   std::unique_ptr<InputStore> inputs;
@@ -57,7 +56,6 @@ absl::StatusOr<std::unique_ptr<Agent>> Agent::Start(Options options) {
   ITWIN_RETURN_IF_ERROR(MakeDirectories(root));
   ITWIN_ASSIGN_OR_RETURN(p->lock, RootLock::Take(root));
   p->lock->Withdraw();  // what a killed agent left
-  p->renew_lock = IsSharedFileSystem(root);
   p->inputs = std::make_unique<InputStore>(root + "/inputs");
   ITWIN_RETURN_IF_ERROR(p->inputs->Create());
   ITWIN_ASSIGN_OR_RETURN(p->scheduler,
@@ -68,7 +66,7 @@ absl::StatusOr<std::unique_ptr<Agent>> Agent::Start(Options options) {
   const SchedulerDescription scheduler = p->scheduler->Describe();
 
   p->follow = std::make_unique<FollowLoop>(FollowLoop::Options{
-      .root = root, .use_inotify = !p->renew_lock, .on_ended = [p](const AttemptKey& key) {
+      .root = root, .use_inotify = !IsSharedFileSystem(root), .on_ended = [p](const AttemptKey& key) {
         p->control->Post([p, key] { p->control->Ended(key); });
       }});
   p->control = std::make_unique<ControlLoop>(
@@ -116,14 +114,14 @@ void Agent::Wait(int signal_fd) {
   const absl::Duration idle_look = std::max(absl::Milliseconds(50), parts_->options.idle_exit / 10);
   absl::Time busy_until = absl::Now();
   while (true) {
-    absl::Duration limit = absl::InfiniteDuration();
-    if (parts_->renew_lock) limit = RootLock::kRenewInterval;
-    if (may_idle) limit = std::min(limit, idle_look);
+    const absl::Duration limit = may_idle ? std::min(RootLock::kRenewInterval, idle_look) : RootLock::kRenewInterval;
     pollfd entry{signal_fd, POLLIN, 0};
-    const int ms = limit == absl::InfiniteDuration() ? -1 : static_cast<int>(absl::ToInt64Milliseconds(limit));
-    poll(&entry, 1, ms);
+    poll(&entry, 1, static_cast<int>(absl::ToInt64Milliseconds(limit)));
     if (entry.revents != 0) return;
-    if (parts_->renew_lock) parts_->lock->Renew();
+    if (!parts_->lock->Renew()) {
+      log::Warn("{} was removed; there is nothing left to serve", parts_->options.root);
+      return;
+    }
     if (!may_idle) continue;
     // The control loop may be waiting for the scheduler; then we are not idle.
     auto idle = std::make_shared<std::pair<absl::Notification, bool>>();

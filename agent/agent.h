@@ -27,7 +27,7 @@ class Agent {
   static absl::StatusOr<std::unique_ptr<Agent>> Start(Options options);
   ~Agent();  // Stop()
 
-  // Returns when `signal_fd` becomes readable or the agent has been idle for long enough.
+  // Returns when `signal_fd` becomes readable, the agent has been idle for long enough, or its root was removed.
   void Wait(int signal_fd);
   // Ends calls and loops; attempts go on. Idempotent.
   void Stop();

@@ -448,9 +448,10 @@ absl::Time FollowLoop::Pump(Session& session, absl::Time now) {
     const auto followed = session.followed.find(key);
     if (followed == session.followed.end()) continue;  // dropped meanwhile
     followed->second.queued = false;
-    const size_t before = response.ByteSizeLong();
+    const int statuses = response.statuses_size(), chunks = response.chunks_size();
     const bool more = AddTo(&response, std::min(budget, kTurnBytes), ViewOf(key), followed->second);
-    budget -= static_cast<int64_t>(response.ByteSizeLong() - before);
+    for (int i = statuses; i < response.statuses_size(); ++i) budget -= static_cast<int64_t>(response.statuses(i).ByteSizeLong());
+    for (int i = chunks; i < response.chunks_size(); ++i) budget -= static_cast<int64_t>(response.chunks(i).ByteSizeLong());
     if (more) Enqueue(session, key);
   }
   if (response.statuses_size() == 0 && response.chunks_size() == 0) return absl::InfiniteFuture();

@@ -23,6 +23,7 @@ namespace {
 
 constexpr size_t kBufferBytes = 256 << 10;
 constexpr int kLookMs = 5;
+constexpr int kGreetingMs = 5000;
 constexpr int64_t kLastWords = 2000;
 
 // Nothing: none lives here. An error: it lives where we cannot get.
@@ -38,6 +39,12 @@ absl::StatusOr<std::optional<FileDescriptor>> TryConnect(const std::string& root
   if (!socket.ok()) return std::optional<FileDescriptor>();  // about to go
   if (!PeerIsOurUser(socket->get())) {
     return absl::PermissionDeniedError(absl::StrCat(owner->socket, " belongs to another user"));
+  }
+  // A process that is just dying may still take connections. The agent's server speaks first (HTTP/2 settings).
+  pollfd entry{socket->get(), POLLIN, 0};
+  char first;
+  if (poll(&entry, 1, kGreetingMs) != 1 || recv(socket->get(), &first, 1, MSG_PEEK) != 1) {
+    return std::optional<FileDescriptor>();
   }
   return std::optional<FileDescriptor>(*std::move(socket));
 }

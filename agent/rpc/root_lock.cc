@@ -70,7 +70,9 @@ absl::Status RootLock::Publish(const OwnerRecord& record) {
   return WriteFileAtomically(RecordPath(root_), out.dump(-1, ' ', false, json::error_handler_t::replace) + "\n");
 }
 
-void RootLock::Renew() { utimensat(AT_FDCWD, RecordPath(root_).c_str(), nullptr, 0); }
+bool RootLock::Renew() {
+  return utimensat(AT_FDCWD, RecordPath(root_).c_str(), nullptr, 0) == 0 || access(root_.c_str(), F_OK) == 0;
+}
 
 void RootLock::Withdraw() { unlink(RecordPath(root_).c_str()); }
 

@@ -23,9 +23,10 @@ class RootLock {
  public:
   // kAlreadyExists: another agent has it; the message says where and who.
   static absl::StatusOr<RootLock> Take(const std::string& root);
-  // Publishes where we listen. Renew once in kRenewInterval.
+  // Publishes where we listen.
   absl::Status Publish(const OwnerRecord& record);
-  void Renew();
+  // Once in kRenewInterval. False: the root is no longer there.
+  bool Renew();
   // Takes the record away; the lock goes with the object.
   void Withdraw();
 

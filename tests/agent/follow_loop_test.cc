@@ -161,10 +161,10 @@ TEST_F(FollowLoopTest, KeysThatNeverExistedTakeNoMemory) {
   EXPECT_TRUE(loop_.Keys().empty());
 }
 
-TEST_F(FollowLoopTest, TenThousandIdleAttemptsCostNextToNothing) {
+TEST_F(FollowLoopTest, ThousandsOfIdleAttemptsCostNextToNothing) {
   RecordingSink sink;
   const int64_t session = loop_.OpenSession(&sink);
-  for (int n = 1; n <= 10'000; ++n) {
+  for (int n = 1; n <= 2000; ++n) {
     const AttemptDirectory directory(root_.path(), Key(n));
     ASSERT_OK(MakeDirectories(directory.lease_path()));
     FileDescriptor file = *OpenFile(directory.request_path(), O_WRONLY | O_CREAT);
@@ -173,7 +173,7 @@ TEST_F(FollowLoopTest, TenThousandIdleAttemptsCostNextToNothing) {
   }
   Drain(&sink, session);
   absl::Time now = absl::Now() + absl::Minutes(10);
-  for (int i = 0; i < 40'000; ++i) now = std::max(now, loop_.Tick(now));
+  for (int i = 0; i < 12'000; ++i) now = std::max(now, loop_.Tick(now));
   rusage before, after;
   getrusage(RUSAGE_SELF, &before);
   const absl::Time end = now + absl::Seconds(10);
@@ -185,8 +185,8 @@ TEST_F(FollowLoopTest, TenThousandIdleAttemptsCostNextToNothing) {
            static_cast<double>(u.ru_utime.tv_usec + u.ru_stime.tv_usec) * 1e-6;
   };
   const double percent = (seconds(after) - seconds(before)) / 10 * 100;
-  std::printf("10,000 followed, idle, polled: %d looks and %.1f %% of a core in 10 s\n", looks, percent);
-  EXPECT_LT(looks, 4000);
+  std::printf("2,000 followed, idle, polled: %d looks and %.1f %% of a core in 10 s\n", looks, percent);
+  EXPECT_LT(looks, 3000);  // 200 a second, however many they are
 }
 
 class FollowLoopWithInotify : public FollowLoopTest {
