@@ -93,6 +93,13 @@ absl::Status JobService::CheckInputs(const v1::JobSpec& spec) const {
                                                     count > kNamedMissing ? absl::StrCat(" and ", count - kNamedMissing, " more") : ""));
 }
 
+absl::Status JobService::CheckPossible(const v1::JobSpec& spec) const {
+  ITWIN_RETURN_IF_ERROR(CheckSite(spec.site()));
+  ITWIN_RETURN_IF_ERROR(CheckInputs(spec));
+  const std::string why = sites_.WhyImpossible(spec);
+  return why.empty() ? absl::OkStatus() : absl::InvalidArgumentError(absl::StrCat("resources: ", why));
+}
+
 absl::StatusOr<v1::ValidateJobResponse> JobService::Validate(const v1::ValidateJobRequest& request) {
   v1::ValidateJobResponse response;
   if (request.has_document()) {
@@ -120,10 +127,11 @@ absl::StatusOr<v1::SubmitJobResponse> JobService::Submit(const Caller& caller, c
   ITWIN_RETURN_IF_ERROR(PlaceArtifacts(&job.spec));
   ITWIN_RETURN_IF_ERROR(ValidateSpec(job.spec));
   ITWIN_RETURN_IF_ERROR(CheckFilesArePlaced(job.spec));
-  ITWIN_RETURN_IF_ERROR(CheckSite(job.spec.site()));
-  ITWIN_RETURN_IF_ERROR(CheckInputs(job.spec));
-  if (const std::string why = sites_.WhyImpossible(job.spec); !why.empty()) {
-    return absl::InvalidArgumentError(absl::StrCat("resources: ", why));
+  if (const absl::Status possible = CheckPossible(job.spec); !possible.ok()) {
+    // What was accepted once stays accepted, whatever has changed at the sites since.
+    ITWIN_ASSIGN_OR_RETURN(const std::optional<JobRow> before, store_.FindSubmitted(job));
+    if (before) return ToResponse({*before, /*existed=*/true});
+    return possible;
   }
   ITWIN_ASSIGN_OR_RETURN(const Submitted submitted, store_.Submit(job));
   return ToResponse(submitted);

@@ -43,6 +43,8 @@ class JobService {
  private:
   absl::Status CheckSite(absl::string_view site) const;
   absl::Status CheckInputs(const v1::JobSpec& spec) const;
+  // What depends on the sites and artifacts of the moment.
+  absl::Status CheckPossible(const v1::JobSpec& spec) const;
 
   JobStore& store_;
   const BlobStore& blobs_;

@@ -36,6 +36,8 @@ class JobStore {
   // Job and first event in one. The same owner and request id again: with the same content the job of that time
   // (existed), with another kAlreadyExists. Owner's live jobs at the limit: kResourceExhausted.
   virtual absl::StatusOr<Submitted> Submit(const NewJob& job) = 0;
+  // The job that Submit would answer with `existed`; nothing when the owner has not used the request id. Writes nothing.
+  virtual absl::StatusOr<std::optional<JobRow>> FindSubmitted(const NewJob& job) = 0;
   // Applies the event to the job and records it, together with what is new about the attempt that the event names
   // (or, for attempt 0, about the newest). kNotFound; kFailedPrecondition when the table does not allow it: nothing is
   // recorded then. `placed` makes the attempt's row. event.time unset: now.

@@ -476,21 +476,24 @@ std::string ContentSha256(const NewJob& job) {
   return Sha256Hex(bytes);
 }
 
+absl::StatusOr<std::optional<JobRow>> FindSubmitted(SqliteConnection& c, const NewJob& job,
+                                                    const std::string& content_sha256) {
+  Query q(c, kFindRequest, job.owner, job.request_id);
+  if (!q.Step()) return std::nullopt;
+  if (q.Text(1) != content_sha256) {
+    return absl::AlreadyExistsError(
+        absl::StrCat("request_id '", job.request_id,
+                     "' was used for a job with another spec; make a new request id for a new job"));
+  }
+  Query found(c, kGetJobByNumber, q.Int(0));
+  if (!found.Step()) return absl::DataLossError("a job that an index names is missing");
+  return ReadJob(found).row;
+}
+
 absl::StatusOr<Submitted> Submit(SqliteConnection& c, const NewJob& job, const std::string& content_sha256,
                                  int64_t max_live_per_owner) {
-  {
-    Query q(c, kFindRequest, job.owner, job.request_id);
-    if (q.Step()) {
-      if (q.Text(1) != content_sha256) {
-        return absl::AlreadyExistsError(
-            absl::StrCat("request_id '", job.request_id,
-                         "' was used for a job with another spec; make a new request id for a new job"));
-      }
-      Query found(c, kGetJobByNumber, q.Int(0));
-      if (!found.Step()) return absl::DataLossError("a job that an index names is missing");
-      return Submitted{ReadJob(found).row, true};
-    }
-  }
+  ITWIN_ASSIGN_OR_RETURN(std::optional<JobRow> before, FindSubmitted(c, job, content_sha256));
+  if (before) return Submitted{*std::move(before), true};
   const int64_t live = CountLive(c, job.owner);
   if (live >= max_live_per_owner) {
     return absl::ResourceExhaustedError(absl::StrCat("'", job.owner, "' has ", live,

@@ -30,6 +30,8 @@ int64_t CountLive(SqliteConnection& c, absl::string_view owner);
 
 // Of a submission, whatever the order of its maps.
 std::string ContentSha256(const NewJob& job);
+absl::StatusOr<std::optional<JobRow>> FindSubmitted(SqliteConnection& c, const NewJob& job,
+                                                    const std::string& content_sha256);
 absl::StatusOr<Submitted> Submit(SqliteConnection& c, const NewJob& job, const std::string& content_sha256,
                                  int64_t max_live_per_owner);
 absl::StatusOr<JobRow> AppendEvent(SqliteConnection& c, const JobId& job, JobEvent event, const AttemptUpdate& update);

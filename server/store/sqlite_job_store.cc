@@ -120,6 +120,11 @@ absl::StatusOr<Submitted> SqliteJobStore::Submit(const NewJob& job) {
   return out;
 }
 
+absl::StatusOr<std::optional<JobRow>> SqliteJobStore::FindSubmitted(const NewJob& job) {
+  return Read<std::optional<JobRow>>(
+      [&](SqliteConnection& c) { return job_table::FindSubmitted(c, job, job_table::ContentSha256(job)); });
+}
+
 absl::StatusOr<JobRow> SqliteJobStore::AppendEvent(const JobId& job, const JobEvent& event,
                                                    const AttemptUpdate& update) {
   JobRow out;

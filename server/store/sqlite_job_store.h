@@ -49,6 +49,7 @@ class SqliteJobStore final : public JobStore, public TokenStore {
   absl::Status Backup(const std::string& path);
 
   absl::StatusOr<Submitted> Submit(const NewJob& job) override;
+  absl::StatusOr<std::optional<JobRow>> FindSubmitted(const NewJob& job) override;
   absl::StatusOr<JobRow> AppendEvent(const JobId& job, const JobEvent& event,
                                      const AttemptUpdate& update = {}) override;
   absl::Status UpdateAttempt(const AttemptKey& attempt, const AttemptUpdate& update) override;

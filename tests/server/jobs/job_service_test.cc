@@ -78,6 +78,21 @@ TEST_F(JobServiceTest, SubmitChecksEverythingAndNamesTheField) {
   EXPECT_TRUE(service_.Submit(ada_, request)->existed());
 }
 
+TEST_F(JobServiceTest, WhatNoSiteCanRunIsRefusedButNotWhatWasAccepted) {
+  const auto accepted = service_.Submit(ada_, Request("before"));
+  ASSERT_OK(accepted);
+  sites_.impossible = "it asks for 64 ranks, but site local has 4 slots";
+  EXPECT_THAT(service_.Submit(ada_, Request("after")),
+              StatusIs(absl::StatusCode::kInvalidArgument, AllOf(HasSubstr("resources"), HasSubstr("64 ranks"))));
+  const auto again = service_.Submit(ada_, Request("before"));
+  ASSERT_OK(again);
+  EXPECT_TRUE(again->existed());
+  EXPECT_EQ(again->job().id(), accepted->job().id());
+  auto other = Request("before");
+  other.mutable_spec()->set_name("other");
+  EXPECT_THAT(service_.Submit(ada_, other), StatusIs(absl::StatusCode::kAlreadyExists, _));
+}
+
 TEST_F(JobServiceTest, InputsMustHaveArrived) {
   auto request = Request("r");
   auto* input = request.mutable_spec()->add_inputs();
