@@ -21,11 +21,6 @@ while (($#)); do
   shift
 done
 bin=$PWD/build/bin
-field() { /usr/bin/python3 -c 'import json,sys
-value = json.load(sys.stdin)
-for key in sys.argv[1].split("."):
-    value = value[key.replace("|", ".")]
-print(value)' "$1"; }
 
 step "1/5 packages"
 deploy/install-packages.sh build
@@ -93,7 +88,7 @@ job = json.load(open(f"{data}/quickstart.status.json"))
 points = json.load(open(f"{data}/quickstart.metrics.json"))
 summary = job["summary"]
 created = int(job["created_us"])
-first = min(int(p["time_us"]) for p in points)
+first = min(int(p["time_us"]) for p in points if p["series"].startswith("train/"))
 model = next(os.path.join(directory, name) for name in ("model.pt", "weights.safetensors")
              if os.path.exists(os.path.join(directory, name)))
 result = {

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds everything and runs every test; can be run again.
-#   deploy/test.sh                 all: unit, contract, integration, end-to-end, Python, notebook, sanitizers
-#   deploy/test.sh --quick         without the sanitizer builds
+#   deploy/test.sh                 unit, contract, integration, end-to-end, Python and the notebook
+#   deploy/test.sh --sanitizers    also unit, contract and integration tests of the services built with ASan+UBSan and
+#                                  with TSan (two more builds)
 #   deploy/test.sh -R REGEX        only the tests whose name matches (passed to ctest)
 # Ends with ctest's own summary over all suites. Leaves nothing running.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source deploy/common.sh
 
-quick=0
+sanitizers=0
 ctest_arguments=()
 while (($#)); do
   case "$1" in
-    --quick) quick=1 ;;
+    --sanitizers) sanitizers=1 ;;
     -h | --help) usage_of "$0"; exit 0 ;;
     -R | -L | -E) ctest_arguments+=("$1" "$2"); shift ;;
     *) echo "test.sh: unknown option '$1'; see deploy/test.sh --help" >&2; exit 2 ;;
@@ -25,7 +26,7 @@ deploy/install-packages.sh build test
 prepare_compiler_cache
 
 builds=(dev)
-((quick)) || builds+=(asan tsan)
+if ((sanitizers)); then builds+=(asan tsan); fi
 for preset in "${builds[@]}"; do
   step "build: $preset"
   run_logged "configure $preset" cmake --preset "$preset"
