@@ -1,8 +1,7 @@
 #include <grpcpp/grpcpp.h>
 
-#include <filesystem>
+#include <algorithm>
 
-#include "absl/cleanup/cleanup.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
@@ -21,8 +20,10 @@ namespace itwin::client {
 namespace {
 
 constexpr int kMaxMessageBytes = 64 << 20;  // a page of jobs or points is far below
-constexpr int kReconnectMinMs = 100;        // the channel's own pace; ours is in RetryLoop
+// The channel's own pace; ours is in RetryLoop.
+constexpr int kReconnectMinMs = 100;
 constexpr int kReconnectMaxMs = 1'000;
+constexpr int kHandshakeLimitMs = 10'000;  // gRPC takes its "minimum reconnect back-off" for this, too
 // A stream is opened anew after this, from its cursor or offset: so a dead peer is noticed.
 constexpr absl::Duration kWatchStreamLimit = absl::Minutes(2);
 constexpr absl::Duration kTransferStreamLimit = absl::Minutes(10);
@@ -38,6 +39,7 @@ class GrpcConnection : public Connection {
  public:
   GrpcConnection(const ConnectOptions& options, const std::shared_ptr<grpc::Channel>& channel)
       : options_(options),
+        channel_(channel),
         jobs_(v1::Jobs::NewStub(channel)),
         artifacts_(v1::Artifacts::NewStub(channel)),
         sites_(v1::Sites::NewStub(channel)) {}
@@ -149,9 +151,20 @@ class GrpcConnection : public Connection {
   }
 
   void Prepare(grpc::ClientContext* context, absl::Duration limit) const {
+    AwaitReconnection();
     context->set_deadline(absl::ToChronoTime(absl::Now() + limit));
     // Over TLS the token is in the call credentials of the channel.
     if (options_.insecure) context->AddMetadata("authorization", absl::StrCat("Bearer ", options_.token));
+  }
+
+  // gRPC without threads of ours moves only while somebody is inside it: a broken channel would not even finish a
+  // handshake between our tries. A channel that never was connected does so in its first call.
+  void AwaitReconnection() const {
+    const grpc_connectivity_state state = channel_->GetState(/*try_to_connect=*/true);
+    if (state != GRPC_CHANNEL_TRANSIENT_FAILURE && state != GRPC_CHANNEL_CONNECTING) return;
+    const absl::Duration patience =
+        std::min(options_.retry_for, absl::Milliseconds(kReconnectMaxMs) + absl::Milliseconds(500));
+    channel_->WaitForConnected(absl::ToChronoTime(absl::Now() + patience));
   }
 
   template <typename Response, typename Stub, typename Method, typename Request>
@@ -176,9 +189,10 @@ class GrpcConnection : public Connection {
     if (status.code() == absl::StatusCode::kUnavailable) {
       const std::string text(status.message());
       const char* hint = "is it running, and is the endpoint right?";
-      if (absl::StrContains(text, "andshake")) {
-        hint = options_.insecure ? "it may expect TLS; leave `insecure` out"
-                                 : "its certificate does not fit; check ca_file and the host name in the endpoint";
+      if (absl::StrContains(text, "andshake failed") || absl::StrContains(text, "peer certificate")) {
+        hint = "its certificate does not fit; check ca_file, and that the endpoint's host (or server_name) is a name in it";
+      } else if (options_.insecure && absl::StrContains(text, "Socket closed")) {
+        hint = "it may expect TLS; leave `insecure` out";
       }
       return absl::UnavailableError(
           absl::StrCat("cannot reach the gateway at ", options_.endpoint, " (", text, "); ", hint));
@@ -196,6 +210,7 @@ class GrpcConnection : public Connection {
   }
 
   const ConnectOptions options_;
+  const std::shared_ptr<grpc::Channel> channel_;
   const std::unique_ptr<v1::Jobs::Stub> jobs_;
   const std::unique_ptr<v1::Artifacts::Stub> artifacts_;
   const std::unique_ptr<v1::Sites::Stub> sites_;
@@ -233,7 +248,7 @@ absl::StatusOr<std::shared_ptr<Connection>> MakeConnection(const ConnectOptions&
   arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
   arguments.SetMaxSendMessageSize(kMaxMessageBytes);
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, kReconnectMinMs);
-  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, kReconnectMaxMs);
+  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, kHandshakeLimitMs);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, kReconnectMaxMs);
   if (!resolved.server_name.empty() && !resolved.insecure) arguments.SetSslTargetNameOverride(resolved.server_name);
   return std::make_shared<GrpcConnection>(resolved,
