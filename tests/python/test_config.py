@@ -94,6 +94,17 @@ def test_insecure_only_on_this_machine():
         config.load("example.org:1", token="t", insecure=True)
 
 
+def test_server_name_and_insecure_are_read_as_the_command_reads_them(file):
+    file.write_text(file.read_text().replace("gateway.example", "127.0.0.1") + "server_name: gateway.example\ninsecure: true\n")
+    settings = config.load(environ={"ITWIN_CONFIG": str(file)})
+    assert (settings.server_name, settings.insecure) == ("gateway.example", True)
+    environ = {"ITWIN_CONFIG": str(file), "ITWIN_SERVER_NAME": "other.example"}
+    assert config.load(environ=environ).server_name == "other.example"
+    file.write_text(file.read_text().replace("insecure: true", "insecure: maybe"))
+    with pytest.raises(ConfigError, match="maybe"):
+        config.load(environ={"ITWIN_CONFIG": str(file)})
+
+
 def test_package_version_is_the_project_version():
     cmake = pathlib.Path(__file__).parents[2] / "CMakeLists.txt"
     assert re.search(r"project\(itwin VERSION (\S+)", cmake.read_text()).group(1) == itwin.__version__

@@ -1,8 +1,8 @@
 """Where the gateway is and how to prove who we are.
 
-Precedence for each value: argument, environment (ITWIN_ENDPOINT; ITWIN_TOKEN_FILE or ITWIN_TOKEN; ITWIN_CA_FILE), then the file
-$ITWIN_CONFIG or ~/.config/itwin/config.yaml with `key: value` lines: endpoint, ca_file, token_file (paths relative to that
-file).
+Precedence for each value: argument, environment (ITWIN_ENDPOINT; ITWIN_TOKEN_FILE or ITWIN_TOKEN; ITWIN_CA_FILE;
+ITWIN_SERVER_NAME; ITWIN_INSECURE=1), then the file $ITWIN_CONFIG or ~/.config/itwin/config.yaml with `key: value` lines:
+endpoint, ca_file, token_file (paths relative to that file), server_name, insecure. The same as the `itwin` command's.
 
 A token from the file is sent to another endpoint than the file's only when the file also names the CA that the
 other endpoint must prove itself with.
@@ -16,7 +16,7 @@ import pathlib
 
 from itwin.errors import ConfigError
 
-_KEYS = ("endpoint", "ca_file", "token_file")
+_KEYS = ("endpoint", "ca_file", "token_file", "server_name", "insecure")
 _MAX_FILE_BYTES = 1 << 20
 
 
@@ -27,6 +27,7 @@ class Settings:
     token: str = dataclasses.field(repr=False, default="")
     ca: bytes = dataclasses.field(repr=False, default=None)
     insecure: bool = False
+    server_name: str = ""  # in the gateway's certificate, when the endpoint is a forwarded port
 
 
 def load(endpoint=None, token=None, ca=None, insecure=False, environ=None):
@@ -40,6 +41,9 @@ def load(endpoint=None, token=None, ca=None, insecure=False, environ=None):
             " It should have lines 'endpoint: host:port', 'ca_file: …' and 'token_file: …'.")
 
     chosen = endpoint or environ.get("ITWIN_ENDPOINT") or file.get("endpoint")
+    insecure = insecure or _true(environ.get("ITWIN_INSECURE", ""), "ITWIN_INSECURE") or _true(
+        file.get("insecure", ""), f"insecure in {path}")
+    server_name = environ.get("ITWIN_SERVER_NAME") or file.get("server_name", "")
     if not chosen:
         raise ConfigError(
             "no gateway is named. Pass itwin.connect('host:port', …), set ITWIN_ENDPOINT, or write "
@@ -79,7 +83,15 @@ def load(endpoint=None, token=None, ca=None, insecure=False, environ=None):
         raise ConfigError(
             f"insecure=True would send the token to {chosen} in the clear; it is allowed for this machine only "
             "(127.0.0.1, ::1, localhost). Use TLS: leave insecure out and pass ca=….")
-    return Settings(chosen, value, pem, insecure)
+    return Settings(chosen, value, pem, insecure, server_name)
+
+
+def _true(text, what):
+    if text.lower() in ("1", "true", "yes"):
+        return True
+    if text.lower() in ("", "0", "false", "no"):
+        return False
+    raise ConfigError(f"{what} is '{text}'; use true or false.")
 
 
 def config_path(environ=None):

@@ -61,6 +61,8 @@ class Connection:
         ]
         if config.is_loopback(self.endpoint):
             options.append(("grpc.enable_http_proxy", 0))
+        if self.settings.server_name:
+            options.append(("grpc.ssl_target_name_override", self.settings.server_name))
         if self.settings.insecure:
             self._channel = grpc.insecure_channel(self.endpoint, options)
         else:
