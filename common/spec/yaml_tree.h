@@ -8,7 +8,8 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 
-// A document as a tree with line numbers, before any meaning is given to it. Inside common/spec only.
+// A document as a tree with line numbers, before any meaning is given to it: for job documents, and for configuration
+// files that deserve the same messages.
 namespace itwin {
 
 struct YamlNode;
