@@ -1,6 +1,7 @@
 // What users feel of a real gateway with its embedded site, over TLS and with tokens, as they run it.
 //   gateway_benchmark [NAME...]   all, or: submit latency ingest emit queue start
 // ITWIN_BIN names the folder of the programs. Each figure is a line of JSON (figures.h).
+#include <fcntl.h>
 #include <grpcpp/grpcpp.h>
 #include <signal.h>
 #include <unistd.h>
