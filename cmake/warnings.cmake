@@ -11,9 +11,12 @@ if(ITWIN_SANITIZE)
     -fsanitize=${ITWIN_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
   target_link_options(itwin_warnings INTERFACE -fsanitize=${ITWIN_SANITIZE})
   if(ITWIN_SANITIZE MATCHES "thread")
-    # Debian's absl was built without the sanitizer: tell it about absl::Mutex.
+    # Debian's libraries were built without the sanitizer. Their headers must not change layouts because of it (protobuf
+    # adds members), and it has to be told about absl::Mutex.
+    target_compile_options(itwin_warnings INTERFACE -U__SANITIZE_THREAD__)
     add_library(itwin_tsan_absl STATIC ${CMAKE_SOURCE_DIR}/tests/testing/tsan_absl_mutex.cc)
     target_compile_options(itwin_tsan_absl PRIVATE -fsanitize=thread)
+    add_dependencies(itwin_warnings itwin_tsan_absl)
     target_link_options(itwin_warnings INTERFACE -Wl,--whole-archive $<TARGET_FILE:itwin_tsan_absl> -Wl,--no-whole-archive)
   endif()
 endif()
