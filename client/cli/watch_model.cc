@@ -43,6 +43,7 @@ void WatchModel::Add(const v1::JobUpdate& update) {
 void WatchModel::AddValue(const std::string& name, double value) {
   if (series_.size() >= kMaxSeries && series_.count(name) == 0) return;
   Series& series = series_[name];
+  series.moves |= series.points > 0 && value != series.last;
   ++series.points;
   series.last = value;
   series.pending_sum += value;
@@ -100,7 +101,7 @@ std::vector<std::string> WatchModel::Ordered() const {
   const auto rank = [this](const std::string& name) {
     if (absl::StartsWith(name, "perf/")) return 5;
     if (IsLoss(name)) return absl::StartsWith(name, "train/") ? 0 : 1;
-    return series_.at(name).points > 1 ? (absl::StartsWith(name, "train/") ? 3 : 2) : 4;
+    return series_.at(name).moves ? (absl::StartsWith(name, "train/") ? 3 : 2) : 4;
   };
   std::stable_sort(names.begin(), names.end(), [&](const auto& a, const auto& b) { return rank(a) < rank(b); });
   return names;

@@ -35,6 +35,7 @@ class WatchModel {
     int64_t pending = 0;
     double last = 0;
     int64_t points = 0;
+    bool moves = false;  // not the same value every time
   };
   std::string StateLine() const;
   std::vector<std::string> Ordered() const;
