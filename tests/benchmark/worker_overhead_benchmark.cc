@@ -162,8 +162,8 @@ double ProgramRate(const Json& job, int ranks, const fs::path& directory) {
       {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}},
       directory / "log");
   if (program.Wait(std::chrono::seconds(300)) != 0) {
-    std::fprintf(stderr, "%s\n", program.Output().c_str());
-    return 0;
+    std::fprintf(stderr, "%s\nis ITWIN_BIN the folder of the programs?\n", program.Output().c_str());
+    std::exit(1);
   }
   std::vector<double> rates;
   std::ifstream lines(directory / "spool" / "metrics.jsonl");
