@@ -2,8 +2,8 @@
 # Installs the Debian packages that a purpose needs, and only those that are missing.
 #   deploy/install-packages.sh build            what compiling needs (quickstart, test)
 #   deploy/install-packages.sh build test       also what the test suites need
-#   deploy/install-packages.sh cluster          SLURM, munge, sshd, MariaDB for deploy/testcluster; no service of
-#                                               theirs is started, and none is enabled at boot
+#   deploy/install-packages.sh cluster          SLURM, munge, sshd, MariaDB for deploy/testcluster
+# No service of theirs (sshd, munge ...) is started, and none is enabled at boot.
 # Runs apt-get only when something is missing; uses sudo when not root.
 set -euo pipefail
 
@@ -19,7 +19,7 @@ test_packages=(
   sqlite3 python3-pytest python3-grpcio python3-protobuf python3-torch python3-numpy python3-scipy python3-pandas
   python3-matplotlib python3-ipywidgets python3-ipykernel python3-setuptools python3-pip
   python3-wheel jupyter-nbconvert jupyter-client zip curl openssl clang libclang-rt-14-dev
-  strace procps util-linux
+  strace procps util-linux openssh-server openssh-client
 )
 # mariadb-server-core is the program without the system service, its user or its data.
 cluster_packages=(
@@ -63,13 +63,13 @@ fi
 echo "packages: installing ${#missing[@]} missing of ${#wanted[@]}: ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
 
-# Packages of the cluster bring services (sshd, munged, slurmd ...) that this machine has not asked for: nothing may
-# start now, and what was not enabled before is not started by the next boot either.
+# Packages of the tests and of the cluster bring services (sshd, munged, slurmd ...) that this machine has not asked for:
+# nothing may start now, and what was not enabled before is not started by the next boot either.
 services=(ssh munge slurmctld slurmd slurmdbd)
 policy=/usr/sbin/policy-rc.d
 guarded=() unwanted=()
 restore_policy() { ((${#guarded[@]} == 0)) || "${as_root[@]}" rm -f "${guarded[@]}"; }
-if [[ " $* " == *" cluster "* ]]; then
+if [[ " $* " == *" cluster "* || " $* " == *" test "* ]]; then
   if [[ ! -e $policy ]]; then
     trap restore_policy EXIT
     guarded=("$policy")

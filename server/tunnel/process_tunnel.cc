@@ -141,6 +141,7 @@ class ProcessTunnelStream : public TunnelStream {
 ProcessTunnel::ProcessTunnel(ProcessTunnelOptions options) : options_(std::move(options)) {}
 
 absl::StatusOr<std::unique_ptr<TunnelStream>> ProcessTunnel::Open(absl::Time deadline) {
+  if (cancelled_) return absl::CancelledError("the gateway is stopping");
   if (absl::Now() >= deadline) return absl::DeadlineExceededError("no time left to start the connection");
   int pair[2];
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) return ErrnoStatus(errno, "socketpair");

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <utility>
@@ -25,9 +26,11 @@ class ProcessTunnel : public Tunnel {
   explicit ProcessTunnel(ProcessTunnelOptions options);
   absl::StatusOr<std::unique_ptr<TunnelStream>> Open(absl::Time deadline) override;
   std::string description() const override;
+  void Cancel() override { cancelled_ = true; }  // starting a program does not wait
 
  private:
   const ProcessTunnelOptions options_;
+  std::atomic<bool> cancelled_{false};
 };
 
 }  // namespace itwin::server

@@ -40,8 +40,15 @@ class Tunnel {
   virtual ~Tunnel() = default;
 
   // A new stream, independent of those before. kUnavailable: could not be reached, worth another try later;
-  // kNotFound / kPermissionDenied / kUnauthenticated: a person has to change something first, the message says what.
+  // kNotFound / kPermissionDenied / kUnauthenticated / kFailedPrecondition: a person has to change something first, the
+  // message says what. kUnauthenticated is about our credentials, kFailedPrecondition about the host's identity.
   virtual absl::StatusOr<std::unique_ptr<TunnelStream>> Open(absl::Time deadline) = 0;
+
+  // Ends every Open under way with kCancelled and lets none begin; open streams go on. Idempotent.
+  virtual void Cancel() = 0;
+
+  // When the credentials that it logs in with end; InfiniteFuture: never, or not known.
+  virtual absl::Time CredentialsExpire() const { return absl::InfiniteFuture(); }
 
   // Where it leads, for people: "ssh alice@login.example" or the command line.
   virtual std::string description() const = 0;
