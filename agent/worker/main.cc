@@ -33,6 +33,7 @@
 #include "agent/worker/spec/train_spec.h"
 #include "agent/worker/startup.h"
 #include "agent/worker/training/stop_request.h"
+#include "agent/worker/training/strategy.h"
 #include "agent/worker/training/training_loop.h"
 
 namespace itwin::worker {
@@ -228,12 +229,8 @@ int Train(World& world, RunState& state) {
   };
   const nlohmann::json job = ReadSpecFile(contract.spec);
   const TrainSpec spec = ParseSpec(job);
-  if (spec.strategy == "single" && world.size() > 1) {
-    throw UserError("train.strategy is \"single\", but the job has " +
-                    std::to_string(world.size()) +
-                    " ranks; ask for one rank, or use strategy \"ddp\"");
-  }
-  const std::string strategy = world.size() > 1 ? "ddp" : "single";
+  std::string strategy_note;
+  const std::string strategy = ChooseStrategy(spec, world.size(), &strategy_note);
 
   const Machine machine = SetUpMachine(control, spec.resources.cpus_per_rank);
   double gflops = 0;
@@ -253,6 +250,7 @@ int Train(World& world, RunState& state) {
         " rank(s) on " + std::to_string(machine.nodes) + " node(s), " +
         std::to_string(machine.threads) + " thread(s) each, LibTorch " + TorchVersion());
   const std::unique_ptr<Dataset> dataset = OpenDataset(spec.data, spec.seed, contract.work);
+  if (!strategy_note.empty()) print("note: " + strategy_note);
   print("data: " + std::to_string(dataset->size(Split::kTrain)) + " training, " +
         std::to_string(dataset->size(Split::kValidation)) + " validation, " +
         std::to_string(dataset->size(Split::kTest)) + " test samples");
@@ -318,6 +316,7 @@ int Train(World& world, RunState& state) {
         {"blas_gflops_per_thread", gflops},
         {"seconds",
          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()}};
+    if (!strategy_note.empty()) result.info["strategy_note"] = strategy_note;
     WriteFileDurably(contract.result, RenderResult(result));
   }
   control.Barrier()->Wait();

@@ -395,6 +395,8 @@ class Checker {
     Range("train.checkpoint.every_epochs", train.checkpoint().every_epochs(), 0, kMaxEpochs);
     Range("train.checkpoint.keep", train.checkpoint().keep(), 0, 10'000);
     AtLeast("train.clip_norm", train.clip_norm(), 0);
+    Range("train.accumulate", train.accumulate(), 0, 1'000'000);
+    if (train.has_check_every()) Range("train.check_every", train.check_every(), 0, kMaxEpochs);
   }
 
   void CheckAdam(const std::string& at, const v1::Adam& adam) {

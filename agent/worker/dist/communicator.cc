@@ -2,18 +2,23 @@
 
 namespace itwin::worker {
 
-int64_t SizeInBytes(const Buffer& buffer) {
-  switch (buffer.type) {
+int64_t SizeInBytes(ElementType type) {
+  switch (type) {
     case ElementType::kByte:
-      return buffer.count;
+      return 1;
+    case ElementType::kFloat16:
+    case ElementType::kBfloat16:
+      return 2;
     case ElementType::kFloat32:
-      return buffer.count * 4;
+      return 4;
     case ElementType::kInt64:
     case ElementType::kFloat64:
-      return buffer.count * 8;
+      return 8;
   }
   return 0;
 }
+
+int64_t SizeInBytes(const Buffer& buffer) { return buffer.count * SizeInBytes(buffer.type); }
 
 std::string BroadcastText(Communicator& communicator, std::string text, int root) {
   int64_t size = static_cast<int64_t>(text.size());

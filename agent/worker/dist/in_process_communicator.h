@@ -2,7 +2,9 @@
 #pragma once
 
 #include <condition_variable>
+#include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -14,7 +16,8 @@ namespace itwin::worker {
 // What the ranks of one communicator share. Must outlive them.
 class InProcessGroup {
  public:
-  explicit InProcessGroup(int size) : size_(size), buffers_(size), all_(size) {}
+  explicit InProcessGroup(int size)
+      : size_(size), buffers_(static_cast<size_t>(size)), all_(static_cast<size_t>(size)) {}
 
   int size() const { return size_; }
 
@@ -23,6 +26,13 @@ class InProcessGroup {
   void Meet(
       int rank, Buffer mine, Buffer all,
       const std::function<void(std::vector<Buffer>& mine, std::vector<Buffer>& all)>& combine);
+
+  // A message waits in the group until it is taken; Take waits for it and throws like Meet.
+  void Put(int from, int to, Buffer buffer);
+  void Take(int from, int to, Buffer buffer);
+
+  // A group of some of the ranks; it fails with this one.
+  std::shared_ptr<InProcessGroup> MakePart(int size);
 
   // A rank that cannot go on lets the others out of Meet().
   void Fail();
@@ -35,21 +45,30 @@ class InProcessGroup {
   int arrived_ = 0;
   int64_t generation_ = 0;
   bool failed_ = false;
+  std::map<std::pair<int, int>, std::deque<std::vector<char>>> messages_;  // (from, to)
+  std::vector<std::weak_ptr<InProcessGroup>> parts_;
 };
 
 // A collective blocks in the call that starts it; Wait() is free.
 class InProcessCommunicator : public Communicator {
  public:
   InProcessCommunicator(InProcessGroup& group, int rank) : group_(group), rank_(rank) {}
+  InProcessCommunicator(std::shared_ptr<InProcessGroup> group, int rank)
+      : owned_(std::move(group)), group_(*owned_), rank_(rank) {}
 
   int rank() const override { return rank_; }
   int size() const override { return group_.size(); }
   std::unique_ptr<Work> AllReduce(Buffer buffer, Reduction reduction) override;
   std::unique_ptr<Work> Broadcast(Buffer buffer, int root) override;
   std::unique_ptr<Work> AllGather(Buffer mine, Buffer all) override;
+  std::unique_ptr<Work> ReduceScatter(Buffer all, Buffer mine, Reduction reduction) override;
   std::unique_ptr<Work> Barrier() override;
+  std::unique_ptr<Work> Send(Buffer buffer, int to) override;
+  std::unique_ptr<Work> Recv(Buffer buffer, int from) override;  // blocks in Wait
+  std::unique_ptr<Communicator> Split(int color, int key) override;
 
  private:
+  const std::shared_ptr<InProcessGroup> owned_;  // of a part
   InProcessGroup& group_;
   const int rank_;
 };

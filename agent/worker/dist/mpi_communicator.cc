@@ -11,7 +11,9 @@
 #include <functional>
 #include <mutex>
 #include <thread>
+#include <vector>
 
+#include "agent/worker/dist/half.h"
 #include "agent/worker/error.h"
 
 namespace itwin::worker {
@@ -20,8 +22,44 @@ namespace {
 // MPI counts are int; longer buffers go in pieces.
 constexpr int64_t kMaxElementsPerCall = 1 << 28;
 
+// MPI has no 16-bit floats: they travel as a type of ours that is added by functions of ours, so the
+// sum is rounded to 16 bits at every stage of the library's algorithm.
+template <uint16_t (*To)(float), float (*From)(uint16_t), bool kMax>
+void CombineHalf(void* in, void* in_out, int* count, MPI_Datatype*) {
+  const auto* a = static_cast<const uint16_t*>(in);
+  auto* b = static_cast<uint16_t*>(in_out);
+  for (int i = 0; i < *count; ++i) {
+    const float x = From(a[i]), y = From(b[i]);
+    b[i] = To(kMax ? std::max(x, y) : x + y);
+  }
+}
+struct HalfTypes {
+  MPI_Datatype float16 = MPI_DATATYPE_NULL, bfloat16 = MPI_DATATYPE_NULL;
+  MPI_Op sum16 = MPI_OP_NULL, max16 = MPI_OP_NULL, sum_b16 = MPI_OP_NULL, max_b16 = MPI_OP_NULL;
+
+  HalfTypes() {
+    for (MPI_Datatype* type : {&float16, &bfloat16}) {
+      MPI_Type_contiguous(2, MPI_BYTE, type);
+      MPI_Type_commit(type);
+    }
+    MPI_Op_create(CombineHalf<ToFloat16, FromFloat16, false>, 1, &sum16);
+    MPI_Op_create(CombineHalf<ToFloat16, FromFloat16, true>, 1, &max16);
+    MPI_Op_create(CombineHalf<ToBfloat16, FromBfloat16, false>, 1, &sum_b16);
+    MPI_Op_create(CombineHalf<ToBfloat16, FromBfloat16, true>, 1, &max_b16);
+  }
+};
+// Made at first use, after MPI_Init_thread; MPI_Finalize takes them down.
+const HalfTypes& Halves() {
+  static const HalfTypes halves;
+  return halves;
+}
+
 MPI_Datatype TypeOf(ElementType type) {
   switch (type) {
+    case ElementType::kFloat16:
+      return Halves().float16;
+    case ElementType::kBfloat16:
+      return Halves().bfloat16;
     case ElementType::kByte:
       return MPI_BYTE;
     case ElementType::kInt64:
@@ -32,6 +70,13 @@ MPI_Datatype TypeOf(ElementType type) {
       return MPI_DOUBLE;
   }
   return MPI_DATATYPE_NULL;
+}
+
+MPI_Op OpOf(ElementType type, Reduction reduction) {
+  const bool sum = reduction == Reduction::kSum;
+  if (type == ElementType::kFloat16) return sum ? Halves().sum16 : Halves().max16;
+  if (type == ElementType::kBfloat16) return sum ? Halves().sum_b16 : Halves().max_b16;
+  return sum ? MPI_SUM : MPI_MAX;
 }
 
 void Check(int code, const char* call) {
@@ -54,7 +99,7 @@ void InPieces(Buffer buffer, F f) {
 void BlockingAllReduce(MPI_Comm comm, Buffer buffer, Reduction reduction) {
   InPieces(buffer, [&](void* data, int count) {
     Check(MPI_Allreduce(MPI_IN_PLACE, data, count, TypeOf(buffer.type),
-                        reduction == Reduction::kSum ? MPI_SUM : MPI_MAX, comm),
+                        OpOf(buffer.type, reduction), comm),
           "MPI_Allreduce");
   });
 }
@@ -72,16 +117,32 @@ void BlockingAllGather(MPI_Comm comm, Buffer mine, Buffer all) {
         "MPI_Allgather");
 }
 
+void BlockingReduceScatter(MPI_Comm comm, Buffer all, Buffer mine, Reduction reduction) {
+  if (mine.count > kMaxElementsPerCall) throw AppError("ReduceScatter to a buffer that is too long");
+  Check(MPI_Reduce_scatter_block(all.data, mine.data, static_cast<int>(mine.count),
+                                 TypeOf(mine.type), OpOf(mine.type, reduction), comm),
+        "MPI_Reduce_scatter_block");
+}
+
 class Done : public Work {
  public:
   void Wait() override {}
 };
 
-// Shared by both kinds: owns a duplicate of MPI_COMM_WORLD.
+// Messages that were started; they progress while any thread of this process is in MPI.
+class Messages : public Work {
+ public:
+  std::vector<MPI_Request> requests;
+  void Wait() override {
+    Check(MPI_Waitall(static_cast<int>(requests.size()), requests.data(), MPI_STATUSES_IGNORE),
+          "MPI_Waitall");
+  }
+};
+
+// Shared by both kinds: owns an MPI communicator.
 class MpiBase : public Communicator {
  public:
-  MpiBase() {
-    Check(MPI_Comm_dup(MPI_COMM_WORLD, &comm_), "MPI_Comm_dup");
+  explicit MpiBase(MPI_Comm owned) : comm_(owned) {
     MPI_Comm_rank(comm_, &rank_);
     MPI_Comm_size(comm_, &size_);
   }
@@ -98,12 +159,43 @@ class MpiBase : public Communicator {
   std::unique_ptr<Work> AllGather(Buffer mine, Buffer all) override {
     return Start([=, this] { BlockingAllGather(comm_, mine, all); });
   }
+  std::unique_ptr<Work> ReduceScatter(Buffer all, Buffer mine, Reduction reduction) override {
+    return Start([=, this] { BlockingReduceScatter(comm_, all, mine, reduction); });
+  }
   std::unique_ptr<Work> Barrier() override {
     return Start([this] { Check(MPI_Barrier(comm_), "MPI_Barrier"); });
+  }
+  // Started at once by the caller, whatever collectives are queued.
+  std::unique_ptr<Work> Send(Buffer buffer, int to) override {
+    auto work = std::make_unique<Messages>();
+    InPieces(buffer, [&](void* data, int count) {
+      Check(MPI_Isend(data, count, TypeOf(buffer.type), to, 0, comm_,
+                      &work->requests.emplace_back(MPI_REQUEST_NULL)),
+            "MPI_Isend");
+    });
+    return work;
+  }
+  std::unique_ptr<Work> Recv(Buffer buffer, int from) override {
+    auto work = std::make_unique<Messages>();
+    InPieces(buffer, [&](void* data, int count) {
+      Check(MPI_Irecv(data, count, TypeOf(buffer.type), from, 0, comm_,
+                      &work->requests.emplace_back(MPI_REQUEST_NULL)),
+            "MPI_Irecv");
+    });
+    return work;
+  }
+  std::unique_ptr<Communicator> Split(int color, int key) override {
+    MPI_Comm part = MPI_COMM_NULL;
+    Start([&] {
+      Check(MPI_Comm_split(comm_, color, key, &part), "MPI_Comm_split");
+    })->Wait();
+    return Wrap(part);
   }
 
  protected:
   virtual std::unique_ptr<Work> Start(std::function<void()> collective) = 0;
+  // A communicator of the same kind.
+  virtual std::unique_ptr<Communicator> Wrap(MPI_Comm owned) const = 0;
 
  private:
   MPI_Comm comm_ = MPI_COMM_NULL;
@@ -111,7 +203,20 @@ class MpiBase : public Communicator {
   int size_ = 1;
 };
 
+MPI_Comm DuplicateOfWorld() {
+  MPI_Comm comm = MPI_COMM_NULL;
+  Check(MPI_Comm_dup(MPI_COMM_WORLD, &comm), "MPI_Comm_dup");
+  return comm;
+}
+
 class DirectMpiCommunicator : public MpiBase {
+ public:
+  using MpiBase::MpiBase;
+
+ private:
+  std::unique_ptr<Communicator> Wrap(MPI_Comm owned) const override {
+    return std::make_unique<DirectMpiCommunicator>(owned);
+  }
   std::unique_ptr<Work> Start(std::function<void()> collective) override {
     collective();
     return std::make_unique<Done>();
@@ -120,7 +225,7 @@ class DirectMpiCommunicator : public MpiBase {
 
 class ThreadedMpiCommunicator : public MpiBase {
  public:
-  ThreadedMpiCommunicator() : thread_([this] { Run(); }) {}
+  explicit ThreadedMpiCommunicator(MPI_Comm owned) : MpiBase(owned), thread_([this] { Run(); }) {}
   ~ThreadedMpiCommunicator() override {
     {
       std::lock_guard lock(mutex_);
@@ -151,6 +256,9 @@ class ThreadedMpiCommunicator : public MpiBase {
     std::shared_ptr<State> state_;
   };
 
+  std::unique_ptr<Communicator> Wrap(MPI_Comm owned) const override {
+    return std::make_unique<ThreadedMpiCommunicator>(owned);
+  }
   std::unique_ptr<Work> Start(std::function<void()> collective) override {
     auto state = std::make_shared<State>();
     state->collective = std::move(collective);
@@ -248,10 +356,10 @@ int MpiWorld::size() const {
 }
 
 std::unique_ptr<Communicator> MpiWorld::MakeThreaded() {
-  return std::make_unique<ThreadedMpiCommunicator>();
+  return std::make_unique<ThreadedMpiCommunicator>(DuplicateOfWorld());
 }
 std::unique_ptr<Communicator> MpiWorld::MakeDirect() {
-  return std::make_unique<DirectMpiCommunicator>();
+  return std::make_unique<DirectMpiCommunicator>(DuplicateOfWorld());
 }
 
 void MpiWorld::Abort(int exit_code) {

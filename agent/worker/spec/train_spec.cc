@@ -530,16 +530,21 @@ void ParseTrain(const Json& json, TrainSpec& t) {
   if (const Json* checkpoint = in.Find("checkpoint")) t.checkpoint = ParseCheckpoint(*checkpoint);
   in.Get("clip_norm", t.clip_norm);
   in.Get("stop_on_nan", t.stop_on_nan);
+  in.Get("accumulate", t.accumulate);
+  in.Get("check_every", t.check_every);
   in.Done();
   // Zero is how protobuf spells "not given" for these.
   if (t.batch == 0) t.batch = 32;
   if (t.epochs == 0) t.epochs = 1;
   if (t.validate_every == 0) t.validate_every = 1;
+  if (t.accumulate == 0) t.accumulate = 1;
   in.AtLeast("batch", static_cast<double>(t.batch), 1);
   in.AtLeast("epochs", t.epochs, 1);
   in.AtLeast("steps", static_cast<double>(t.steps), 0);
   in.AtLeast("validate_every", t.validate_every, 1);
   in.AtLeast("clip_norm", t.clip_norm, 0);
+  in.AtLeast("accumulate", t.accumulate, 1);
+  in.AtLeast("check_every", t.check_every, 0);
   if (!t.strategy.empty() && t.strategy != "single" && t.strategy != "ddp") {
     in.Refuse("strategy", "is \"" + t.strategy + "\"; known: single, ddp");
   }

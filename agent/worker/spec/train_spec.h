@@ -140,13 +140,15 @@ struct TrainSpec {
   int64_t batch = 32;  // samples per step over all ranks together
   int epochs = 1;
   int64_t steps = 0;     // 0: no limit beside the epochs
-  std::string strategy;  // "", "single" or "ddp"; empty: ddp when there is more than one rank
+  std::string strategy;  // empty: ddp when there is more than one rank
   DdpSpec ddp;
   uint64_t seed = 0;
   int validate_every = 1;
   CheckpointSpec checkpoint;
   double clip_norm = 0;  // 0: off
   bool stop_on_nan = true;
+  int accumulate = 1;     // micro-batches of a step
+  int check_every = 200;  // steps between comparisons of the ranks' parameters; 0: off
 };
 
 // Reads a whole job spec, {"name": …, "resources": …, "train": {…}}, in protobuf JSON with the

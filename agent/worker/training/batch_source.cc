@@ -33,7 +33,9 @@ BatchSource::Item BatchSource::Gather(int64_t g) const {
   const std::span<const int64_t> indices = order_->OfRank(g, rank_, ranks_);
   item.local_samples = static_cast<int64_t>(indices.size());
   item.global_samples = order_->size(g);
-  if (!indices.empty()) {
+  if (indices.empty()) {
+    if (stand_in_) item.batch = dataset_.Gather(Split::kTrain, {order_->OfRank(g, 0, ranks_)[0]});
+  } else {
     item.batch =
         dataset_.Gather(Split::kTrain, std::vector<int64_t>(indices.begin(), indices.end()));
   }

@@ -18,16 +18,17 @@ namespace itwin::worker {
 
 class BatchSource {
  public:
-  // The dataset must outlive it.
-  BatchSource(const Dataset& dataset, int rank, int ranks)
-      : dataset_(dataset), rank_(rank), ranks_(ranks) {}
+  // The dataset must outlive it. With `stand_in`, a batch without samples for this rank holds one
+  // that does not count (local_samples stays 0).
+  BatchSource(const Dataset& dataset, int rank, int ranks, bool stand_in = false)
+      : dataset_(dataset), rank_(rank), ranks_(ranks), stand_in_(stand_in) {}
   ~BatchSource();
 
   // Goes to global batch `first` of the order, which must outlive the use of it.
   void Start(const EpochOrder& order, int64_t first);
 
   struct Item {
-    Batch batch;  // empty when local_samples is 0
+    Batch batch;  // empty when local_samples is 0 and there is no stand-in
     int64_t local_samples = 0;
     int64_t global_samples = 0;
   };
@@ -46,6 +47,7 @@ class BatchSource {
 
   const Dataset& dataset_;
   const int rank_, ranks_;
+  const bool stand_in_;
 
   // The loop's.
   const EpochOrder* order_ = nullptr;

@@ -1,6 +1,6 @@
 // Data-parallel gradients: every rank ends each backward pass with the sum over ranks in its
 // buckets. Buckets are reduced in a fixed order, each as soon as its gradients are there, while
-// backward goes on (with overlap).
+// backward goes on (with overlap). With one rank: nothing to exchange, the strategy "single".
 #pragma once
 
 #include <cstdint>
@@ -10,42 +10,47 @@
 
 #include "agent/worker/dist/communicator.h"
 #include "agent/worker/training/flat_parameters.h"
+#include "agent/worker/training/gradient_hooks.h"
+#include "agent/worker/training/strategy.h"
 
 namespace itwin::worker {
 
-class Ddp {
+class Ddp : public Strategy {
  public:
-  // Broadcasts rank 0's values. `parameters` and `communicator` must outlive it. Hooks stay on the
-  // parameters for their life and do nothing once this is gone.
-  Ddp(FlatParameters& parameters, Communicator& communicator, bool overlap);
-  ~Ddp();
+  struct Options {
+    std::string name = "ddp";
+    bool overlap = true;
+  };
+  Ddp(FlatParameters& parameters, Communicator& communicator, Options options);
 
-  // Each step, on every rank: BeginStep, then backward (or not, on a rank without samples), then
-  // EndBackward, then WaitBucket for each bucket. The status travels with the last bucket.
-  void BeginStep(const StepStatus& status);
-  void EndBackward();
-  void WaitBucket(size_t bucket);
-
-  // Parameters that no step since the start has given a gradient, on this rank: 1 for such, else 0;
-  // model order.
-  std::vector<int64_t> Unused() const;
-
-  double waited_seconds() const { return waited_seconds_; }
+  std::string name() const override { return options_.name; }
+  const std::vector<FlatRange>& ranges() const override { return ranges_; }
+  void BeginBackward(const StepStatus& status, bool last) override;
+  void EndBackward() override;
+  void WaitGradients(size_t range) override;
+  void Updated(size_t) override {}
+  StepStatus EndStep(bool* agreed) override;
+  std::vector<StateSlice> Owned(std::vector<StateSlice> held) const override;
+  std::vector<int> FindDifferingRanks(Communicator& control) override;
+  std::vector<int64_t> Unused() const override;
+  double waited_seconds() const override { return waited_seconds_; }
+  Memory memory() const override;
 
  private:
-  struct Hooks;
   void OnGradientReady(size_t parameter);
   void LaunchReady();
 
   FlatParameters& parameters_;
   Communicator& communicator_;
-  const bool overlap_;
+  const Options options_;
+  std::vector<FlatRange> ranges_;
   std::vector<int64_t> used_;
+  bool last_ = true;              // of the micro-batches
   std::vector<int64_t> missing_;  // per bucket: gradients that are not there yet in this step
   size_t next_bucket_ = 0;        // to launch
   std::vector<std::unique_ptr<Work>> work_;
   double waited_seconds_ = 0;
-  std::shared_ptr<Hooks> hooks_;
+  GradientHooks hooks_;  // last: its callback uses all of the above
 };
 
 }  // namespace itwin::worker

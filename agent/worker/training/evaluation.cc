@@ -73,7 +73,8 @@ std::string RootName(const std::string& metric) {
 }
 
 std::map<std::string, double> Evaluate(Model& model, const Dataset& dataset, Split split,
-                                       int64_t batch, Communicator& communicator) {
+                                       int64_t batch, Communicator& communicator,
+                                       bool lockstep) {
   WeightedSums sums;
   ForEachBatch(dataset, split, batch, communicator, [&](const Batch& samples, int64_t count) {
     const StepOutput output = model.EvaluationStep(samples);
@@ -81,6 +82,14 @@ std::map<std::string, double> Evaluate(Model& model, const Dataset& dataset, Spl
     sums.Add("loss", output.loss.item<double>(), count);
     for (const auto& [name, value] : output.metrics) sums.Add(name, value.item<double>(), count);
   });
+  if (lockstep) {
+    const auto batches = [&](int rank) {
+      const int64_t mine = SliceOf(dataset.size(split), rank, communicator.size()).size();
+      return (mine + batch - 1) / batch;
+    };
+    for (int64_t n = batches(communicator.rank()); n < batches(0); ++n)
+      model.EvaluationStep(dataset.Gather(split, {0}));
+  }
   std::map<std::string, double> means = sums.Means(communicator);
   for (const auto& [name, value] : std::map<std::string, double>(means)) {
     if (const std::string root = RootName(name); !root.empty()) means[root] = std::sqrt(value);

@@ -15,9 +15,11 @@ namespace itwin::worker {
 // Means over samples: "loss" and the model's metrics; each mean square "mse" or "<x>_mse" also as
 // "rmse" or
 // "<x>_rmse", its root. Every rank calls it and gets the same values. The model must be in
-// evaluation mode; the split must not be empty.
+// evaluation mode; the split must not be empty. With `lockstep` every rank runs the model equally
+// often, on a sample that does not count where it has none left.
 std::map<std::string, double> Evaluate(Model& model, const Dataset& dataset, Split split,
-                                       int64_t batch, Communicator& communicator);
+                                       int64_t batch, Communicator& communicator,
+                                       bool lockstep = false);
 
 // "<baseline>_rmse" over the split for each baseline of the dataset. Like Evaluate.
 std::map<std::string, double> EvaluateBaselines(const Dataset& dataset, Split split, int64_t batch,

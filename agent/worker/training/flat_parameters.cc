@@ -5,7 +5,6 @@
 #include <ATen/ops/zeros.h>
 
 #include "agent/worker/error.h"
-#include "agent/worker/training/optimizer_kernels.h"
 
 namespace itwin::worker {
 namespace {
@@ -108,16 +107,6 @@ void FlatParameters::CheckGradientViews() const {
           " (by zero_grad or an assignment to .grad); gradients are the worker's to clear");
     }
   }
-}
-
-bool FlatParameters::AllFinite() const {
-  for (const Bucket& b : buckets_) {
-    const bool finite = b.type == at::kFloat
-                            ? kernels::AllFinite(b.values.data_ptr<float>(), b.values.numel())
-                            : kernels::AllFinite(b.values.data_ptr<double>(), b.values.numel());
-    if (!finite) return false;
-  }
-  return true;
 }
 
 }  // namespace itwin::worker

@@ -57,8 +57,6 @@ class FlatParameters {
   // averaged. Throws AppError that names the parameter.
   void CheckGradientViews() const;
 
-  bool AllFinite() const;
-
  private:
   std::vector<Parameter> parameters_;
   std::vector<Bucket> buckets_;

@@ -1,7 +1,6 @@
 #include "agent/worker/training/optimizer.h"
 
-#include <cmath>
-#include <map>
+#include <utility>
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/full.h>
@@ -85,63 +84,68 @@ void StepRange(const OptimizerSpec& spec, const Ranges<T>& r, int64_t first, int
 
 }  // namespace
 
-Optimizer::Optimizer(const OptimizerSpec& spec, FlatParameters& parameters)
-    : spec_(spec), parameters_(parameters), state_names_(StateNames(spec)) {
-  for (const FlatParameters::Bucket& bucket : parameters.buckets()) {
+Optimizer::Optimizer(const OptimizerSpec& spec, const FlatParameters& parameters,
+                     std::vector<FlatRange> ranges)
+    : spec_(spec),
+      parameters_(parameters),
+      ranges_(std::move(ranges)),
+      state_names_(StateNames(spec)) {
+  for (const FlatRange& range : ranges_) {
     std::vector<at::Tensor> states;
-    for (size_t s = 0; s < state_names_.size(); ++s)
-      states.push_back(at::zeros_like(bucket.values));
+    for (size_t s = 0; s < state_names_.size(); ++s) states.push_back(at::zeros_like(range.values));
     state_.push_back(std::move(states));
   }
 }
 
-void Optimizer::StepBucket(size_t b, double gradient_scale) {
-  FlatParameters::Bucket& bucket = parameters_.buckets()[b];
+void Optimizer::StepRange(size_t i, double gradient_scale) {
+  const FlatRange& range = ranges_[i];
   const auto run = [&]<typename T>(T*) {
     Ranges<T> ranges{
-        bucket.values.data_ptr<T>(), bucket.gradients.data_ptr<T>(), {nullptr, nullptr}};
-    for (size_t s = 0; s < state_names_.size(); ++s) ranges.state[s] = state_[b][s].data_ptr<T>();
-    at::parallel_for(0, bucket.values.numel(), kElementsPerThread,
+        range.values.data_ptr<T>(), range.gradients.data_ptr<T>(), {nullptr, nullptr}};
+    for (size_t s = 0; s < state_names_.size(); ++s) ranges.state[s] = state_[i][s].data_ptr<T>();
+    at::parallel_for(0, range.values.numel(), kElementsPerThread,
                      [&](int64_t first, int64_t last) {
-                       StepRange(spec_, ranges, first, last, step_, gradient_scale);
+                       itwin::worker::StepRange(spec_, ranges, first, last, step_, gradient_scale);
                      });
   };
-  if (bucket.type == at::kFloat) {
+  if (range.values.scalar_type() == at::kFloat) {
     run(static_cast<float*>(nullptr));
   } else {
     run(static_cast<double*>(nullptr));
   }
 }
 
-NamedTensors Optimizer::State() const {
-  NamedTensors state;
-  state.emplace_back("step",
-                     at::full({1}, at::Scalar(step_), at::TensorOptions().dtype(at::kLong)));
-  const auto& parameters = parameters_.parameters();
+std::vector<StateSlice> Optimizer::Slices() const {
+  std::vector<StateSlice> slices;
   for (size_t s = 0; s < state_names_.size(); ++s) {
-    for (size_t i = 0; i < parameters.size(); ++i) {
-      state.emplace_back(state_names_[s] + "/" + parameters[i].name,
-                         parameters_.ViewOf(state_[parameters[i].bucket][s], i));
-    }
+    for (size_t i = 0; i < ranges_.size(); ++i)
+      AppendSlices(parameters_, ranges_[i], state_[i][s], state_names_[s] + "/", &slices);
   }
-  return state;
+  return slices;
+}
+
+std::vector<at::Tensor> Optimizer::FlatState() const {
+  std::vector<at::Tensor> flat;
+  for (const auto& states : state_) flat.insert(flat.end(), states.begin(), states.end());
+  return flat;
 }
 
 void Optimizer::LoadState(const NamedTensors& state) {
-  std::map<std::string, at::Tensor> by_name(state.begin(), state.end());
-  for (auto& [name, target] : State()) {
-    const auto found = by_name.find(name);
-    if (found == by_name.end() || found->second.sizes() != target.sizes() ||
-        found->second.scalar_type() != target.scalar_type()) {
-      throw AppError("the checkpoint's optimiser state does not fit: " + name +
-                     (found == by_name.end() ? " is missing" : " has another shape or type"));
-    }
-    if (name == "step") {
-      step_ = found->second.data_ptr<int64_t>()[0];
-    } else {
-      target.copy_(found->second);
-    }
+  ScatterSlices(state, Slices(), "the checkpoint's optimiser state");
+  for (const auto& [name, tensor] : state) {
+    if (name != "step") continue;
+    step_ = tensor.item<int64_t>();
+    return;
   }
+  throw AppError("the checkpoint's optimiser state does not fit: step is missing");
+}
+
+NamedTensors GatherState(const Optimizer& optimizer, const Strategy& strategy,
+                         Communicator& communicator) {
+  NamedTensors state = GatherSlices(strategy.Owned(optimizer.Slices()), communicator);
+  state.insert(state.begin(), {"step", at::full({1}, at::Scalar(optimizer.step()),
+                                                at::TensorOptions().dtype(at::kLong))});
+  return state;
 }
 
 std::string Optimizer::name() const {
@@ -149,14 +153,26 @@ std::string Optimizer::name() const {
   return kNames[spec_.index()];
 }
 
-double GradientNorm(const FlatParameters& parameters) {
+double SumOfSquares(const std::vector<FlatRange>& ranges) {
   double sum = 0;
-  for (const FlatParameters::Bucket& b : parameters.buckets()) {
-    const int64_t n = b.values.numel();  // without the status
-    sum += b.type == at::kFloat ? kernels::SumOfSquares(b.gradients.data_ptr<float>(), n)
-                                : kernels::SumOfSquares(b.gradients.data_ptr<double>(), n);
+  for (const FlatRange& range : ranges) {
+    const int64_t n = range.gradients.numel();
+    sum += range.gradients.scalar_type() == at::kFloat
+               ? kernels::SumOfSquares(range.gradients.data_ptr<float>(), n)
+               : kernels::SumOfSquares(range.gradients.data_ptr<double>(), n);
   }
-  return std::sqrt(sum);
+  return sum;
+}
+
+bool AllFinite(const std::vector<FlatRange>& ranges) {
+  for (const FlatRange& range : ranges) {
+    const int64_t n = range.values.numel();
+    const bool finite = range.values.scalar_type() == at::kFloat
+                            ? kernels::AllFinite(range.values.data_ptr<float>(), n)
+                            : kernels::AllFinite(range.values.data_ptr<double>(), n);
+    if (!finite) return false;
+  }
+  return true;
 }
 
 }  // namespace itwin::worker

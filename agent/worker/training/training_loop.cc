@@ -21,7 +21,6 @@ constexpr double kProgressSeconds = 0.25;  // between progress lines
 constexpr double kPrintSeconds = 0.25;     // between lines for people
 constexpr double kReserveSeconds = 5;      // kept before the deadline beside the measured save time
 constexpr double kFirstSaveSeconds = 10;   // a save's assumed time before one was measured
-constexpr double kMegabyte = 1 << 20;
 constexpr char kGenerator[] = "random_generator";
 constexpr char kBuffer[] = "buffer/";
 
@@ -35,6 +34,22 @@ std::string Text(const char* format, auto... values) {
   return text;
 }
 
+std::string StrategyOf(const TrainSpec& spec, int ranks) {
+  std::string note;
+  return ChooseStrategy(spec, ranks, &note);
+}
+
+// Samples [part.first, part.last) of the item; where there are none, its stand-in.
+Batch PartOfBatch(const BatchSource::Item& item, const Slice& part) {
+  const int64_t samples = item.batch.begin()->second.size(0);
+  const int64_t count = std::max<int64_t>(1, part.size());
+  if (count == samples) return item.batch;
+  Batch batch;
+  for (const auto& [name, tensor] : item.batch)
+    batch[name] = tensor.narrow(0, part.size() == 0 ? 0 : part.first, count);
+  return batch;
+}
+
 at::Generator Generator() { return at::detail::getDefaultCPUGenerator(); }
 
 }  // namespace
@@ -46,6 +61,7 @@ struct TrainingLoop::Clock {
   int64_t samples = 0;  // trained
   double longest_step = 0;
   double save = -1;       // the longest save
+  double check = 0;       // in comparing parameters between epochs' ends
   double evaluation = 0;  // the longest evaluation
   double total_evaluation = 0;
   // Since the epoch's start.
@@ -60,8 +76,10 @@ struct TrainingLoop::Clock {
 
 std::string HashSpec(const nlohmann::json& job) {
   nlohmann::json train = job.value("train", nlohmann::json::object());
-  for (const char* key : {"epochs", "steps", "validate_every", "checkpoint", "metrics"})
+  for (const char* key : {"epochs", "steps", "validate_every", "checkpoint", "metrics", "strategy",
+                          "ddp", "accumulate", "check_every"}) {
     train.erase(key);
+  }
   return Sha256Hex(train.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
 }
 
@@ -71,12 +89,11 @@ TrainingLoop::TrainingLoop(const TrainingSetup& setup)
       model_(setup.model),
       rank_(setup.control.rank()),
       ranks_(setup.control.size()),
-      parameters_(setup.model.parameters(),
-                  static_cast<int64_t>(spec_.ddp.first_bucket_mb * kMegabyte),
-                  static_cast<int64_t>(spec_.ddp.bucket_mb * kMegabyte)),
-      ddp_(parameters_, setup.gradients, spec_.ddp.overlap),
-      optimizer_(spec_.optimizer, parameters_),
-      batches_(setup.dataset, rank_, ranks_),
+      strategy_name_(StrategyOf(spec_, ranks_)),
+      parameters_(LayOut(spec_, strategy_name_, setup.model.parameters(), ranks_)),
+      strategy_(MakeStrategy(spec_, strategy_name_, parameters_, setup.gradients)),
+      optimizer_(spec_.optimizer, parameters_, strategy_->ranges()),
+      batches_(setup.dataset, rank_, ranks_, /*stand_in=*/strategy_->lockstep()),
       clock_(std::make_unique<Clock>()) {
   // Dropout differs between ranks: each sees other samples.
   Generator().set_current_seed(MixSeed(spec_.seed, static_cast<uint64_t>(rank_) + 1));
@@ -90,7 +107,10 @@ void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
         "the checkpoint belongs to another job: model, data, optimizer, batch and seed must be the "
         "same to go on");
   }
-  LoadWeights(model_, checkpoint.weights);
+  {
+    const FullParameters full(*strategy_);
+    LoadWeights(model_, checkpoint.weights);
+  }
   optimizer_.LoadState(checkpoint.optimizer);
   position_ = checkpoint.position;
   if (checkpoint.world_size == ranks_) {
@@ -107,6 +127,7 @@ void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
                                                              static_cast<uint64_t>(rank_) + 1)));
   }
   saved_step_ = position_.step;
+  const FullParameters full(*strategy_);
   if (HashWeights(model_) != checkpoint.weights_sha256) {
     throw AppError(
         "the weights read from the checkpoint do not have the hash they were saved with");
@@ -144,14 +165,14 @@ bool TrainingLoop::RunEpoch() {
   clock_->epoch_training = clock_->epoch_data_wait = clock_->epoch_communication_wait = 0;
   clock_->epoch_samples = 0;
   const double data_wait = batches_.waited_seconds();
-  const double communication_wait = ddp_.waited_seconds();
+  const double communication_wait = strategy_->waited_seconds();
   model_.Train(true);
   while (position_.next_batch < order_->batches() &&
          !(spec_.steps > 0 && position_.step >= spec_.steps)) {
     if (!Step()) return false;
   }
   clock_->epoch_data_wait = batches_.waited_seconds() - data_wait;
-  clock_->epoch_communication_wait = ddp_.waited_seconds() - communication_wait;
+  clock_->epoch_communication_wait = strategy_->waited_seconds() - communication_wait;
   FinishEpoch();
   return true;
 }
@@ -159,55 +180,16 @@ bool TrainingLoop::RunEpoch() {
 bool TrainingLoop::Step() {
   const double start = Seconds();
   const BatchSource::Item item = batches_.Next();
-  StepStatus status;
-  local_not_finite_ = false;
-  status.stop = setup_.stop.Poll(ReserveSeconds()) ? 1 : 0;
-  if (item.local_samples > 0) {
-    const double weight =
-        static_cast<double>(item.local_samples) / static_cast<double>(item.global_samples);
-    const at::Tensor loss = model_.TrainingStep(item.batch).loss;
-    const double value = loss.item<double>();
-    status.loss = value * weight;
-    local_not_finite_ = !std::isfinite(value);
-    status.not_finite = local_not_finite_ ? 1 : 0;
-    ddp_.BeginStep(status);
-    // Each rank's mean loss counts as much as its share of the samples: the sum over ranks is then
-    // the gradient of the mean over the whole batch, however the samples are spread.
-    if (weight == 1) {
-      loss.backward();
-    } else {
-      if (weight != gradient_weight_) {
-        gradient_of_loss_ = at::scalar_tensor(weight, loss.options().requires_grad(false));
-        gradient_weight_ = weight;
-      }
-      loss.backward(gradient_of_loss_);
-    }
-  } else {
-    ddp_.BeginStep(status);
-  }
-  ddp_.EndBackward();
+  ForwardAndBackward(item);
   if (!reported_unused_) parameters_.CheckGradientViews();
-
-  optimizer_.BeginStep();
-  if (spec_.clip_norm > 0) {
-    for (size_t b = 0; b < parameters_.buckets().size(); ++b) ddp_.WaitBucket(b);
-    const double scale = std::min(1.0, spec_.clip_norm / (GradientNorm(parameters_) + 1e-6));
-    status = parameters_.ReadStatus();
-    for (size_t b = 0; b < parameters_.buckets().size(); ++b) optimizer_.StepBucket(b, scale);
-  } else {
-    // The first buckets are applied while the last are still on the network.
-    for (size_t b = 0; b < parameters_.buckets().size(); ++b) {
-      ddp_.WaitBucket(b);
-      if (b + 1 == parameters_.buckets().size()) status = parameters_.ReadStatus();
-      optimizer_.StepBucket(b, 1.0);
-    }
-  }
+  const StepStatus status = UpdateParameters();
   ++position_.step;
   ++position_.next_batch;
   position_.epoch_loss_sum += status.loss * static_cast<double>(item.global_samples);
   position_.epoch_samples += item.global_samples;
   if (spec_.stop_on_nan && (status.not_finite > 0 || !std::isfinite(status.loss))) FailNotFinite();
-  if (!reported_unused_) ReportUnusedParameters();
+  if (!reported_unused_ && agreed_) ReportUnusedParameters();
+  if (spec_.check_every > 0 && position_.step % spec_.check_every == 0) CheckReplicas();
 
   if (step_values_.empty()) step_values_ = {{"train/loss", 0.0}};
   step_values_[0].second = status.loss;
@@ -220,6 +202,81 @@ bool TrainingLoop::Step() {
   clock_->epoch_samples += item.global_samples;
   ReportProgress(/*now=*/false);
   return status.stop == 0;
+}
+
+void TrainingLoop::ForwardAndBackward(const BatchSource::Item& item) {
+  StepStatus status;
+  status.stop = setup_.stop.Poll(ReserveSeconds()) ? 1 : 0;
+  local_not_finite_ = false;
+  strategy_->BeginStep();
+  for (int64_t m = 0; m < spec_.accumulate; ++m) {
+    const Slice part = SliceOf(item.local_samples, static_cast<int>(m), spec_.accumulate);
+    const bool last = m + 1 == spec_.accumulate;
+    if (part.size() == 0 && !strategy_->lockstep()) {
+      strategy_->BeginBackward(status, last);
+      strategy_->EndBackward();
+      continue;
+    }
+    // A sample that stands in for none counts nothing.
+    const double weight =
+        part.size() == 0
+            ? 0
+            : strategy_->Weight(part.size(), item.local_samples, item.global_samples);
+    const at::Tensor loss = model_.TrainingStep(PartOfBatch(item, part)).loss;
+    if (part.size() > 0) {
+      const double value = loss.item<double>();
+      status.loss += value * weight;
+      if (!std::isfinite(value)) local_not_finite_ = true;
+      status.not_finite = local_not_finite_ ? 1 : 0;
+    }
+    strategy_->BeginBackward(status, last);
+    if (weight == 1) {
+      loss.backward();
+    } else {
+      if (weight != gradient_weight_) {
+        gradient_of_loss_ = at::scalar_tensor(weight, loss.options().requires_grad(false));
+        gradient_weight_ = weight;
+      }
+      loss.backward(gradient_of_loss_);
+    }
+    strategy_->EndBackward();
+  }
+}
+
+StepStatus TrainingLoop::UpdateParameters() {
+  const size_t ranges = strategy_->ranges().size();
+  double scale = 1;
+  if (spec_.clip_norm > 0) {
+    for (size_t r = 0; r < ranges; ++r) strategy_->WaitGradients(r);
+    double squares = SumOfSquares(strategy_->ranges());
+    strategy_->SumOverShards(std::span(&squares, 1));
+    scale = std::min(1.0, spec_.clip_norm / (std::sqrt(squares) + 1e-6));
+  }
+  optimizer_.BeginStep();
+  // The first ranges are updated while the last are still on the network.
+  for (size_t r = 0; r < ranges; ++r) {
+    strategy_->WaitGradients(r);
+    optimizer_.StepRange(r, scale);
+    strategy_->Updated(r);
+  }
+  return strategy_->EndStep(&agreed_);
+}
+
+void TrainingLoop::CheckReplicas() {
+  if (!agreed_ || ranks_ == 1) return;
+  const double start = Seconds();
+  const std::vector<int> differing = strategy_->FindDifferingRanks(setup_.control);
+  clock_->check += Seconds() - start;
+  if (differing.empty()) return;
+  std::string names;
+  for (const int rank : differing) names += (names.empty() ? "" : ", ") + std::to_string(rank);
+  WorkerError error = AppError(
+      Text("at step %lld the parameters of rank ", static_cast<long long>(position_.step)) + names +
+          " are not those of the other ranks; results of this run cannot be trusted (faulty memory "
+          "or network, or different libraries on the nodes)",
+      position_.step);
+  error.rank = differing.front();
+  throw error;
 }
 
 void TrainingLoop::FailNotFinite() {
@@ -242,7 +299,7 @@ void TrainingLoop::FailNotFinite() {
 
 void TrainingLoop::ReportUnusedParameters() {
   reported_unused_ = true;
-  std::vector<int64_t> unused = ddp_.Unused();
+  std::vector<int64_t> unused = strategy_->Unused();
   for (int64_t& u : unused) u = 1 - u;
   setup_.control.AllReduce(BufferOf(std::span(unused)), Reduction::kMax)->Wait();
   std::string names;
@@ -270,14 +327,20 @@ void TrainingLoop::FinishEpoch() {
                         static_cast<double>(clock_->epoch_samples) / clock_->epoch_training);
     values.emplace_back("perf/data_wait_s", clock_->epoch_data_wait);
     values.emplace_back("perf/comm_wait_s", clock_->epoch_communication_wait);
+    if (clock_->check > 0) values.emplace_back("perf/check_s", clock_->check);
+    AppendMemory(&values);
   }
   setup_.metrics.Write(position_.step, values);
   for (const auto& [name, value] : values) epoch_metrics_[name] = last_metrics_[name] = value;
   if (whole) {
     position_ = {.step = position_.step, .epoch = position_.epoch + 1};
   }
+  strategy_->Consolidate(optimizer_.FlatState());
   AverageBuffers(model_, setup_.control);
-  weights_sha256_ = CompareWeights(model_, setup_.control);
+  {
+    const FullParameters full(*strategy_);
+    weights_sha256_ = CompareWeights(model_, setup_.control);
+  }
 
   if (!Done()) {
     const int every = spec_.checkpoint.every_epochs;
@@ -302,6 +365,19 @@ void TrainingLoop::FinishEpoch() {
   }
 }
 
+void TrainingLoop::AppendMemory(MetricSink::Values* values) const {
+  const Strategy::Memory memory = strategy_->memory();
+  int64_t state = 0;
+  for (const at::Tensor& flat : optimizer_.FlatState()) state += static_cast<int64_t>(flat.nbytes());
+  for (const auto& [name, bytes] : {std::pair{"parameters", memory.parameters},
+                                    std::pair{"gradients", memory.gradients},
+                                    std::pair{"optimizer", state},
+                                    std::pair{"parameters_peak", memory.peak_parameters},
+                                    std::pair{"gradients_peak", memory.peak_gradients}}) {
+    values->emplace_back(std::string("perf/memory_") + name, static_cast<double>(bytes));
+  }
+}
+
 void TrainingLoop::EvaluateSplit(Split split) {
   if (setup_.dataset.size(split) == 0) return;
   const double start = Seconds();
@@ -311,7 +387,7 @@ void TrainingLoop::EvaluateSplit(Split split) {
   model_.Train(false);
   at::NoGradGuard no_grad;
   std::map<std::string, double> metrics =
-      Evaluate(model_, setup_.dataset, split, batch, setup_.control);
+      Evaluate(model_, setup_.dataset, split, batch, setup_.control, strategy_->lockstep());
   if (split == Split::kTest) {
     if (test_baselines_.empty()) {
       test_baselines_ = EvaluateBaselines(setup_.dataset, split, batch, setup_.control);
@@ -338,7 +414,10 @@ void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
   // Saved before the last evaluation: if that meets the wall limit, the next attempt only
   // evaluates.
   if (saved_step_ != position_.step) Save();
-  if (weights_sha256_.empty()) weights_sha256_ = CompareWeights(model_, setup_.control);
+  if (weights_sha256_.empty()) {
+    const FullParameters full(*strategy_);
+    weights_sha256_ = CompareWeights(model_, setup_.control);
+  }
   EvaluateSplit(Split::kValidation);
   EvaluateSplit(Split::kTest);
   for (const auto& [name, value] : last_metrics_) {
@@ -346,16 +425,21 @@ void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
       setup_.print(name + Text(" %.6g", value));
   }
   outcome.message = "";
+  strategy_->GatherParameters();  // for good: the model is whole from here on
 }
 
 void TrainingLoop::Save() {
   const double start = Seconds();
-  if (!parameters_.AllFinite()) {
+  strategy_->Consolidate(optimizer_.FlatState());
+  int64_t not_finite = AllFinite(strategy_->ranges()) ? 0 : 1;
+  setup_.control.AllReduce(BufferOf(std::span(&not_finite, 1)), Reduction::kMax)->Wait();
+  if (not_finite != 0) {
     throw AppError(Text("the weights are not finite at step %lld; they are not saved, the "
                         "checkpoint before stays",
                         static_cast<long long>(position_.step)),
                    position_.step);
   }
+  const FullParameters full(*strategy_);
   CheckpointContents contents;
   contents.position = position_;
   contents.world_size = ranks_;
@@ -370,7 +454,7 @@ void TrainingLoop::Save() {
     contents.weights.emplace_back(name, tensor);
     contents.of_rank.emplace_back(kBuffer + name, tensor);
   }
-  contents.optimizer = optimizer_.State();
+  contents.optimizer = GatherState(optimizer_, *strategy_, setup_.control);
   setup_.checkpoints.Save(contents);
   saved_step_ = position_.step;
   clock_->save = std::max(clock_->save, Seconds() - start);

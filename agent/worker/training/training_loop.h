@@ -15,10 +15,10 @@
 #include "agent/worker/report/metric_sink.h"
 #include "agent/worker/spec/train_spec.h"
 #include "agent/worker/training/batch_source.h"
-#include "agent/worker/training/ddp.h"
 #include "agent/worker/training/flat_parameters.h"
 #include "agent/worker/training/optimizer.h"
 #include "agent/worker/training/stop_request.h"
+#include "agent/worker/training/strategy.h"
 
 namespace itwin::worker {
 
@@ -47,7 +47,7 @@ struct TrainingOutcome {
 };
 
 // Hash of what must be the same for a checkpoint to be gone on from: the `train` part of the spec
-// without epochs, steps, evaluation and checkpointing.
+// without epochs, steps, evaluation, checkpointing and strategy.
 std::string HashSpec(const nlohmann::json& job);
 
 // Used by one thread.
@@ -70,6 +70,9 @@ class TrainingLoop {
 
   bool RunEpoch();  // false: stopped on request
   bool Step();      // false: asked to stop; the step is done
+  void ForwardAndBackward(const BatchSource::Item& item);
+  StepStatus UpdateParameters();
+  void CheckReplicas();
   void FinishEpoch();
   void FinishRun(TrainingOutcome& outcome);
   void EvaluateSplit(Split split);
@@ -77,6 +80,7 @@ class TrainingLoop {
   [[noreturn]] void FailNotFinite();
   void ReportUnusedParameters();
   void ReportProgress(bool now);
+  void AppendMemory(MetricSink::Values* values) const;
 
   bool Done() const;
   int64_t TotalSteps() const;
@@ -87,8 +91,9 @@ class TrainingLoop {
   Model& model_;
   const int rank_, ranks_;
 
+  const std::string strategy_name_;
   FlatParameters parameters_;
-  Ddp ddp_;
+  const std::unique_ptr<Strategy> strategy_;
   Optimizer optimizer_;
   std::optional<EpochOrder> order_;  // of the epoch under way; outlives the batches' thread
   BatchSource batches_;
@@ -105,6 +110,7 @@ class TrainingLoop {
   at::Tensor gradient_of_loss_;  // local samples / global samples, of the step before
   double gradient_weight_ = -1;
   bool local_not_finite_ = false;  // in the step under way
+  bool agreed_ = true;             // whether the ranks have spoken in the step just done
 };
 
 }  // namespace itwin::worker

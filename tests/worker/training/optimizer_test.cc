@@ -1,5 +1,6 @@
 #include "agent/worker/training/optimizer.h"
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -8,8 +9,10 @@
 #include <torch/optim.h>
 #include <torch/utils.h>
 
+#include "agent/worker/dist/self_communicator.h"
 #include "agent/worker/error.h"
 #include "agent/worker/training/optimizer_kernels.h"
+#include "tests/worker/training/ranks.h"
 
 namespace itwin::worker {
 namespace {
@@ -46,7 +49,7 @@ double Compare(const OptimizerSpec& spec, const TorchOptimizer& make_torch, at::
                int64_t bucket_bytes) {
   std::vector<at::Tensor> ours = MakeParameters(type), theirs = MakeParameters(type);
   FlatParameters flat(Named(ours), bucket_bytes, bucket_bytes);
-  Optimizer optimizer(spec, flat);
+  Optimizer optimizer(spec, flat, WholeBuckets(flat));
   const auto reference = make_torch(theirs);
   for (int step = 0; step < kSteps; ++step) {
     for (size_t i = 0; i < ours.size(); ++i) {
@@ -54,7 +57,7 @@ double Compare(const OptimizerSpec& spec, const TorchOptimizer& make_torch, at::
       theirs[i].mutable_grad() = GradientFor(theirs[i], step);
     }
     optimizer.BeginStep();
-    for (size_t b = 0; b < flat.buckets().size(); ++b) optimizer.StepBucket(b, 1.0);
+    for (size_t b = 0; b < flat.buckets().size(); ++b) optimizer.StepRange(b, 1.0);
     reference->step();
     for (const at::Tensor& p : ours)
       EXPECT_EQ(p.grad().abs().sum().item<double>(), 0) << "gradient not cleared";
@@ -116,14 +119,20 @@ TEST(Optimizer, StateMovesToOtherBuckets) {
   FlatParameters small(Named(a), 1, 1), large(Named(b), 1 << 20, 1 << 20);
   EXPECT_GT(small.buckets().size(), large.buckets().size());
   const OptimizerSpec spec = AdamW{.lr = 0.01};
-  Optimizer first(spec, small), second(spec, large);
+  Optimizer first(spec, small, WholeBuckets(small)), second(spec, large, WholeBuckets(large));
+  SelfCommunicator self;
+  const auto whole = [&](const Optimizer& o) {
+    NamedTensors state = GatherSlices(o.Slices(), self);
+    state.emplace_back("step", torch::full({1}, o.step(), at::kLong));
+    return state;
+  };
   const auto step = [](Optimizer& o, FlatParameters& flat, std::vector<at::Tensor>& p, int n) {
     for (at::Tensor& t : p) t.mutable_grad().copy_(GradientFor(t, n));
     o.BeginStep();
-    for (size_t i = 0; i < flat.buckets().size(); ++i) o.StepBucket(i, 1.0);
+    for (size_t i = 0; i < flat.buckets().size(); ++i) o.StepRange(i, 1.0);
   };
   for (int n = 0; n < 5; ++n) step(first, small, a, n);
-  second.LoadState(first.State());
+  second.LoadState(whole(first));
   for (size_t i = 0; i < a.size(); ++i) b[i].detach().copy_(a[i]);
   for (int n = 5; n < 9; ++n) {
     step(first, small, a, n);
@@ -131,27 +140,101 @@ TEST(Optimizer, StateMovesToOtherBuckets) {
   }
   for (size_t i = 0; i < a.size(); ++i) EXPECT_TRUE(a[i].equal(b[i]));
 
-  Optimizer other(Sgd{.momentum = 0.9}, large);
-  EXPECT_THROW(other.LoadState(first.State()), WorkerError);
+  Optimizer other(Sgd{.momentum = 0.9}, large, WholeBuckets(large));
+  EXPECT_THROW(other.LoadState(whole(first)), WorkerError);
 }
 
 TEST(Optimizer, GradientScaleComesFirst) {
   std::vector<at::Tensor> a = MakeParameters(at::kDouble), b = MakeParameters(at::kDouble);
   FlatParameters flat_a(Named(a), 1, 1), flat_b(Named(b), 1, 1);
-  Optimizer scaled(Sgd{.lr = 0.1, .momentum = 0.9, .weight_decay = 0.1}, flat_a);
-  Optimizer plain(Sgd{.lr = 0.1, .momentum = 0.9, .weight_decay = 0.1}, flat_b);
+  Optimizer scaled(Sgd{.lr = 0.1, .momentum = 0.9, .weight_decay = 0.1}, flat_a,
+                   WholeBuckets(flat_a));
+  Optimizer plain(Sgd{.lr = 0.1, .momentum = 0.9, .weight_decay = 0.1}, flat_b,
+                  WholeBuckets(flat_b));
   for (size_t i = 0; i < a.size(); ++i) {
     a[i].mutable_grad().fill_(4.0);
     b[i].mutable_grad().fill_(1.0);
   }
   double elements = 0;
   for (const at::Tensor& p : a) elements += static_cast<double>(p.numel());
-  EXPECT_NEAR(GradientNorm(flat_a), 4 * std::sqrt(elements), 1e-9);
+  EXPECT_NEAR(SumOfSquares(WholeBuckets(flat_a)), 16 * elements, 1e-9);
   scaled.BeginStep();
   plain.BeginStep();
-  for (size_t i = 0; i < flat_a.buckets().size(); ++i) scaled.StepBucket(i, 0.25);
-  for (size_t i = 0; i < flat_b.buckets().size(); ++i) plain.StepBucket(i, 1.0);
+  for (size_t i = 0; i < flat_a.buckets().size(); ++i) scaled.StepRange(i, 0.25);
+  for (size_t i = 0; i < flat_b.buckets().size(); ++i) plain.StepRange(i, 1.0);
   for (size_t i = 0; i < a.size(); ++i) EXPECT_TRUE(a[i].equal(b[i]));
+}
+
+// A shard of every bucket: elements [part/parts, (part + 1)/parts).
+std::vector<FlatRange> Shards(const FlatParameters& flat, int part, int parts) {
+  std::vector<FlatRange> ranges = WholeBuckets(flat);
+  for (FlatRange& r : ranges) {
+    const int64_t n = r.values.numel(), first = n * part / parts, last = n * (part + 1) / parts;
+    r.first = first;
+    r.values = r.values.narrow(0, first, last - first);
+    r.gradients = r.gradients.narrow(0, first, last - first);
+  }
+  return ranges;
+}
+
+TEST(Optimizer, ShardsTogetherAreTheWholeInValuesAndState) {
+  std::vector<at::Tensor> a = MakeParameters(at::kFloat), b = MakeParameters(at::kFloat);
+  FlatParameters whole(Named(a), 500, 500), split(Named(b), 500, 500);
+  const OptimizerSpec spec = AdamW{.lr = 0.01};
+  Optimizer one(spec, whole, WholeBuckets(whole));
+  std::vector<Optimizer> parts;
+  for (int i = 0; i < 3; ++i) parts.emplace_back(spec, split, Shards(split, i, 3));
+  for (int n = 0; n < 4; ++n) {
+    for (size_t i = 0; i < a.size(); ++i) {
+      a[i].mutable_grad().copy_(GradientFor(a[i], n));
+      b[i].mutable_grad().copy_(GradientFor(b[i], n));
+    }
+    one.BeginStep();
+    for (size_t r = 0; r < whole.buckets().size(); ++r) one.StepRange(r, 1.0);
+    for (Optimizer& part : parts) {
+      part.BeginStep();
+      for (size_t r = 0; r < split.buckets().size(); ++r) part.StepRange(r, 1.0);
+    }
+  }
+  for (size_t i = 0; i < a.size(); ++i) EXPECT_TRUE(a[i].equal(b[i]));
+  SelfCommunicator self;
+  const NamedTensors expected = GatherSlices(one.Slices(), self);
+  std::vector<StateSlice> slices;
+  for (const Optimizer& part : parts) {
+    const auto more = part.Slices();
+    slices.insert(slices.end(), more.begin(), more.end());
+  }
+  const NamedTensors gathered = GatherSlices(slices, self);
+  ASSERT_EQ(gathered.size(), expected.size());
+  for (const auto& [name, tensor] : expected) {
+    const auto found = std::find_if(gathered.begin(), gathered.end(),
+                                    [&](const auto& g) { return g.first == name; });
+    ASSERT_NE(found, gathered.end()) << name;
+    EXPECT_TRUE(found->second.equal(tensor)) << name;
+  }
+  slices.pop_back();
+  EXPECT_THROW(GatherSlices(slices, self), WorkerError);
+}
+
+TEST(StateSlices, EqualPartsOfTheRanksAreTheWhole) {
+  const at::Tensor a = torch::arange(7, at::kFloat), b = torch::arange(10, at::kFloat);
+  const std::vector<StateSlice> all = {{"a", {7}, 0, 7, a}, {"b", {2, 5}, 0, 10, b}};
+  for (const int ranks : {1, 2, 3, 4}) {
+    testing::RunRanksOrThrow(ranks, [&](Communicator&, Communicator& control) {
+      const NamedTensors whole = GatherSlices(PartOf(all, control.rank(), ranks), control);
+      if (control.rank() != 0) {
+        EXPECT_TRUE(whole.empty());
+        return;
+      }
+      ASSERT_EQ(whole.size(), 2u);
+      EXPECT_TRUE(whole[0].second.equal(a));
+      EXPECT_TRUE(whole[1].second.equal(b.view({2, 5})));
+      at::Tensor target = torch::zeros({4});
+      ScatterSlices(whole, {{"b", {2, 5}, 3, 4, target}}, "it");
+      EXPECT_TRUE(target.equal(b.narrow(0, 3, 4)));
+      EXPECT_THROW(ScatterSlices(whole, {{"c", {1}, 0, 1, target}}, "it"), WorkerError);
+    });
+  }
 }
 
 TEST(FlatParameters, LaysBucketsInReverseOrderAndKeepsValues) {
@@ -172,13 +255,13 @@ TEST(FlatParameters, LaysBucketsInReverseOrderAndKeepsValues) {
 TEST(FlatParameters, FindsWhatIsNotFinite) {
   std::vector<at::Tensor> p = MakeParameters(at::kFloat);
   FlatParameters flat(Named(p), 1000, 1000);
-  EXPECT_TRUE(flat.AllFinite());
+  EXPECT_TRUE(AllFinite(WholeBuckets(flat)));
   p[2].detach()[77] = std::numeric_limits<float>::quiet_NaN();
-  EXPECT_FALSE(flat.AllFinite());
+  EXPECT_FALSE(AllFinite(WholeBuckets(flat)));
   p[2].detach()[77] = std::numeric_limits<float>::max();
-  EXPECT_TRUE(flat.AllFinite());
+  EXPECT_TRUE(AllFinite(WholeBuckets(flat)));
   p[2].detach()[77] = -std::numeric_limits<float>::infinity();
-  EXPECT_FALSE(flat.AllFinite());
+  EXPECT_FALSE(AllFinite(WholeBuckets(flat)));
 }
 
 TEST(FlatParameters, TiedParametersCountOnceAndFrozenOnesStay) {

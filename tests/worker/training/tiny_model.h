@@ -95,6 +95,8 @@ class TinyModel : public Model {
     at::ScalarType type = at::kDouble;
     bool unused = false;  // has a parameter that the loss does not use
     double dropout = 0;
+    int corrupt_rank = -1;      // on this rank (the tests see to it) ...
+    int64_t corrupt_step = -1;  // ... this forward flips a bit of a weight, as faulty memory would
     double start = 0.7;  // of the weights; ranks may differ, rank 0's count
   };
   TinyModel() : TinyModel(Options{}) {}
@@ -112,6 +114,7 @@ class TinyModel : public Model {
     return {{"running_mean", mean_}};
   }
   StepOutput TrainingStep(const Batch& batch) override {
+    if (++steps_ == options_.corrupt_step) parameters_[0].second.detach().view({-1})[3] += 1e-9;
     // Like batch norm: a statistic that follows the local batches.
     mean_.mul_(0.9).add_(batch.at("input").mean(0), 0.1);
     at::Tensor output = Forward(batch.at("input"));
@@ -141,6 +144,7 @@ class TinyModel : public Model {
   std::vector<std::pair<std::string, at::Tensor>> parameters_;
   at::Tensor mean_;
   bool training_ = true;
+  int64_t steps_ = 0;
 };
 
 }  // namespace itwin::worker::testing

@@ -71,6 +71,7 @@ struct Training {
       const int rank = control.rank();
       TinyModel::Options mine = model;
       mine.start += 0.1 * rank;
+      if (rank != model.corrupt_rank) mine.corrupt_step = -1;
       TinyModel tiny(mine);
       NullMetricSink drop;
       CheckpointStore store(checkpoints, spec.checkpoint.keep, control);
@@ -209,6 +210,37 @@ TEST(TrainingLoop, ClippingEqualsOneProcess) {
   for (Training* run : {&one, &many, &off}) run->GoOrThrow(dataset);
   EXPECT_LT(LargestDifference(one.parameters[0], many.parameters[0]), 1e-12);
   EXPECT_GT(LargestDifference(one.parameters[0], off.parameters[0]), 1e-3);
+}
+
+TEST(TrainingLoop, AccumulationIsTheSameStepInParts) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 0, 0);
+  Training one{.checkpoints = scratch / "1"};
+  one.GoOrThrow(dataset);
+  for (int ranks : {1, 3}) {
+    Training parts{.ranks = ranks, .checkpoints = scratch / ("p" + std::to_string(ranks))};
+    parts.spec.accumulate = 3;
+    parts.GoOrThrow(dataset);
+    EXPECT_LT(LargestDifference(one.parameters[0], parts.parameters[0]), 1e-12) << ranks;
+    EXPECT_NEAR(one.sink.points["train/loss"].back().second,
+                parts.sink.points["train/loss"].back().second, 1e-12);
+  }
+}
+
+TEST(TrainingLoop, ParametersThatDivergeAreFoundAtTheCheckAndNameTheRank) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 0, 0);
+  Training run{.model = {.corrupt_rank = 2, .corrupt_step = 2}, .ranks = 3,
+               .checkpoints = scratch / "c"};
+  run.spec.check_every = 4;
+  run.Go(dataset);
+  for (const auto& error : run.errors) {
+    const WorkerError e = ErrorOf(error);
+    EXPECT_THAT(e.what(), HasSubstr("parameters of rank 2 are not those of the other ranks"));
+    EXPECT_EQ(e.step, 4);
+    EXPECT_EQ(e.rank, 2);
+  }
+  EXPECT_FALSE(std::filesystem::exists(scratch / "c" / "step-4"));
 }
 
 TEST(TrainingLoop, StopsAtTheStepLimitAndCountsWholeEpochs) {

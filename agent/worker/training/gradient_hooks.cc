@@ -1,0 +1,118 @@
+#include "agent/worker/training/gradient_hooks.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include "agent/worker/error.h"
+
+namespace itwin::worker {
+namespace autograd = torch::autograd;
+
+struct GradientHooks::Shared {
+  std::function<void(size_t)> ready, before;
+  bool alive = true;
+  // A tensor holds its accumulator weakly; the hook lives on the accumulator.
+  std::vector<std::shared_ptr<autograd::Node>> accumulators;
+};
+
+namespace {
+
+template <typename Shared>
+struct After : autograd::FunctionPostHook {
+  After(std::weak_ptr<Shared> s, size_t i) : shared(std::move(s)), parameter(i) {}
+  autograd::variable_list operator()(const autograd::variable_list& outputs,
+                                     const autograd::variable_list&) override {
+    const std::shared_ptr<Shared> hooks = shared.lock();
+    if (hooks && hooks->alive) hooks->ready(parameter);
+    return outputs;
+  }
+  std::weak_ptr<Shared> shared;
+  size_t parameter;
+};
+
+template <typename Shared>
+struct Before : autograd::FunctionPreHook {
+  Before(std::weak_ptr<Shared> s, size_t i) : shared(std::move(s)), parameter(i) {}
+  autograd::variable_list operator()(const autograd::variable_list& gradients) override {
+    const std::shared_ptr<Shared> hooks = shared.lock();
+    if (hooks && hooks->alive) hooks->before(parameter);
+    return gradients;
+  }
+  std::weak_ptr<Shared> shared;
+  size_t parameter;
+};
+
+}  // namespace
+
+GradientHooks::GradientHooks(const FlatParameters& parameters, std::function<void(size_t)> ready,
+                             std::function<void(size_t)> before)
+    : shared_(std::make_shared<Shared>()) {
+  shared_->ready = std::move(ready);
+  shared_->before = std::move(before);
+  for (size_t i = 0; i < parameters.parameters().size(); ++i) {
+    auto accumulator = autograd::impl::grad_accumulator(parameters.parameters()[i].tensor);
+    accumulator->add_post_hook(std::make_unique<After<Shared>>(shared_, i));
+    if (shared_->before) accumulator->add_pre_hook(std::make_unique<Before<Shared>>(shared_, i));
+    shared_->accumulators.push_back(std::move(accumulator));
+  }
+}
+
+GradientHooks::~GradientHooks() { shared_->alive = false; }
+
+Buffer BufferOfTensor(const at::Tensor& flat) {
+  return {flat.data_ptr(), flat.numel(),
+          flat.scalar_type() == at::kFloat ? ElementType::kFloat32 : ElementType::kFloat64};
+}
+
+uint64_t HashValues(const FlatParameters& parameters) {
+  // Four lanes, so that the multiplications overlap; every bit of the input reaches the result.
+  uint64_t lanes[4] = {0x9e3779b97f4a7c15u, 0xbf58476d1ce4e5b9u, 0x94d049bb133111ebu,
+                       0xd6e8feb86659fd93u};
+  for (const FlatParameters::Bucket& bucket : parameters.buckets()) {
+    const auto* bytes = static_cast<const char*>(bucket.values.data_ptr());
+    const size_t size = bucket.values.nbytes();
+    size_t at = 0;
+    for (; at + 32 <= size; at += 32) {
+      uint64_t words[4];
+      std::memcpy(words, bytes + at, 32);
+      for (int k = 0; k < 4; ++k) {
+        lanes[k] = (lanes[k] ^ words[k]) * 0x9fb21c651e98df25u;
+        lanes[k] ^= lanes[k] >> 32;
+      }
+    }
+    for (; at + 4 <= size; at += 4) {
+      uint32_t word;
+      std::memcpy(&word, bytes + at, 4);
+      lanes[0] = (lanes[0] ^ word) * 0x9fb21c651e98df25u;
+      lanes[0] ^= lanes[0] >> 32;
+    }
+  }
+  uint64_t hash = 0;
+  for (const uint64_t lane : lanes) {
+    hash = (hash ^ lane) * 0x9fb21c651e98df25u;
+    hash ^= hash >> 29;
+  }
+  return hash;
+}
+
+std::vector<int> FindDiffering(uint64_t hash, Communicator& control) {
+  auto mine = static_cast<int64_t>(hash);
+  std::vector<int64_t> all(static_cast<size_t>(control.size()));
+  control.AllGather(BufferOf(std::span(&mine, 1)), BufferOf(std::span(all)))->Wait();
+  int64_t usual = all[0];
+  for (const int64_t candidate : all) {
+    if (std::count(all.begin(), all.end(), candidate) > std::count(all.begin(), all.end(), usual))
+      usual = candidate;
+  }
+  std::vector<int> differing;
+  for (size_t r = 0; r < all.size(); ++r) {
+    if (all[r] != usual) differing.push_back(static_cast<int>(r));
+  }
+  return differing;
+}
+
+}  // namespace itwin::worker

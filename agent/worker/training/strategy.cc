@@ -1,0 +1,194 @@
+#include "agent/worker/training/strategy.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+#include <ATen/ops/empty.h>
+
+#include "agent/worker/error.h"
+#include "agent/worker/training/ddp.h"
+#include "agent/worker/training/sampler.h"
+
+namespace itwin::worker {
+namespace {
+
+constexpr double kMegabyte = 1 << 20;
+
+}  // namespace
+
+std::string ChooseStrategy(const TrainSpec& spec, int ranks, std::string* note) {
+  note->clear();
+  if (ranks == 1) {
+    if (!spec.strategy.empty() && spec.strategy != "single") {
+      *note = "ran single because the job has one rank (asked for: " + spec.strategy + ")";
+    }
+    return "single";
+  }
+  if (spec.strategy == "single") {
+    throw UserError("train.strategy is \"single\", but the job has " + std::to_string(ranks) +
+                    " ranks; ask for one rank, or use strategy \"ddp\"");
+  }
+  return spec.strategy.empty() ? "ddp" : spec.strategy;
+}
+
+FlatParameters LayOut(const TrainSpec& spec, const std::string&,
+                      const std::vector<std::pair<std::string, at::Tensor>>& named, int) {
+  return FlatParameters(named, static_cast<int64_t>(spec.ddp.first_bucket_mb * kMegabyte),
+                        static_cast<int64_t>(spec.ddp.bucket_mb * kMegabyte));
+}
+
+std::unique_ptr<Strategy> MakeStrategy(const TrainSpec& spec, const std::string& name,
+                                       FlatParameters& parameters, Communicator& communicator) {
+  return std::make_unique<Ddp>(parameters, communicator,
+                               Ddp::Options{.name = name, .overlap = spec.ddp.overlap});
+}
+
+std::vector<FlatRange> WholeBuckets(const FlatParameters& parameters) {
+  std::vector<FlatRange> ranges;
+  for (size_t b = 0; b < parameters.buckets().size(); ++b) {
+    const FlatParameters::Bucket& bucket = parameters.buckets()[b];
+    ranges.push_back({.bucket = b,
+                      .first = 0,
+                      .values = bucket.values,
+                      // without the status
+                      .gradients = bucket.gradients.narrow(0, 0, bucket.values.numel())});
+  }
+  return ranges;
+}
+
+void AppendSlices(const FlatParameters& parameters, const FlatRange& range, const at::Tensor& flat,
+                  const std::string& prefix, std::vector<StateSlice>* slices) {
+  const int64_t last = range.first + flat.numel();
+  for (const size_t i : parameters.buckets()[range.bucket].parameters) {
+    const FlatParameters::Parameter& p = parameters.parameters()[i];
+    const int64_t from = std::max(range.first, p.offset);
+    const int64_t to = std::min(last, p.offset + p.tensor.numel());
+    if (from >= to) continue;
+    slices->push_back({.name = prefix + p.name,
+                       .shape = p.tensor.sizes().vec(),
+                       .offset = from - p.offset,
+                       .count = to - from,
+                       .view = flat.narrow(0, from - range.first, to - from)});
+  }
+}
+
+std::vector<StateSlice> ParameterSlices(const FlatParameters& parameters,
+                                        const std::vector<FlatRange>& ranges) {
+  std::vector<StateSlice> slices;
+  for (const FlatRange& range : ranges) AppendSlices(parameters, range, range.values, "", &slices);
+  return slices;
+}
+
+std::vector<StateSlice> PartOf(const std::vector<StateSlice>& slices, int rank, int ranks) {
+  int64_t total = 0;
+  for (const StateSlice& s : slices) total += s.count;
+  const Slice mine = SliceOf(total, rank, ranks);
+  std::vector<StateSlice> part;
+  int64_t at = 0;
+  for (const StateSlice& s : slices) {
+    const int64_t from = std::max(mine.first, at), to = std::min(mine.last, at + s.count);
+    if (from < to) {
+      StateSlice piece = s;
+      piece.offset = s.offset + from - at;
+      piece.count = to - from;
+      piece.view = s.view.narrow(0, from - at, piece.count);
+      part.push_back(std::move(piece));
+    }
+    at += s.count;
+  }
+  return part;
+}
+
+NamedTensors GatherSlices(const std::vector<StateSlice>& owned, Communicator& communicator) {
+  struct Whole {
+    at::Tensor tensor;
+    int64_t missing = 0;
+  };
+  std::vector<std::string> order;
+  std::map<std::string, Whole> wholes;
+  const auto take = [&](const StateSlice& s) {
+    auto [found, is_new] = wholes.try_emplace(s.name);
+    Whole& whole = found->second;
+    if (is_new) {
+      order.push_back(s.name);
+      whole.tensor = at::empty(s.shape, s.view.options());
+      whole.missing = whole.tensor.numel();
+    }
+    whole.tensor.view({-1}).narrow(0, s.offset, s.count).copy_(s.view);
+    whole.missing -= s.count;
+  };
+  // What a rank is about to send, as lines: name, type, offset, count, shape.
+  const auto describe = [](const std::vector<StateSlice>& slices) {
+    std::string text;
+    for (const StateSlice& s : slices) {
+      text += s.name + '\t' + std::to_string(static_cast<int>(s.view.scalar_type())) + '\t' +
+              std::to_string(s.offset) + '\t' + std::to_string(s.count);
+      for (const int64_t size : s.shape) text += '\t' + std::to_string(size);
+      text += '\n';
+    }
+    return text;
+  };
+  if (communicator.rank() != 0) {
+    std::string text = describe(owned);
+    auto size = static_cast<int64_t>(text.size());
+    communicator.Send(BufferOf(std::span(&size, 1)), 0)->Wait();
+    communicator.Send(BufferOf(std::span(text.data(), text.size())), 0)->Wait();
+    for (const StateSlice& s : owned) {
+      const at::Tensor bytes = s.view.contiguous();
+      communicator.Send({bytes.data_ptr(), static_cast<int64_t>(bytes.nbytes())}, 0)->Wait();
+    }
+    return {};
+  }
+  for (const StateSlice& s : owned) take(s);
+  for (int r = 1; r < communicator.size(); ++r) {
+    int64_t size = 0;
+    communicator.Recv(BufferOf(std::span(&size, 1)), r)->Wait();
+    std::string text(static_cast<size_t>(size), '\0');
+    communicator.Recv(BufferOf(std::span(text.data(), text.size())), r)->Wait();
+    for (size_t at = 0; at < text.size();) {
+      const size_t end = text.find('\n', at);
+      std::vector<std::string> fields;
+      for (size_t from = at; from <= end;) {
+        const size_t tab = std::min(text.find('\t', from), end);
+        fields.push_back(text.substr(from, tab - from));
+        from = tab + 1;
+      }
+      at = end + 1;
+      StateSlice s{.name = fields[0],
+                   .shape = {},
+                   .offset = std::stoll(fields[2]),
+                   .count = std::stoll(fields[3])};
+      for (size_t f = 4; f < fields.size(); ++f) s.shape.push_back(std::stoll(fields[f]));
+      s.view = at::empty(
+          {s.count}, at::TensorOptions().dtype(static_cast<at::ScalarType>(std::stoi(fields[1]))));
+      communicator.Recv({s.view.data_ptr(), static_cast<int64_t>(s.view.nbytes())}, r)->Wait();
+      take(s);
+    }
+  }
+  NamedTensors named;
+  for (const std::string& name : order) {
+    const Whole& whole = wholes.at(name);
+    if (whole.missing != 0) {
+      throw AppError("no rank holds " + std::to_string(whole.missing) + " elements of " + name);
+    }
+    named.emplace_back(name, whole.tensor);
+  }
+  return named;
+}
+
+void ScatterSlices(const NamedTensors& whole, const std::vector<StateSlice>& slices,
+                   const std::string& whose) {
+  const std::map<std::string, at::Tensor> by_name(whole.begin(), whole.end());
+  for (const StateSlice& s : slices) {
+    const auto found = by_name.find(s.name);
+    if (found == by_name.end() || found->second.sizes() != s.shape ||
+        found->second.scalar_type() != s.view.scalar_type()) {
+      throw AppError(whose + " does not fit: " + s.name +
+                     (found == by_name.end() ? " is missing" : " has another shape or type"));
+    }
+    s.view.copy_(found->second.detach().reshape({-1}).narrow(0, s.offset, s.count));
+  }
+}
+
+}  // namespace itwin::worker
