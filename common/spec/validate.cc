@@ -357,6 +357,7 @@ class Checker {
   void CheckTrain(const v1::TrainSpec& train, const v1::Resources& resources) {
     switch (train.model().source_case()) {
       case v1::Model::kTorchscript: break;
+      case v1::Model::kArchive: break;
       case v1::Model::kBuiltin: OneOf("train.model.builtin", train.model().builtin(), BuiltinModels()); break;
       case v1::Model::SOURCE_NOT_SET:
         Report("train.model", "is missing; give {torchscript: <file>} or {builtin: <name>}");
@@ -421,6 +422,9 @@ class Checker {
         }
         return;
       }
+      case v1::Optimizer::kAdagrad:
+      case v1::Optimizer::kLamb:
+      case v1::Optimizer::kLars: return;
       case v1::Optimizer::kAdam: return CheckAdam("train.optimizer.adam", optimizer.adam());
       case v1::Optimizer::kAdamw: return CheckAdam("train.optimizer.adamw", optimizer.adamw());
       case v1::Optimizer::kRmsprop: {
@@ -471,6 +475,9 @@ class Checker {
           Report("train.data.variables", "is missing; list the variables of the NetCDF file to use, such as [UWND, VWND]");
         }
         break;
+      case v1::Data::kHdf5:
+      case v1::Data::kSafetensors:
+      case v1::Data::kRaw: break;
       case v1::Data::kIdx: {
         const v1::IdxFiles& idx = data.idx();
         Required("train.data.idx.train_images", idx.train_images());
@@ -569,6 +576,8 @@ class Checker {
         case v1::Transform::kStandardize:
           Names(at + ".standardize.arrays", transform.standardize().arrays());
           break;
+        case v1::Transform::kLog:
+        case v1::Transform::kClip: break;
         case v1::Transform::kScale:
           Names(at + ".scale.arrays", transform.scale().arrays());
           if (!std::isfinite(transform.scale().multiply())) Report(at + ".scale.multiply", "is not a finite number");
