@@ -15,9 +15,12 @@ class Agent {
  public:
   struct Options {
     std::string root = {};           // absolute
-    int slots = 1;              // ranks that may run at once
+    std::string scheduler = "process";  // or "slurm", or "auto": slurm where sbatch is found
+    int slots = 1;              // process scheduler: ranks that may run at once
     std::string agent_program = {};  // this program, for the scripts of attempts
     LaunchOptions launch = {};
+    // How long to wait for an agent on another host, which is asked to leave; 0: not at all.
+    absl::Duration takeover_limit = absl::ZeroDuration();
     // Without connections and unfinished attempts for this long, Wait returns.
     absl::Duration idle_exit = absl::InfiniteDuration();
     // After SIGTERM, for calls under way; callers ask again, and connections that stay open are cut then.
@@ -27,7 +30,8 @@ class Agent {
   static absl::StatusOr<std::unique_ptr<Agent>> Start(Options options);
   ~Agent();  // Stop()
 
-  // Returns when `signal_fd` becomes readable, the agent has been idle for long enough, or its root was removed.
+  // Returns when `signal_fd` becomes readable, the agent has been idle for long enough, its root was
+  // removed, it was asked to retire, or an agent on another host takes over.
   void Wait(int signal_fd);
   // Ends calls and loops; attempts go on. Idempotent.
   void Stop();

@@ -162,11 +162,7 @@ std::vector<AttemptKey> FollowLoop::Keys() const {
 
 void FollowLoop::Report(const AttemptKey& key, const SchedulerReport& report) {
   View& view = ViewOf(key);
-  const auto same = [&](const SchedulerReport& other) {
-    return other.state == report.state && other.id == report.id && other.reason == report.reason &&
-           other.cause == report.cause;
-  };
-  if (view.ended || (view.next_poll != absl::InfiniteFuture() && same(view.report))) return;
+  if (view.ended || (view.next_poll != absl::InfiniteFuture() && view.report == report)) return;
   view.report = report;
   WatchDirectory(view);
   Refresh(view, /*all=*/true, absl::Now());
@@ -222,6 +218,7 @@ void FollowLoop::Refresh(View& view, bool all, absl::Time now) {
     news = RefreshSizes(view);
     if (!view.checkpoint && !all && view.directory.HasCheckpoint()) all = true;
   }
+  if (view.exit_seen != absl::InfiniteFuture() && now - view.exit_seen >= options_.await_scheduler) all = true;
   if (all || lifecycle_size != view.lifecycle_size) {
     view.lifecycle_size = lifecycle_size;
     RefreshStatus(view);
@@ -286,7 +283,15 @@ void FollowLoop::RefreshStatus(View& view) {
   }
   if (evidence.lease) evidence.lifecycle = ReadLifecycle(directory.lifecycle_path());
   evidence.report = view.report;
+  if (evidence.lifecycle.exited && options_.await_scheduler > absl::ZeroDuration()) {
+    evidence.await_scheduler =
+        view.exit_seen == absl::InfiniteFuture() || absl::Now() - view.exit_seen < options_.await_scheduler;
+  }
   v1::AttemptStatus status = Conclude(evidence);
+  if (evidence.await_scheduler && status.phase() != v1::ATTEMPT_PHASE_ENDED && view.exit_seen == absl::InfiniteFuture()) {
+    view.exit_seen = absl::Now();
+    options_.on_killed(directory.key());
+  }
   if (!view.checkpoint && evidence.lease) view.checkpoint = directory.HasCheckpoint();
   status.set_checkpoint(view.checkpoint);
   const bool ended = status.phase() == v1::ATTEMPT_PHASE_ENDED;
@@ -314,7 +319,9 @@ void FollowLoop::RefreshStatus(View& view) {
   view.ended = true;
   FaultPoint("loop.before_ended");
   // Only a shortcut for the next start and a promise not to change our mind: without space the evidence stays.
-  if (absl::Status written = WriteFileAtomically(directory.ended_path(), bytes); !written.ok()) {
+  absl::Status written = options_.may_act();
+  if (written.ok()) written = WriteFileAtomically(directory.ended_path(), bytes);
+  if (!written.ok()) {
     log::Warn("attempt {}: {}", directory.key().text(), std::string(written.message()));
   }
   FaultPoint("loop.after_ended");

@@ -42,6 +42,12 @@ class FollowLoop {
     absl::Duration max_poll = absl::Seconds(1);
     // Told by the loop's thread when an attempt has reached its end.
     std::function<void(const AttemptKey&)> on_ended = [](const AttemptKey&) {};
+    // The scheduler knows why it killed something and is asked from time to time only: an exit record that says "killed"
+    // waits this long for its word, and `on_killed` (in the loop's thread) may have it asked now. Zero: it never knows.
+    absl::Duration await_scheduler = absl::ZeroDuration();
+    std::function<void(const AttemptKey&)> on_killed = [](const AttemptKey&) {};
+    // Asked before the end of an attempt is written into the spool; an error leaves that to somebody else.
+    std::function<absl::Status()> may_act = [] { return absl::OkStatus(); };
   };
 
   explicit FollowLoop(Options options);
@@ -94,6 +100,7 @@ class FollowLoop {
     int64_t lifecycle_size = -1;
     absl::Duration poll = absl::ZeroDuration();
     absl::Time next_poll = absl::InfiniteFuture();
+    absl::Time exit_seen = absl::InfiniteFuture();  // the exit record, while it waits for the scheduler's word
   };
   struct Followed {
     int64_t version = -1;  // of the status that was sent

@@ -26,9 +26,12 @@ namespace {
 constexpr int kExitFailed = 1;
 constexpr int kExitOtherAgent = 3;  // read by `connect`
 constexpr int64_t kMaxLogBytes = 4 << 20;
+constexpr unsigned kStopSeconds = 20;
+constexpr absl::Duration kTakeoverLimit = absl::Seconds(60);
 
 struct Flags {
   std::string root;
+  std::string scheduler = "process";
   int slots = 0;
   std::string worker;
   std::string launcher = LaunchOptions().launcher;
@@ -123,21 +126,27 @@ int Serve(const Flags& flags) {
   }
   absl::StatusOr<std::unique_ptr<Agent>> agent =
       Agent::Start({.root = flags.root,
+                    .scheduler = flags.scheduler,
                     .slots = flags.slots > 0 ? flags.slots : DefaultSlots(),
                     .agent_program = OwnProgram(),
                     .launch = *launch,
+                    .takeover_limit = flags.detached ? kTakeoverLimit : kTakeoverLimit / 2,
                     .idle_exit = idle > absl::ZeroDuration() ? idle : absl::InfiniteDuration()});
   if (!agent.ok()) {
     log::Error("{}", std::string(agent.status().message()));
     return absl::IsAlreadyExists(agent.status()) ? kExitOtherAgent : kExitFailed;
   }
   (*agent)->Wait(signals.get());
+  // A command of the scheduler that hangs must not keep us: whatever we are at, the next agent goes on from the spool.
+  signal(SIGALRM, SIG_DFL);
+  alarm(kStopSeconds);
   (*agent)->Stop();
   return 0;
 }
 
 ConnectOptions ConnectOptionsFrom(const Flags& flags) {
   ConnectOptions out{.root = flags.root, .agent_program = OwnProgram()};
+  out.serve_flags.push_back("--scheduler=" + flags.scheduler);
   if (flags.slots > 0) out.serve_flags.push_back(absl::StrCat("--slots=", flags.slots));
   if (!flags.worker.empty()) out.serve_flags.push_back("--worker=" + Absolute(flags.worker));
   if (flags.launcher != LaunchOptions().launcher) out.serve_flags.push_back("--launcher=" + flags.launcher);
@@ -177,6 +186,11 @@ int Run(int argc, char** argv) {
   const auto serve_flags = [&](CLI::App* command) {
     root_flag(command);
     launch_flags(command);
+    command
+        ->add_option("--scheduler", flags.scheduler,
+                     "who runs the jobs: process (this machine), slurm, or auto (slurm where sbatch is found)")
+        ->check(CLI::IsMember({"auto", "slurm", "process"}))
+        ->capture_default_str();
     command->add_option("--slots", flags.slots, "ranks that may run at once (default: the cores of this machine)")
         ->check(CLI::Range(1, 1'000'000));
     command->add_option("--idle-exit", flags.idle_exit, "end after this long without connections and jobs; 0: never")

@@ -96,7 +96,7 @@ absl::Status StopAgent(const ConnectOptions& options, bool kill_jobs, absl::Dura
     absl::StrAppend(words, "no agent runs for ", options.root, "\n");
     return absl::OkStatus();
   }
-  if (!IsAlive(owner->process)) {
+  if (!IsHere(*owner)) {
     return absl::FailedPreconditionError(absl::StrCat("the agent runs on ", owner->host, "; stop it there"));
   }
   kill(owner->process.pid, SIGTERM);
@@ -116,7 +116,7 @@ absl::Status DescribeAgent(const ConnectOptions& options, bool json, std::string
     *words = json ? "{\"running\":false}\n" : absl::StrCat("no agent runs for ", options.root, "\n");
     return absl::OkStatus();
   }
-  if (!IsAlive(owner->process)) {
+  if (!IsHere(*owner)) {
     *words = json ? absl::StrCat("{\"running\":true,\"host\":\"", owner->host, "\"}\n")
                   : absl::StrCat("the agent of ", options.root, " runs on ", owner->host, "\n");
     return absl::OkStatus();

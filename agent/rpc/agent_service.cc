@@ -15,6 +15,7 @@
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "agent/rpc/follow_reactor.h"
+#include "agent/rpc/host_checks.h"
 #include "agent/scheduler/process_tree.h"
 #include "agent/spool/spool_files.h"
 #include "common/files.h"
@@ -33,6 +34,7 @@ constexpr int kMaxNamedAttempts = 100'000;
 constexpr int kMaxNamedInputs = 10'000;
 // For callers without a deadline of their own.
 constexpr absl::Duration kLongestWait = absl::Minutes(5);
+constexpr absl::Duration kHelloWait = absl::Seconds(4);
 
 absl::Time DeadlineOf(const grpc::ServerContext& context) {
   return std::min(absl::FromChrono(context.deadline()), absl::Now() + kLongestWait);
@@ -57,10 +59,31 @@ absl::StatusOr<T> RunIn(Loop* loop, absl::Time deadline, std::function<absl::Sta
   return std::move(call->result);
 }
 
+// The same for what the control loop has done elsewhere: `begin` is given whom to tell.
+absl::Status RunAside(ControlLoop* loop, absl::Time deadline, std::function<void(ControlLoop::Done)> begin) {
+  struct Call {
+    absl::Notification done;
+    absl::Status result;
+  };
+  auto call = std::make_shared<Call>();
+  const bool posted = loop->Post([call, begin = std::move(begin)] {
+    begin([call](absl::Status status) {
+      call->result = std::move(status);
+      call->done.Notify();
+    });
+  });
+  if (!posted) return absl::UnavailableError("the agent is stopping; connect again");
+  if (!call->done.WaitForNotificationWithDeadline(deadline)) {
+    return absl::DeadlineExceededError("the site's file system or scheduler is slow; the outcome is not known, ask again");
+  }
+  return call->result;
+}
+
 }  // namespace
 
-AgentService::AgentService(Options options, ControlLoop* control, FollowLoop* follow, InputStore* inputs)
-    : options_(std::move(options)), control_(control), follow_(follow), inputs_(inputs) {}
+AgentService::AgentService(Options options, ControlLoop* control, FollowLoop* follow, InputStore* inputs,
+                           Scheduler* scheduler)
+    : options_(std::move(options)), control_(control), follow_(follow), inputs_(inputs), scheduler_(scheduler) {}
 
 grpc::Status AgentService::Hello(grpc::ServerContext* context, const v1::HelloRequest* request,
                                  v1::HelloResponse* response) {
@@ -74,9 +97,24 @@ grpc::Status AgentService::Hello(grpc::ServerContext* context, const v1::HelloRe
                      agent_old ? "Install the gateway's version of itwin-agent at the site and run: itwin-agent stop"
                                : "Update the gateway"));
   }
+  if (!request->scheduler().empty() && request->scheduler() != options_.scheduler_kind) {
+    return grpc::Status(grpc::StatusCode::FAILED_PRECONDITION,
+                        absl::StrCat("the site file says scheduler: ", request->scheduler(), ", but the agent on ", HostName(),
+                                     " runs jobs by '", options_.scheduler_kind, "'; start it with --scheduler ",
+                                     request->scheduler(), ", after: itwin-agent stop --root ", options_.root));
+  }
+  absl::Duration interval = absl::ZeroDuration();
+  if (request->has_query_interval()) interval = absl::Seconds(std::max<int64_t>(0, request->query_interval().seconds()));
+  // What is not known in time is left out: a scheduler that does not answer must not make the agent look dead.
+  RunAside(control_, std::min(DeadlineOf(*context), absl::Now() + kHelloWait), [this](ControlLoop::Done done) {
+    control_->LearnSite(std::move(done));
+  }).IgnoreError();
   const absl::StatusOr<SchedulerDescription> scheduler = RunIn<SchedulerDescription>(
-      control_, DeadlineOf(*context), [this]() -> absl::StatusOr<SchedulerDescription> { return control_->Describe(); });
-  // A scheduler that is busy must not make the agent look dead.
+      control_, std::min(DeadlineOf(*context), absl::Now() + kHelloWait),
+      [this, interval]() -> absl::StatusOr<SchedulerDescription> {
+        if (interval > absl::ZeroDuration()) control_->SetQueryInterval(interval);
+        return control_->Describe();
+      });
   response->set_protocol(kAgentProtocol);
   response->set_agent_version(kVersion);
   response->set_host(HostName());
@@ -86,7 +124,10 @@ grpc::Status AgentService::Hello(grpc::ServerContext* context, const v1::HelloRe
   if (scheduler.ok()) {
     response->set_slots(scheduler->slots);
     response->set_slots_in_use(scheduler->slots_in_use);
+    if (scheduler->slurm) *response->mutable_slurm() = *scheduler->slurm;
   }
+  response->set_spool_id(options_.spool_id);
+  response->set_term(options_.term);
   response->set_cpus(static_cast<int>(std::thread::hardware_concurrency()));
   response->set_spool(options_.root);
   response->set_time_us(absl::ToUnixMicros(absl::Now()));
@@ -146,12 +187,10 @@ grpc::Status AgentService::StartAttempt(grpc::ServerContext* context, const v1::
   const absl::Time deadline = DeadlineOf(*context);
   const absl::StatusOr<AttemptKey> key = AttemptKey::Parse(request->attempt());
   if (!key.ok()) return ToGrpc(key.status());
-  const absl::StatusOr<bool> started =
-      RunIn<bool>(control_, deadline, [this, request = *request]() -> absl::StatusOr<bool> {
-        ITWIN_RETURN_IF_ERROR(control_->StartAttempt(request));
-        return true;
-      });
-  if (!started.ok()) return ToGrpc(started.status());
+  const absl::Status started = RunAside(control_, deadline, [this, request = *request](ControlLoop::Done done) {
+    control_->StartAttempt(request, std::move(done));
+  });
+  if (!started.ok()) return ToGrpc(started);
   absl::StatusOr<v1::AttemptStatus> status = StatusOf(*key, deadline);
   if (!status.ok()) return ToGrpc(status.status());
   *response = *std::move(status);
@@ -168,12 +207,11 @@ grpc::Status AgentService::CancelAttempt(grpc::ServerContext* context, const v1:
   const absl::Time deadline = DeadlineOf(*context);
   const absl::StatusOr<AttemptKey> key = AttemptKey::Parse(request->attempt());
   if (!key.ok()) return ToGrpc(key.status());
-  const absl::StatusOr<bool> asked =
-      RunIn<bool>(control_, deadline, [this, key = *key, reason = request->reason()]() -> absl::StatusOr<bool> {
-        ITWIN_RETURN_IF_ERROR(control_->CancelAttempt(key, reason));
-        return true;
+  const absl::Status asked =
+      RunAside(control_, deadline, [this, key = *key, reason = request->reason()](ControlLoop::Done done) {
+        control_->CancelAttempt(key, reason, std::move(done));
       });
-  if (!asked.ok()) return ToGrpc(asked.status());
+  if (!asked.ok()) return ToGrpc(asked);
   absl::StatusOr<v1::AttemptStatus> status = StatusOf(*key, deadline);
   if (!status.ok()) return ToGrpc(status.status());
   *response = *std::move(status);
@@ -313,6 +351,21 @@ grpc::Status AgentService::ReadFile(grpc::ServerContext* context, const v1::Read
     offset += got;
     if (!writer->Write(response)) return grpc::Status::CANCELLED;
   }
+}
+
+grpc::Status AgentService::Diagnose(grpc::ServerContext* context, const v1::DiagnoseRequest* request,
+                                    grpc::ServerWriter<v1::CheckResult>* writer) {
+  const auto emit = [&](const v1::CheckResult& result) { return !context->IsCancelled() && writer->Write(result); };
+  for (const v1::CheckResult& result : CheckHost(options_.root)) {
+    if (!emit(result)) return grpc::Status::CANCELLED;
+  }
+  scheduler_->Diagnose(*request, emit);
+  return grpc::Status::OK;
+}
+
+grpc::Status AgentService::Retire(grpc::ServerContext*, const v1::RetireRequest*, v1::RetireResponse*) {
+  options_.retire();
+  return grpc::Status::OK;
 }
 
 grpc::ServerBidiReactor<v1::FollowRequest, v1::FollowResponse>* AgentService::Follow(grpc::CallbackServerContext*) {

@@ -3,6 +3,7 @@
 #include <grpcpp/grpcpp.h>
 
 #include <atomic>
+#include <functional>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -22,10 +23,13 @@ class AgentService final : public v1::Agent::WithCallbackMethod_Follow<v1::Agent
   struct Options {
     std::string root = {};
     std::string scheduler_kind = {};
+    std::string spool_id = {};
+    int64_t term = 0;
     bool can_train = false;
+    std::function<void()> retire = [] {};  // ends the daemon, soon
   };
   // Nothing is owned; all outlive the server.
-  AgentService(Options options, ControlLoop* control, FollowLoop* follow, InputStore* inputs);
+  AgentService(Options options, ControlLoop* control, FollowLoop* follow, InputStore* inputs, Scheduler* scheduler);
 
   grpc::Status Hello(grpc::ServerContext*, const v1::HelloRequest*, v1::HelloResponse*) override;
   grpc::Status StatInputs(grpc::ServerContext*, const v1::StatInputsRequest*, v1::StatInputsResponse*) override;
@@ -35,6 +39,8 @@ class AgentService final : public v1::Agent::WithCallbackMethod_Follow<v1::Agent
   grpc::Status CancelAttempt(grpc::ServerContext*, const v1::CancelAttemptRequest*, v1::AttemptStatus*) override;
   grpc::Status ListAttempts(grpc::ServerContext*, const v1::ListAttemptsRequest*, v1::ListAttemptsResponse*) override;
   grpc::Status RemoveAttempt(grpc::ServerContext*, const v1::RemoveAttemptRequest*, v1::RemoveAttemptResponse*) override;
+  grpc::Status Diagnose(grpc::ServerContext*, const v1::DiagnoseRequest*, grpc::ServerWriter<v1::CheckResult>*) override;
+  grpc::Status Retire(grpc::ServerContext*, const v1::RetireRequest*, v1::RetireResponse*) override;
   grpc::Status ListFiles(grpc::ServerContext*, const v1::ListFilesRequest*, v1::ListFilesResponse*) override;
   grpc::Status ReadFile(grpc::ServerContext*, const v1::ReadFileRequest*,
                         grpc::ServerWriter<v1::ReadFileResponse>*) override;
@@ -50,6 +56,7 @@ class AgentService final : public v1::Agent::WithCallbackMethod_Follow<v1::Agent
   ControlLoop* const control_;
   FollowLoop* const follow_;
   InputStore* const inputs_;
+  Scheduler* const scheduler_;
   std::atomic<int> transfers_{0};
 };
 

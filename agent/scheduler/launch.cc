@@ -7,8 +7,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
@@ -84,31 +86,49 @@ std::string RenderScript(const AttemptDirectory& directory, const std::string& a
                       ShellQuote(directory.path()), "\n");
 }
 
+std::string WorkerOf(const v1::StartAttemptRequest& request, const LaunchOptions& options) {
+  return request.launch().worker().empty() ? options.worker : request.launch().worker();
+}
+
 absl::StatusOr<std::vector<std::string>> LaunchCommand(const AttemptDirectory& directory,
                                                        const v1::StartAttemptRequest& request,
                                                        const LaunchOptions& options) {
   std::vector<std::string> program(request.argv().begin(), request.argv().end());
   if (request.train()) {
-    if (options.worker.empty()) {
+    const std::string worker = WorkerOf(request, options);
+    if (worker.empty()) {
       return absl::InvalidArgumentError(
           "this site has no itwin-worker, so it cannot train; install it beside itwin-agent or name it with --worker");
     }
-    program = {options.worker, "--spec", directory.spec_path(), "--spool", directory.path()};
+    program = {worker, "--spec", directory.spec_path(), "--spool", directory.path()};
   }
   if (program.empty() || program[0].empty()) {
     return absl::InvalidArgumentError("the command is empty; it needs at least the name of a program");
   }
-  if (!request.train() && !request.mpi()) return program;
-  const int nodes = std::max(1, request.nodes()), per_node = std::max(1, request.ranks_per_node());
-  ITWIN_ASSIGN_OR_RETURN(std::vector<std::string> command, SplitCommandLine(options.launcher));
-  if (command.empty()) return absl::InvalidArgumentError("the launcher line of this site is empty");
-  for (std::string& word : command) {
-    word = absl::StrReplaceAll(word, {{"{ranks}", absl::StrCat(nodes * per_node)},
-                                      {"{nodes}", absl::StrCat(nodes)},
-                                      {"{ranks_per_node}", absl::StrCat(per_node)},
-                                      {"{cpus_per_rank}", absl::StrCat(std::max(1, request.cpus_per_rank()))}});
-  }
+  ITWIN_ASSIGN_OR_RETURN(std::vector<std::string> command, SplitCommandLine(request.launch().container()));
   command.insert(command.end(), program.begin(), program.end());
+  if (request.train() || request.mpi()) {
+    const int nodes = std::max(1, request.nodes()), per_node = std::max(1, request.ranks_per_node());
+    ITWIN_ASSIGN_OR_RETURN(
+        std::vector<std::string> launcher,
+        SplitCommandLine(request.launch().launcher().empty() ? options.launcher : request.launch().launcher()));
+    if (launcher.empty()) return absl::InvalidArgumentError("the launcher line of this site is empty");
+    for (std::string& word : launcher) {
+      word = absl::StrReplaceAll(word, {{"{ranks}", absl::StrCat(nodes * per_node)},
+                                        {"{nodes}", absl::StrCat(nodes)},
+                                        {"{ranks_per_node}", absl::StrCat(per_node)},
+                                        {"{gpus_per_node}", absl::StrCat(request.gpus_per_node())},
+                                        {"{cpus_per_rank}", absl::StrCat(std::max(1, request.cpus_per_rank()))}});
+    }
+    command.insert(command.begin(), launcher.begin(), launcher.end());
+  }
+  if (request.launch().prologue_size() == 0) return command;
+  // The lines are the site's and may be any shell; what is run behind them are arguments, never text of the script.
+  std::string script = "trap 'itwin_code=$?; echo \"itwin: the prologue of this site failed (exit code $itwin_code) at: "
+                       "$BASH_COMMAND\" >&2; exit 1' ERR\n";
+  for (const std::string& line : request.launch().prologue()) absl::StrAppend(&script, line, "\n");
+  absl::StrAppend(&script, "trap - ERR\nexec \"$@\"\n");
+  command.insert(command.begin(), {"/bin/bash", "-c", script, "itwin-prologue"});
   return command;
 }
 
@@ -118,7 +138,12 @@ std::map<std::string, std::string> LaunchEnvironment(const AttemptDirectory& dir
   std::map<std::string, std::string> env;
   // A rank's share of the cores; without it every rank of a numerical library takes all of them.
   const int ranks = request.train() || request.mpi() ? std::max(1, request.ranks_per_node()) : 1;
-  const int threads = request.cpus_per_rank() > 0 ? request.cpus_per_rank() : std::max(1, CpusHere() / ranks);
+  // What a scheduler gave us of this node, where it says so; a process may be free to use more.
+  int cpus = CpusHere(), given = 0;
+  if (const char* text = getenv("SLURM_CPUS_ON_NODE"); text != nullptr && absl::SimpleAtoi(text, &given) && given > 0) {
+    cpus = std::min(cpus, given);
+  }
+  const int threads = request.cpus_per_rank() > 0 ? request.cpus_per_rank() : std::max(1, cpus / ranks);
   env["OMP_NUM_THREADS"] = absl::StrCat(threads);
   if (request.train() || request.mpi()) {
     env["OMPI_ALLOW_RUN_AS_ROOT"] = "1";
@@ -128,6 +153,7 @@ std::map<std::string, std::string> LaunchEnvironment(const AttemptDirectory& dir
     if (ranks >= CpusHere()) env["OMPI_MCA_mpi_yield_when_idle"] = "1";
     if (!CrossMemoryAttachWorks()) env["OMPI_MCA_btl_vader_single_copy_mechanism"] = "none";
   }
+  for (const auto& [name, value] : request.launch().env()) env[name] = value;
   for (const auto& [name, value] : request.env()) env[name] = value;
   env["ITWIN_SPEC"] = directory.spec_path();
   env["ITWIN_METRICS"] = directory.metrics_path();

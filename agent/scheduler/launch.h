@@ -31,7 +31,8 @@ std::string ShellQuote(const std::string& text);
 std::string RenderScript(const AttemptDirectory& directory, const std::string& agent_program,
                          const LaunchOptions& options);
 
-// The program to run and what it is run by. kInvalidArgument: the request or the launcher line cannot be used.
+// The program to run and what it is run by: launcher, container, program; what the request says of these goes before the
+// options. With a prologue all of it is run by bash, after the prologue's lines. kInvalidArgument: it cannot be used.
 absl::StatusOr<std::vector<std::string>> LaunchCommand(const AttemptDirectory& directory,
                                                        const v1::StartAttemptRequest& request,
                                                        const LaunchOptions& options);
@@ -40,6 +41,9 @@ absl::StatusOr<std::vector<std::string>> LaunchCommand(const AttemptDirectory& d
 std::map<std::string, std::string> LaunchEnvironment(const AttemptDirectory& directory,
                                                      const v1::StartAttemptRequest& request,
                                                      const std::string& lease_nonce, absl::Time deadline);
+
+// Path of the worker that the request or the options name; "" for none.
+std::string WorkerOf(const v1::StartAttemptRequest& request, const LaunchOptions& options);
 
 // Whether `program` can be executed from the working directory `directory` with this PATH; else words for the user:
 // what was looked for, where, and what would help.

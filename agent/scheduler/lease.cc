@@ -65,6 +65,7 @@ absl::StatusOr<bool> TakeLease(const AttemptDirectory& directory, const LeaseOwn
   record["nonce"] = owner.nonce;
   record["host"] = owner.host;
   record["scheduler_id"] = owner.scheduler_id;
+  record["restart"] = owner.restart;
   ITWIN_RETURN_IF_ERROR(WriteFileAtomically(
       mine + "/owner.json", record.dump(-1, ' ', false, json::error_handler_t::replace) + "\n"));
   ITWIN_RETURN_IF_ERROR(WriteFileAtomically(mine + "/reserve", std::string(kReserveBytes, '.')));
@@ -85,8 +86,11 @@ absl::StatusOr<bool> TakeLease(const AttemptDirectory& directory, const LeaseOwn
 std::optional<LeaseOwner> ReadLease(const AttemptDirectory& directory) {
   if (!directory.HasLease()) return std::nullopt;
   const json record = ParseFile(directory.owner_path());
-  return LeaseOwner{.nonce = Text(record, "nonce"), .host = Text(record, "host"),
-                    .scheduler_id = Text(record, "scheduler_id"), .process = ProcessFrom(record)};
+  LeaseOwner out{.nonce = Text(record, "nonce"), .host = Text(record, "host"),
+                 .scheduler_id = Text(record, "scheduler_id"), .process = ProcessFrom(record)};
+  if (!record.is_object()) return out;
+  if (const auto it = record.find("restart"); it != record.end() && it->is_number_integer()) out.restart = it->get<int>();
+  return out;
 }
 
 absl::Status RecordProgram(const AttemptDirectory& directory, const ProcessIdentity& program) {

@@ -14,6 +14,7 @@ struct LeaseOwner {
   std::string nonce = {};  // random; the attempt's processes carry it as ITWIN_LEASE
   std::string host = {};
   std::string scheduler_id = {};
+  int restart = 0;  // which life of the scheduler's job: it may have put the job back into its queue
   ProcessIdentity process = {};  // of the script
 };
 

@@ -351,6 +351,15 @@ void ProcessScheduler::Start(Entry& entry) {
   log::Info("attempt {}: started with {} of {} slots", entry.key.text(), entry.slots, options_.slots);
 }
 
+// From any thread: nothing of the queue is touched.
+void ProcessScheduler::Diagnose(const v1::DiagnoseRequest&, const std::function<bool(const v1::CheckResult&)>& emit) {
+  v1::CheckResult result;
+  result.set_name("scheduler");
+  result.set_verdict(v1::CHECK_VERDICT_OK);
+  result.set_found(absl::StrCat("jobs run on this machine itself, at most ", options_.slots, " ranks at once"));
+  emit(result);
+}
+
 void ProcessScheduler::ArmTimer() {
   absl::Time next = absl::InfiniteFuture();
   const absl::Time now = clock_->Now();

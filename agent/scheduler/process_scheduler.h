@@ -40,6 +40,7 @@ class ProcessScheduler : public Scheduler {
   absl::StatusOr<std::map<AttemptKey, SchedulerReport>> Query(const std::vector<AttemptKey>& keys) override;
   absl::Status Cancel(const AttemptKey& key) override;
   int change_fd() const override { return epoll_.get(); }
+  void Diagnose(const v1::DiagnoseRequest& request, const std::function<bool(const v1::CheckResult&)>& emit) override;
 
  private:
   struct Entry {

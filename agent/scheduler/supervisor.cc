@@ -14,7 +14,9 @@
 #include <cstdlib>
 #include <nlohmann/json.hpp>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "agent/scheduler/bounded_log.h"
 #include "agent/scheduler/lease.h"
@@ -36,6 +38,10 @@ using nlohmann::json;
 
 constexpr int64_t kDefaultLogLimit = int64_t{64} << 20;
 constexpr int kPipeBytes = 1 << 20;
+// The sign of life, for an agent that can see neither us nor the scheduler's word.
+constexpr absl::Duration kBeatInterval = absl::Seconds(10);
+// Of the scheduler's wall limit, kept for ending in our own way: the grace, and this to write the last records.
+constexpr absl::Duration kLimitMargin = absl::Seconds(5);
 // After the program has ended: for what it left behind to obey a SIGTERM, and for its last output to arrive.
 constexpr absl::Duration kOrphanGrace = absl::Seconds(1);
 constexpr absl::Duration kKillLimit = absl::Seconds(10);
@@ -48,11 +54,20 @@ std::string EnvironmentValue(const char* name) {
   return value == nullptr ? "" : value;
 }
 
+int64_t EnvironmentNumber(const char* name) {
+  int64_t value = 0;
+  return absl::SimpleAtoi(EnvironmentValue(name), &value) ? value : 0;
+}
+
 // One run of one attempt. Straight through, in the order of the methods.
 class AttemptRun {
  public:
-  AttemptRun(const AttemptDirectory& directory, const LaunchOptions& options)
-      : directory_(directory), options_(options) {}
+  AttemptRun(const AttemptDirectory& directory, const LaunchOptions& options) : directory_(directory), options_(options) {
+    // A scheduler that kills what does not obey in time leaves us less than we would take.
+    if (const int64_t wait = EnvironmentNumber("ITWIN_KILL_WAIT"); wait > 0) {
+      options_.grace = std::min(options_.grace, std::max(absl::Seconds(wait) / 2, absl::Seconds(wait - 3)));
+    }
+  }
 
   int Run() {
     if (absl::Status ready = Prepare(); !ready.ok()) {
@@ -105,6 +120,7 @@ class AttemptRun {
     owner_ = {.nonce = RandomHex(16), .host = HostName(), .scheduler_id = EnvironmentValue("SLURM_JOB_ID"),
               .process = IdentityOf(0)};
     if (owner_.scheduler_id.empty()) owner_.scheduler_id = EnvironmentValue("ITWIN_SCHEDULER_ID");
+    owner_.restart = static_cast<int>(EnvironmentNumber("SLURM_RESTART_COUNT"));
     return absl::OkStatus();
   }
 
@@ -113,6 +129,12 @@ class AttemptRun {
     if (request_.has_time() && (request_.time().seconds() > 0 || request_.time().nanos() > 0)) {
       deadline_ = start + absl::Seconds(request_.time().seconds()) + absl::Nanoseconds(request_.time().nanos());
     }
+    // The scheduler's own limit comes with a signal that cannot be caught: ours is before that.
+    if (const absl::Duration granted = absl::Seconds(EnvironmentNumber("ITWIN_GRANTED_SECONDS")); granted > absl::ZeroDuration()) {
+      deadline_ = std::min(deadline_, start + granted - std::min(options_.grace + kLimitMargin, granted / 4));
+    }
+    for (const char* name : {"ITWIN_KILL_WAIT", "ITWIN_GRANTED_SECONDS"}) unsetenv(name);
+    Beat(start);
     ITWIN_RETURN_IF_ERROR(AppendLine(
         directory_.lifecycle_path(),
         RenderStarted({.time = start, .host = owner_.host, .pid = getpid(), .scheduler_id = owner_.scheduler_id})));
@@ -153,7 +175,9 @@ class AttemptRun {
     if (const auto path = env.find("PATH"); path != env.end()) setenv("PATH", path->second.c_str(), 1);
     const std::string path = EnvironmentValue("PATH");
     ITWIN_RETURN_IF_ERROR(CheckProgram(out.argv[0], out.directory, path));
-    const std::string& inner = request_.train() ? options_.worker : request_.argv(0);
+    // Behind a prologue or inside a container the program may be one that is not there now.
+    if (request_.launch().prologue_size() > 0 || !request_.launch().container().empty()) return out;
+    const std::string inner = request_.train() ? WorkerOf(request_, options_) : request_.argv(0);
     if (inner != out.argv[0]) ITWIN_RETURN_IF_ERROR(CheckProgram(inner, out.directory, path));
     return out;
   }
@@ -173,13 +197,22 @@ class AttemptRun {
       if (term_sent_ == absl::InfiniteFuture()) wake = deadline_;
       else wake = killed_ ? now + absl::Milliseconds(50) : term_sent_ + options_.grace;
       if (killed_) KillAll([] { return DescendantsOf(getpid()); }, absl::ZeroDuration());
-      Pump(wake);
+      Beat(now);
+      Pump(std::min(wake, next_beat_));
       Reap();
     }
   }
 
   absl::Duration WallLimit() const {
     return absl::Seconds(request_.time().seconds()) + absl::Nanoseconds(request_.time().nanos());
+  }
+
+  // Not fsynced, and no harm when it fails: it only has to differ for whoever looks from another host.
+  void Beat(absl::Time now) {
+    if (now < next_beat_) return;
+    next_beat_ = now + kBeatInterval;
+    const absl::StatusOr<FileDescriptor> file = OpenFile(directory_.beat_path(), O_WRONLY | O_CREAT);
+    if (file.ok()) WriteAll(file->get(), absl::StrFormat("%010d\n", ++beats_), directory_.beat_path()).IgnoreError();
   }
 
   // Waits for output and signals; moves output into the logs.
@@ -321,7 +354,7 @@ class AttemptRun {
   }
 
   const AttemptDirectory directory_;
-  const LaunchOptions options_;
+  LaunchOptions options_;
   v1::StartAttemptRequest request_;
   LeaseOwner owner_;
   FileDescriptor signals_;
@@ -330,6 +363,8 @@ class AttemptRun {
   std::string buffer_ = std::string(256 << 10, '\0');
   int64_t recorded_dropped_ = 0;
   absl::Time next_dropped_record_ = absl::InfinitePast();
+  absl::Time next_beat_ = absl::InfinitePast();
+  int beats_ = 0;
   absl::Time deadline_ = absl::InfiniteFuture();
   absl::Time term_sent_ = absl::InfiniteFuture();
   bool killed_ = false;

@@ -1,5 +1,7 @@
 #include "agent/scheduler/verdict.h"
 
+#include <signal.h>
+
 #include "absl/strings/str_cat.h"
 
 namespace itwin::agent {
@@ -13,16 +15,21 @@ v1::EndCause CauseOf(const ExitedRecord& record) {
   return v1::END_CAUSE_EXITED;
 }
 
+// Somebody outside of the program ended it, and the record does not know who or why.
+bool IsVague(const ExitedRecord& record) {
+  return record.cause == kCauseTerminated ||
+         (record.cause == kCauseSelf && (record.signal == SIGKILL || (record.signal == 0 && record.exit_code == 128 + SIGKILL)));
+}
+
 std::string FirstOf(const std::string& a, std::string b) { return a.empty() ? b : a; }
 
 void EndByRecord(const Evidence& e, v1::AttemptStatus* status) {
   const ExitedRecord& record = *e.lifecycle.exited;
   status->set_phase(v1::ATTEMPT_PHASE_ENDED);
   status->set_cause(CauseOf(record));
-  // A signal from outside was the scheduler's, where the scheduler says so (limit, preemption).
-  if (record.cause == kCauseTerminated && e.report.cause != v1::END_CAUSE_UNSPECIFIED) {
-    status->set_cause(e.report.cause);
-  }
+  // A signal from outside was the scheduler's, where the scheduler says so (limit, preemption, memory).
+  const bool explained = IsVague(record) && e.report.cause != v1::END_CAUSE_UNSPECIFIED;
+  if (explained) status->set_cause(e.report.cause);
   if (record.signal == 0 && record.cause != kCauseLaunchFailed) status->set_exit_code(record.exit_code);
   status->set_signal(record.signal);
   status->set_cpu_seconds(record.cpu_seconds);
@@ -31,6 +38,7 @@ void EndByRecord(const Evidence& e, v1::AttemptStatus* status) {
   status->set_reason(FirstOf(
       record.message, record.signal != 0 ? absl::StrCat("ended by signal ", record.signal)
                                          : absl::StrCat("ended with exit code ", record.exit_code)));
+  if (explained && !e.report.reason.empty()) status->set_reason(absl::StrCat(e.report.reason, "; ", status->reason()));
 }
 
 void End(v1::EndCause cause, std::string reason, v1::AttemptStatus* status) {
@@ -64,8 +72,14 @@ v1::AttemptStatus Conclude(const Evidence& e) {
   }
   status.set_submitted_us(absl::ToUnixMicros(e.submitted));
   status.set_reason(e.report.reason);
+  status.set_scheduler_state(e.report.word);
+  for (const std::string& node : e.report.nodes) status.add_nodes(node);
+  for (const std::string& node : e.report.bad_nodes) status.add_bad_nodes(node);
 
-  if (e.lifecycle.exited) {
+  if (e.lifecycle.exited && e.await_scheduler && IsVague(*e.lifecycle.exited) && e.report.state != SchedulerState::kEnded) {
+    status.set_phase(v1::ATTEMPT_PHASE_RUNNING);
+    status.set_reason("was ended from outside; the scheduler will say why");
+  } else if (e.lifecycle.exited) {
     EndByRecord(e, &status);
   } else if (e.launch_error) {
     if (e.cancelled) {
@@ -98,10 +112,11 @@ v1::AttemptStatus Conclude(const Evidence& e) {
           End(v1::END_CAUSE_CANCELLED, CancelWords(e, "before it began"), &status);
         } else {
           status.set_phase(v1::ATTEMPT_PHASE_PENDING);
-          status.set_reason("about to be given to the scheduler");
+          status.set_reason(FirstOf(e.report.reason, "about to be given to the scheduler"));
         }
         break;
       case SchedulerState::kPending:
+        if (e.report.expected_start && !started) status.set_expected_start_us(absl::ToUnixMicros(*e.report.expected_start));
         status.set_phase(started ? v1::ATTEMPT_PHASE_RUNNING : v1::ATTEMPT_PHASE_PENDING);
         break;
       case SchedulerState::kHeld:
@@ -119,6 +134,8 @@ v1::AttemptStatus Conclude(const Evidence& e) {
         break;
     }
   }
+  // A word of before the end is none of it.
+  if (status.phase() == v1::ATTEMPT_PHASE_ENDED && e.report.state != SchedulerState::kEnded) status.clear_scheduler_state();
   if (e.cancelled && status.phase() != v1::ATTEMPT_PHASE_ENDED) {
     status.set_reason(CancelWords(e, "and being ended"));
   }

@@ -19,6 +19,8 @@ struct Evidence {
   std::string cancel_reason = {};
   std::optional<std::string> launch_error = {};  // the script could not be started
   absl::Time submitted = {};        // when request.pb was written
+  // The scheduler will say why it ended what the record only calls killed: until then that is not told.
+  bool await_scheduler = false;
   Lifecycle lifecycle = {};         // read after `report` was made
   SchedulerReport report = {};
 };
@@ -27,7 +29,8 @@ struct Evidence {
 // says. Gone without a record is LOST, never success; absence is a verdict only where nothing was ever started.
 //
 //   exit record | report                  | lease | cancelled | phase
-//   yes         | any                     |       |           | ENDED, by the record
+//   yes         | any                     |       |           | ENDED, by the record; one that says only "killed" waits for
+//               |                         |       |           | the scheduler's word where one will come
 //   no          | ended with a cause      |       |           | ENDED, by the scheduler
 //   no          | ended                   | yes   | no / yes  | ENDED, LOST / CANCELLED
 //   no          | ended                   | no    | no / yes  | ENDED, LAUNCH_FAILED / CANCELLED

@@ -29,6 +29,8 @@ class AttemptDirectory {
   std::string lease_path() const { return path_ + "/lease"; }
   std::string owner_path() const { return path_ + "/lease/owner.json"; }
   std::string program_path() const { return path_ + "/lease/program.json"; }
+  // Changes every few seconds while the script lives.
+  std::string beat_path() const { return path_ + "/lease/beat"; }
   // Space kept back so that the last records can be written on a full disk.
   std::string reserve_path() const { return path_ + "/lease/reserve"; }
   std::string lifecycle_path() const { return path_ + "/lifecycle.jsonl"; }
