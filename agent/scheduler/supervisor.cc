@@ -97,6 +97,7 @@ class AttemptRun {
       return Finish();
     }
     Watch();
+    LearnWhoEndedIt();
     EndOrphans();
     return Finish();
   }
@@ -261,8 +262,18 @@ class AttemptRun {
     term_sent_ = absl::Now();
     exit_.cause = cause;
     exit_.message = std::move(message);
+    if (reaped_) return;
     kill(-program_, SIGTERM);
     kill(-program_, SIGCONT);
+  }
+
+  // A scheduler may signal every process of the attempt at once, and the program be gone before we have heard of it.
+  void LearnWhoEndedIt() {
+    const int fatal = exit_.signal != 0 ? exit_.signal : exit_.exit_code - 128;
+    if (exit_.cause != kCauseSelf || (fatal != SIGTERM && fatal != SIGINT && fatal != SIGHUP && fatal != SIGKILL)) return;
+    const absl::Time limit = absl::Now() + kOrphanGrace;
+    while (term_sent_ == absl::InfiniteFuture() && absl::Now() < limit) Pump(absl::Now() + absl::Milliseconds(20));
+    if (term_sent_ == absl::InfiniteFuture() && directory_.IsCancelled()) EndProgram(kCauseCancelled, "cancelled");
   }
 
   // Collects every child that ended: the program, and what was left to us.

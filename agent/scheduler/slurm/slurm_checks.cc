@@ -124,6 +124,13 @@ void SlurmScheduler::Diagnose(const v1::DiagnoseRequest& request, const std::fun
   if (launcher.empty()) launcher = DefaultLauncher().value_or("");
   const v1::CheckResult mpi = CheckMpi(slurm, launcher);
   if (!emit(mpi)) return;
+  if (!emit(Result("calls", v1::CHECK_VERDICT_OK,
+                   absl::StrFormat("%d calls of SLURM's commands since this agent began, %.1f per minute lately; one squeue for all jobs "
+                                   "every 2 s after a change to every %s when calm; %d rows could not be read, %d states were not known",
+                                   commands_.calls(), commands_.calls_per_minute(), absl::FormatDuration(Describe().longest_interval),
+                                   bad_rows(), unrecognized_states())))) {
+    return;
+  }
   if (!request.run_jobs()) {
     emit(Result("worker", v1::CHECK_VERDICT_SKIPPED, "no job was run to try it"));
     return;
