@@ -37,6 +37,7 @@ constexpr int kMaxThreads = 48;
 
 // For SLURM's word on who killed an attempt, when its controller does not answer.
 constexpr absl::Duration kAwaitScheduler = absl::Minutes(2);
+constexpr absl::Duration kFirstLook = absl::Seconds(3);
 
 // Random, and made with the spool: tells a gateway that there is another file system under the path it knows.
 absl::StatusOr<std::string> SpoolId(const std::string& root) {
@@ -149,6 +150,7 @@ absl::StatusOr<std::unique_ptr<Agent>> Agent::Start(Options options) {
   ITWIN_RETURN_IF_ERROR(p->control->Recover());
   p->follow->Start();
   p->control->Start();
+  p->control->AwaitFirstLook(kFirstLook);
 
   const bool can_train =
       !p->options.launch.worker.empty() && access(p->options.launch.worker.c_str(), X_OK) == 0;

@@ -27,8 +27,9 @@ constexpr absl::Duration kShortestInterval = absl::Seconds(2);
 constexpr double kCalmer = 1.5;
 constexpr absl::Duration kRetryQuery = absl::Seconds(2);
 constexpr absl::Duration kRetryAction = absl::Seconds(10);
-// At once on the pool: enough to keep a scheduler's controller busy, few enough not to trouble it.
-constexpr int kPoolThreads = 8;
+// At once: enough to keep a scheduler's controller busy, few enough not to trouble it.
+constexpr int kActingThreads = 8;
+constexpr int kFileThreads = 2;
 
 absl::Duration TimeOf(const v1::StartAttemptRequest& request) {
   if (!request.has_time() || request.time().seconds() <= 0) return absl::InfiniteDuration();
@@ -54,8 +55,9 @@ void RemoveHalfMade(const AttemptDirectory& directory) {
 ControlLoop::ControlLoop(Options options, Scheduler* scheduler, InputStore* inputs, FollowLoop* follow)
     : options_(std::move(options)), scheduler_(scheduler), inputs_(inputs), follow_(follow), interval_(kShortestInterval) {
   if (quick()) return;
-  pool_ = std::make_unique<WorkPool>(kPoolThreads);
+  acting_ = std::make_unique<WorkPool>(kActingThreads);
   asking_ = std::make_unique<WorkPool>(1);
+  files_ = std::make_unique<WorkPool>(kFileThreads);
 }
 
 ControlLoop::~ControlLoop() { Stop(); }
@@ -67,8 +69,9 @@ void ControlLoop::Stop() {
     mailbox_.Post([this] { stopping_ = true; });
     thread_.join();
   }
-  if (pool_ != nullptr) pool_->Stop();
-  if (asking_ != nullptr) asking_->Stop();
+  for (WorkPool* pool : {acting_.get(), asking_.get(), files_.get()}) {
+    if (pool != nullptr) pool->Stop();
+  }
   mailbox_.Close();
 }
 
@@ -83,12 +86,12 @@ void ControlLoop::Run() {
   }
 }
 
-void ControlLoop::Aside(std::function<absl::Status()> work, Done then) {
-  if (pool_ == nullptr) {
+void ControlLoop::Aside(WorkPool* pool, std::function<absl::Status()> work, Done then) {
+  if (pool == nullptr) {
     then(work());
     return;
   }
-  pool_->Run([this, work = std::move(work), then = std::move(then)] {
+  pool->Run([this, work = std::move(work), then = std::move(then)] {
     mailbox_.Post([then, status = work()] { then(status); });
   });
 }
@@ -106,7 +109,8 @@ void ControlLoop::Drop(const AttemptKey& key) {
 }
 
 void ControlLoop::LearnSite(Done done) {
-  Aside([this] { return scheduler_->LearnSite(), absl::OkStatus(); }, std::move(done));
+  if (quick() || scheduler_->Describe().slurm) return done(absl::OkStatus());
+  Aside(asking_.get(), [this] { return scheduler_->LearnSite(), absl::OkStatus(); }, std::move(done));
 }
 
 // ---- looking ----
@@ -126,7 +130,10 @@ void ControlLoop::QueryLive() {
     OnReports(scheduler_->Query(keys));
     return;
   }
-  if (keys.empty()) return;
+  if (keys.empty()) {
+    if (!looked_.HasBeenNotified()) looked_.Notify();
+    return;
+  }
   querying_ = true;
   last_query_ = now;
   asking_->Run([this, keys = std::move(keys)] {
@@ -139,6 +146,7 @@ void ControlLoop::QueryLive() {
 
 void ControlLoop::OnReports(const absl::StatusOr<std::map<AttemptKey, SchedulerReport>>& reports) {
   const absl::Time now = absl::Now();
+  if (!looked_.HasBeenNotified()) looked_.Notify();
   if (!reports.ok()) {
     // Says nothing about the attempts: they stay what they are.
     log::Warn("the scheduler cannot be asked: {}", std::string(reports.status().message()));
@@ -181,7 +189,7 @@ void ControlLoop::Tend(const AttemptKey& key, const SchedulerReport& report) {
     return;
   }
   live.working = true;
-  Aside([this, directory] { return Resume(directory); },
+  Aside(acting_.get(), [this, directory] { return Resume(directory); },
         [this, key](const absl::Status& status) {
           if (status.ok()) log::Info("attempt {}: its start was interrupted and is now done", key.text());
           OnStarted(key, status);
@@ -280,7 +288,8 @@ void ControlLoop::StartAttempt(const v1::StartAttemptRequest& request, Done done
   Live& live = live_[key];
   live.working = true;
   live.starts.push_back(std::move(done));
-  Aside([this, request] { return Begin(request); }, [this, key](const absl::Status& status) { OnStarted(key, status); });
+  Aside(acting_.get(), [this, request] { return Begin(request); },
+        [this, key](const absl::Status& status) { OnStarted(key, status); });
 }
 
 // Beside the loop. kAlreadyExists: it is over, or may never start; there is nothing to do.
@@ -374,6 +383,7 @@ void ControlLoop::OnStarted(const AttemptKey& key, const absl::Status& status) {
 void ControlLoop::CancelAttempt(const AttemptKey& key, const std::string& reason, Done done) {
   const AttemptDirectory directory = DirectoryOf(key);
   Aside(
+      files_.get(),
       [this, directory, reason]() -> absl::Status {
         // kAlreadyExists: nothing is left to be ended.
         if (FileExists(directory.ended_path()) || ReadLifecycle(directory.lifecycle_path()).exited) {
@@ -409,7 +419,7 @@ void ControlLoop::CancelNow(const AttemptKey& key, Done done) {
   live.cancel = true;
   live.working = true;
   live.next_try = absl::Now() + kRetryAction;
-  Aside([this, key] { return scheduler_->Cancel(key); },
+  Aside(acting_.get(), [this, key] { return scheduler_->Cancel(key); },
         [this, key, done = std::move(done)](const absl::Status& cancelled) {
           if (const auto it = live_.find(key); it != live_.end()) {
             it->second.working = false;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/synchronization/notification.h"
 #include "absl/time/time.h"
 #include "agent/follow_loop.h"
 #include "agent/scheduler/launch.h"
@@ -43,6 +44,9 @@ class ControlLoop {
   // Takes up what the spools hold: half-made attempts are removed, interrupted submits and cancels are finished.
   absl::Status Recover();
   void Start();
+  // Until the scheduler was asked for the first time, or has not answered in time: so that what waits there is not told to
+  // be unknown at each start of the agent. From another thread.
+  void AwaitFirstLook(absl::Duration limit) { looked_.WaitForNotificationWithTimeout(limit); }
   // Idempotent; attempts go on. Commands of the scheduler that are under way are waited for: they end by themselves.
   void Stop();
 
@@ -82,8 +86,8 @@ class ControlLoop {
 
   void Run();
   bool quick() const { return scheduler_->change_fd() >= 0; }
-  // Runs `work` where it holds up nobody, then `then` in the loop.
-  void Aside(std::function<absl::Status()> work, Done then);
+  // Runs `work` in the pool (none: here), then `then` in the loop.
+  void Aside(WorkPool* pool, std::function<absl::Status()> work, Done then);
   absl::Status Begin(const v1::StartAttemptRequest& request);
   absl::Status CheckRequest(const AttemptDirectory& directory, const v1::StartAttemptRequest& request);
   absl::Status Prepare(const AttemptDirectory& directory, const v1::StartAttemptRequest& request);
@@ -103,8 +107,11 @@ class ControlLoop {
   InputStore* const inputs_;
   FollowLoop* const follow_;
   Mailbox mailbox_;
-  std::unique_ptr<WorkPool> pool_;   // none for a quick scheduler
-  std::unique_ptr<WorkPool> asking_;  // one thread for looks, so that no start or cancel stands before them
+  // None of them for a quick scheduler. Apart, so that what waits for the scheduler holds up nothing else.
+  std::unique_ptr<WorkPool> acting_;  // starts, and cancels at the scheduler
+  std::unique_ptr<WorkPool> asking_;  // one thread for looks
+  std::unique_ptr<WorkPool> files_;   // what only touches the spool
+  absl::Notification looked_;
   std::thread thread_;
   bool stopping_ = false;
   std::map<AttemptKey, Live> live_;

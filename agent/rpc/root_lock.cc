@@ -144,7 +144,8 @@ bool OwnerLives(const std::string& root, const OwnerRecord& record) {
   return record.host != HostName() || record.process.boot_id == IdentityOf(0).boot_id;
 }
 
-absl::StatusOr<std::unique_ptr<RootLock>> RootLock::Take(const std::string& root, absl::Duration limit) {
+absl::StatusOr<std::unique_ptr<RootLock>> RootLock::Take(const std::string& root, absl::Duration limit,
+                                                             const Timing& timing) {
   const absl::Time deadline = SteadyNow() + limit;
   const std::string nonce = RandomHex(16);
   std::string beat;
@@ -177,15 +178,15 @@ absl::StatusOr<std::unique_ptr<RootLock>> RootLock::Take(const std::string& root
         beat = seen;
         heard = now;
       }
-      free = now - heard >= kOwnerTimeout;
-      if (free) log::Warn("the agent of {} gave no sign of life for {}; its place is taken", root, absl::FormatDuration(kOwnerTimeout));
+      free = now - heard >= timing.timeout;
+      if (free) log::Warn("the agent of {} gave no sign of life for {}; its place is taken", root, absl::FormatDuration(timing.timeout));
     }
     if (free) {
       ITWIN_ASSIGN_OR_RETURN(const bool mine, Claim(root, term + 1, nonce));
       if (!mine) continue;
       unlink(RecordPath(root).c_str());
       unlink(RetirePath(root).c_str());
-      std::unique_ptr<RootLock> lock(new RootLock(root, term + 1, nonce));
+      std::unique_ptr<RootLock> lock(new RootLock(root, term + 1, nonce, timing));
       (void)lock->Renew();
       return lock;
     }
@@ -198,8 +199,8 @@ absl::StatusOr<std::unique_ptr<RootLock>> RootLock::Take(const std::string& root
   }
 }
 
-RootLock::RootLock(std::string root, int64_t term, std::string nonce)
-    : root_(std::move(root)), term_(term), nonce_(std::move(nonce)), taken_(SteadyNow()),
+RootLock::RootLock(std::string root, int64_t term, std::string nonce, const Timing& timing)
+    : root_(std::move(root)), term_(term), nonce_(std::move(nonce)), timing_(timing), taken_(SteadyNow()),
       renewed_ns_(absl::ToUnixNanos(SteadyNow())) {}
 
 absl::Status RootLock::Publish(OwnerRecord record) {
@@ -216,7 +217,7 @@ RootLock::Standing RootLock::Renew() {
   if (access(root_.c_str(), F_OK) != 0 && errno == ENOENT) return Standing::kRootGone;
   if (highest.ok() && *highest < term_) return Standing::kRootGone;  // another root under the same path
   if (now >= next_beat_) {
-    next_beat_ = now + kRenewInterval;
+    next_beat_ = now + timing_.renew;
     const absl::StatusOr<FileDescriptor> file = OpenFile(BeatPath(root_), O_WRONLY | O_CREAT);
     // The same length each time: it must also work on a full disk.
     if (highest.ok() && file.ok() &&
@@ -226,7 +227,7 @@ RootLock::Standing RootLock::Renew() {
   }
   const json request = ParseFile(RetirePath(root_));
   if (request.is_object() && request.contains("term") && request["term"].is_number_integer() &&
-      request["term"].get<int64_t>() == term_ && now - taken_ >= kLeastTenure) {
+      request["term"].get<int64_t>() == term_ && now - taken_ >= timing_.least_tenure) {
     return Standing::kAskedToLeave;
   }
   return Standing::kHeld;
@@ -238,7 +239,7 @@ absl::Status RootLock::Check() const {
   if (*highest != term_) {
     return absl::UnavailableError(absl::StrCat("another agent has taken this spool over (term ", *highest, ", ours was ", term_, ")"));
   }
-  if (SteadyNow() - absl::FromUnixNanos(renewed_ns_) > kOwnerTimeout * 3 / 4) {
+  if (SteadyNow() - absl::FromUnixNanos(renewed_ns_) > timing_.timeout * 3 / 4) {
     return absl::UnavailableError("the spool's file system is too slow to tell whether this agent may still act");
   }
   return absl::OkStatus();

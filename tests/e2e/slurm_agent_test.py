@@ -47,7 +47,8 @@ class Site:
     """The cluster, two agents of ada's, and what was begun at the start."""
 
     def __init__(self):
-        self.cluster = Cluster("--login2", "--preemption", "requeue", "--slurmd-timeout", "5", "--nodes", "4")
+        self.cluster = Cluster("--login2", "--preemption", "requeue", "--slurmd-timeout", "5", "--nodes", "4", "--accounting",
+                               "--slurm-conf", "SchedulerParameters=sched_interval=1,batch_sched_delay=0")
         self.agents = []
 
     def open(self):
@@ -109,8 +110,12 @@ class Site:
         self.unseen_agent = self.make_agent()
         self.unseen = self.unseen_agent.request("echo done; exit 5")
         self.unseen_agent.start(self.unseen)
+        # The same, killed so hard that it leaves no record of its own.
+        self.unseen_kill = self.unseen_agent.request(WAITS)
+        number = self.unseen_agent.start(self.unseen_kill).scheduler_id
+        self.unseen_agent.reaches(self.unseen_kill.attempt, "RUNNING")
         self.unseen_agent.kill()
-        self.unseen_at = time.monotonic()
+        self.cluster.admin("scancel", "--signal=KILL", "--full", number)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +147,7 @@ def test_hello_knows_the_cluster(agent):
     hello = agent.hello(scheduler="slurm")
     assert hello.scheduler == "slurm" and hello.slurm.version and hello.slurm.cluster == "alpha"
     assert {p.name: p.max_time.seconds for p in hello.slurm.partitions}["short"] == 60
-    assert "pmix" in hello.slurm.mpi_plugins and not hello.slurm.accounting and hello.slurm.min_job_age.seconds == 20
+    assert "pmix" in hello.slurm.mpi_plugins and hello.slurm.accounting and hello.slurm.min_job_age.seconds == 20
     assert hello.term == 1 and len(hello.spool_id) == 32
     assert "runs jobs by 'slurm'" in refused(lambda: agent.hello(scheduler="process"))
 
@@ -371,10 +376,9 @@ def test_retire_makes_room_for_the_next(site):
 def test_doctor(site, agent):
     checks = {c.name: c for c in agent.diagnose(run_jobs=(BIN / "itwin-worker").exists())}
     ok = agent.pb.CHECK_VERDICT_OK
-    for name in ("host", "scratch", "quota", "scheduler", "partitions", "mpi", "calls"):
+    for name in ("host", "scratch", "quota", "scheduler", "partitions", "accounting", "mpi", "calls"):
         assert checks[name].verdict == ok, checks[name]
-    assert "22.05" in checks["scheduler"].found or checks["scheduler"].found
-    assert checks["accounting"].verdict == agent.pb.CHECK_VERDICT_WARNING and "off" in checks["accounting"].found
+    assert "cluster alpha" in checks["scheduler"].found and "squeue" in checks["calls"].found
     if (BIN / "itwin-worker").exists():
         assert checks["worker"].verdict == ok and "2 node(s)" in checks["worker"].found, checks["worker"]
         assert checks["clock"].verdict == ok
@@ -426,3 +430,10 @@ def test_an_end_that_nobody_saw_is_known_by_its_records(site):
     site.unseen_agent.connect()
     status = site.unseen_agent.ends(site.unseen.attempt)
     assert site.unseen_agent.cause(status) == "EXITED" and status.exit_code == 5 and status.starts == 1
+
+
+def test_an_end_that_left_nothing_is_known_by_accounting(site):
+    wait_for("SLURM to forget it", lambda: not jobs_of(site, site.unseen_kill.attempt), 60, 0.5)
+    status = site.unseen_agent.ends(site.unseen_kill.attempt, seconds=50)
+    assert site.unseen_agent.cause(status) in ("LOST", "CANCELLED_EXTERNALLY") and status.starts == 1, status
+    assert "SLURM says" in status.reason and "no exit record" in status.reason, status

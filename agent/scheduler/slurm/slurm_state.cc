@@ -125,8 +125,10 @@ v1::EndCause CauseOfState(SlurmState state, bool we_cancelled) {
   switch (state) {
     case SlurmState::kCancelled:
       return we_cancelled ? v1::END_CAUSE_CANCELLED : v1::END_CAUSE_CANCELLED_EXTERNALLY;
-    case SlurmState::kTimeout:
     case SlurmState::kDeadline:
+      // The site's option set a time after which the job is of no use: it is not to go on later.
+      return v1::END_CAUSE_CANCELLED_EXTERNALLY;
+    case SlurmState::kTimeout:
       return v1::END_CAUSE_TIME_LIMIT;
     case SlurmState::kNodeFail:
     case SlurmState::kBootFail:

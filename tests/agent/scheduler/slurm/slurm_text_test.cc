@@ -99,6 +99,18 @@ TEST(SlurmAccounting, ReadsLivesAndSteps) {
   EXPECT_THAT(rows.rows[5].nodes, ElementsAre("n1", "n2", "n3"));
 }
 
+TEST(SlurmAccounting, ReadsWhatSacctPrints) {
+  const SlurmRows rows = ParseAccounting(Captured("22.05.8/sacct.txt"));
+  EXPECT_EQ(rows.bad, 0);
+  EXPECT_EQ(rows.unrecognized, 0);
+  EXPECT_EQ(rows.rows.size(), 12u);
+  EXPECT_EQ(Named(rows, "itwin-00000000000000a5-1")->exit, (SlurmExit{3, 0}));
+  EXPECT_EQ(Named(rows, "itwin-00000000000000a6-1")->exit, (SlurmExit{0, 9}));
+  EXPECT_EQ(Named(rows, "itwin-00000000000000a8-1")->state, SlurmState::kCancelled);
+  EXPECT_FALSE(Named(rows, "itwin-00000000000000a9-1")->ended.has_value());
+  EXPECT_THAT(Named(rows, "itwin-00000000000000aa-1")->nodes, IsEmpty());  // "None assigned"
+}
+
 TEST(SlurmSubmit, FindsTheIdAmongABanner) {
   EXPECT_EQ(ParseSubmitted("17\n")->id, "17");
   EXPECT_EQ(ParseSubmitted("17;alpha\n")->cluster, "alpha");
@@ -197,6 +209,8 @@ TEST(SlurmEnds, TellAKillAsAKill) {
   EXPECT_EQ(DescribeEnd("NODE_FAIL", "None", std::nullopt), "SLURM says NODE_FAIL");
   EXPECT_EQ(CauseOfState(SlurmState::kCancelled, false), v1::END_CAUSE_CANCELLED_EXTERNALLY);
   EXPECT_EQ(CauseOfState(SlurmState::kCancelled, true), v1::END_CAUSE_CANCELLED);
+  EXPECT_EQ(CauseOfState(SlurmState::kTimeout, false), v1::END_CAUSE_TIME_LIMIT);
+  EXPECT_EQ(CauseOfState(SlurmState::kDeadline, false), v1::END_CAUSE_CANCELLED_EXTERNALLY) << "never goes on";
   EXPECT_EQ(ParseSlurmState("CANCELLED by 1000"), SlurmState::kCancelled);
   EXPECT_EQ(ParseSlurmState("CANCELLED+"), SlurmState::kCancelled);
 }
