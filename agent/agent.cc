@@ -34,6 +34,7 @@ namespace {
 constexpr int kMaxMessageBytes = 64 << 20;  // a spec with its inline parts
 // Of gRPC for unary calls and transfers; beyond, callers see RESOURCE_EXHAUSTED and come back.
 constexpr int kMaxThreads = 48;
+constexpr int kMinPingIntervalMs = 500;
 
 // For SLURM's word on who killed an attempt, when its controller does not answer.
 constexpr absl::Duration kAwaitScheduler = absl::Minutes(2);
@@ -166,6 +167,8 @@ absl::StatusOr<std::unique_ptr<Agent>> Agent::Start(Options options) {
   builder.RegisterService(p->service.get());
   builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
   builder.SetMaxSendMessageSize(-1);
+  // The gateway pings a silent connection (server/dispatch/agent_client.cc), more often than gRPC allows by itself.
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, kMinPingIntervalMs);
   grpc::ResourceQuota quota("agent");
   quota.SetMaxThreads(kMaxThreads);
   builder.SetResourceQuota(quota);

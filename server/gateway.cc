@@ -175,6 +175,8 @@ absl::Status Gateway::Parts::OpenSites(const Options& options) {
               ITWIN_ASSIGN_OR_RETURN(std::unique_ptr<TunnelStream> stream, tunnel->Open(deadline));
               return MakeGrpcAgentClient(std::move(stream));
             },
+            .cancel_connect = [tunnel] { tunnel->Cancel(); },
+            .credentials_expire = [tunnel] { return tunnel->CredentialsExpire(); },
             .gateway_id = store->gateway_id(),
             .gateway_version = kVersion,
             .calls = std::make_unique<WorkerPool>(kCallThreads),

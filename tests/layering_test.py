@@ -28,7 +28,7 @@ GRPC_PLACES = re.compile(r"(/rpc/|^client/src/|agent_client\.|^common/grpc_statu
 # A foreign header and where alone it may be included.
 FOREIGN = [
     (r"<sqlite3\.h>|<SQLiteCpp/", r"^server/store/"),
-    (r"<libssh/", r"^server/tunnel/ssh_tunnel\."),
+    (r"<libssh/", r"^server/tunnel/ssh_session\."),
     (r"<(torch|ATen|c10|caffe2)/", r"^agent/worker/"),
     (r"<mpi\.h>", r"^agent/worker/dist/"),
     (r"<netcdf\.h>", r"^agent/worker/data/netcdf\."),

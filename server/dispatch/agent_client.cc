@@ -21,13 +21,16 @@ namespace {
 // A list of 10,000 attempts with their results fits; a chunk of 1 MiB does easily.
 constexpr int kMaxMessageBytes = 32 << 20;
 
-grpc::ChannelArguments Arguments() {
+grpc::ChannelArguments Arguments(const AgentClientOptions& options) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
   arguments.SetMaxSendMessageSize(kMaxMessageBytes);
-  // No HTTP/2 pings: the dispatcher asks for the attempts every few seconds, which shows more than that a socket
-  // lives, and a far end that dies closes the stream.
   arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 1);
+  // The tunnel notices a dead link; these pings notice an agent that no longer answers behind a link that lives. A ping
+  // waits behind what is already in the tunnel's windows, so a slow link needs the long timeout.
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, static_cast<int>(absl::ToInt64Milliseconds(options.keepalive_time)));
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, static_cast<int>(absl::ToInt64Milliseconds(options.keepalive_timeout)));
+  arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);  // as many as it takes
   return arguments;
 }
 
@@ -161,11 +164,11 @@ class GrpcFollowStream : public FollowStream {
 
 class GrpcAgentClient : public AgentClient {
  public:
-  explicit GrpcAgentClient(std::unique_ptr<TunnelStream> stream)
+  GrpcAgentClient(std::unique_ptr<TunnelStream> stream, const AgentClientOptions& options)
       : tunnel_(std::move(stream)),
         calls_(std::make_shared<CallSet>()),
         // The channel owns the socket from here on.
-        channel_(grpc::CreateCustomInsecureChannelFromFd("agent", tunnel_->TakeSocket().Release(), Arguments())),
+        channel_(grpc::CreateCustomInsecureChannelFromFd("agent", tunnel_->TakeSocket().Release(), Arguments(options))),
         stub_(agent::v1::Agent::NewStub(channel_)) {}
   ~GrpcAgentClient() override { Close(); }
 
@@ -327,8 +330,8 @@ class GrpcAgentClient : public AgentClient {
 
 }  // namespace
 
-std::unique_ptr<AgentClient> MakeGrpcAgentClient(std::unique_ptr<TunnelStream> stream) {
-  return std::make_unique<GrpcAgentClient>(std::move(stream));
+std::unique_ptr<AgentClient> MakeGrpcAgentClient(std::unique_ptr<TunnelStream> stream, const AgentClientOptions& options) {
+  return std::make_unique<GrpcAgentClient>(std::move(stream), options);
 }
 
 }  // namespace itwin::server

@@ -66,7 +66,13 @@ class AgentClient {
   virtual std::string Diagnostics() const = 0;
 };
 
+struct AgentClientOptions {
+  absl::Duration keepalive_time = absl::Seconds(20);     // of silence, with a call open, until an answer is asked for
+  absl::Duration keepalive_timeout = absl::Seconds(60);  // for that answer
+};
+
 // gRPC inside the stream. Says nothing yet: Hello comes first.
-std::unique_ptr<AgentClient> MakeGrpcAgentClient(std::unique_ptr<TunnelStream> stream);
+std::unique_ptr<AgentClient> MakeGrpcAgentClient(std::unique_ptr<TunnelStream> stream,
+                                                 const AgentClientOptions& options = {});
 
 }  // namespace itwin::server

@@ -44,6 +44,8 @@ SiteDispatcher::SiteDispatcher(SiteOptions options, Dependencies dependencies)
       board_(dependencies.board),
       clock_(dependencies.clock),
       connect_(std::move(dependencies.connect)),
+      cancel_connect_(std::move(dependencies.cancel_connect)),
+      credentials_expire_(std::move(dependencies.credentials_expire)),
       gateway_id_(std::move(dependencies.gateway_id)),
       gateway_version_(std::move(dependencies.gateway_version)),
       random_(options_.seed),
@@ -87,6 +89,7 @@ void SiteDispatcher::Stop() {
     stopping_ = true;
     opening = open_client_;
   }
+  if (cancel_connect_) cancel_connect_();
   if (opening) opening->Close();  // also frees a loop that waits in a write
   if (loop_.joinable()) loop_.join();
   store_->RemoveListener(this);
@@ -378,6 +381,8 @@ void SiteDispatcher::CleanSpools() {
 void SiteDispatcher::PublishSite() {
   site_.set_slots_in_use(ranks_running_);
   site_.set_live_jobs(placed_);
+  const absl::Time expire = credentials_expire_ ? credentials_expire_() : absl::InfiniteFuture();
+  site_.set_credentials_expire_us(expire == absl::InfiniteFuture() ? 0 : absl::ToUnixMicros(expire));
   SiteOffer offer;
   offer.name = options_.name;
   offer.ready = client_ != nullptr;

@@ -57,6 +57,8 @@ class SiteDispatcher : public CommitListener {
     SiteBoard* board;
     Clock* clock;
     ConnectFunction connect;
+    std::function<void()> cancel_connect = nullptr;           // ends a `connect` under way, for good
+    std::function<absl::Time()> credentials_expire = nullptr;  // InfiniteFuture: never, or not known
     std::string gateway_id;
     std::string gateway_version;
     std::unique_ptr<Executor> calls;      // short: start, cancel, list, connect
@@ -129,6 +131,8 @@ class SiteDispatcher : public CommitListener {
   SiteBoard* const board_;
   Clock* const clock_;
   const ConnectFunction connect_;
+  const std::function<void()> cancel_connect_;
+  const std::function<absl::Time()> credentials_expire_;
   const std::string gateway_id_;
   const std::string gateway_version_;
   SendingInputs sending_;  // own synchronisation
