@@ -459,19 +459,19 @@ std::vector<Action> Follow(const JobSnapshot& job, absl::Time now) {
       return {};
     case agent::v1::ATTEMPT_PHASE_RUNNING:
       if (in({S::kSubmitting, S::kSubmitUnknown, S::kPending, S::kHeld, S::kStateUnknown, S::kSuspended})) {
-        return {event(EventKind::kStarted, running)};
+        return {SiteEvent(EventKind::kStarted, job, running, now)};  // why it waited is over
       }
       return {};
     case agent::v1::ATTEMPT_PHASE_SUSPENDED:
       if (in({S::kSubmitting, S::kSubmitUnknown, S::kPending, S::kHeld})) {
-        return {event(EventKind::kStarted, running), event(EventKind::kSuspended, "the site has stopped it for a while")};
+        return {SiteEvent(EventKind::kStarted, job, running, now), event(EventKind::kSuspended, "the site has stopped it for a while")};
       }
       if (in({S::kRunning, S::kStateUnknown})) return {event(EventKind::kSuspended, "the site has stopped it for a while")};
       return {};
     case agent::v1::ATTEMPT_PHASE_ENDED: {
       std::vector<Action> actions;
       if (status.started_us() != 0 && in({S::kSubmitting, S::kSubmitUnknown, S::kPending, S::kHeld})) {
-        actions.push_back(event(EventKind::kStarted, running));
+        actions.push_back(SiteEvent(EventKind::kStarted, job, running, now));
       }
       actions.push_back(event(EventKind::kEnded, "has ended; its result comes back"));
       return actions;

@@ -103,7 +103,7 @@ def test_admin_holds_and_releases(w):
     w.open_gate("blocker")
     w.wait_points(job, seconds=90)
     w.open_gate("held")
-    w.check_everything(job, words=("held", "released"))
+    w.check_everything(job, words=("held", "administrator"))
     w.check_everything(blocker)
 
 

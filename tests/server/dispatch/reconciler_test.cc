@@ -345,6 +345,13 @@ TEST(Reconciler, ProgressIsWhatNeedNotBeDoneAgain) {
   EXPECT_FALSE(progress_of(job)) << "saved, but no further";
 }
 
+TEST(Reconciler, OnceItRunsNobodyCaresWhyItWaited) {
+  JobSnapshot job = In(S::kPending, agent::v1::ATTEMPT_PHASE_RUNNING);
+  job.seen->set_host("n1");
+  job.seen->set_reason("waits to be looked at by SLURM (None)");
+  EXPECT_EQ(Only(Reconcile(job, kNow)).message, "runs on n1");
+}
+
 TEST(Reconciler, SaysWhyItWaitsAndUntilWhen) {
   agent::v1::AttemptStatus status = Says(agent::v1::ATTEMPT_PHASE_PENDING);
   EXPECT_EQ(WaitingWords(status, kNow), "waits in the site's queue");
