@@ -77,15 +77,21 @@ void CountRetry(const JobEvent& event, JobRecord* record) {
     case FailureClass::kApp:
       ++record->retries_app;
       break;
+    case FailureClass::kLimit:
+      if (event.progress) record->retries_infra = 0;
+      break;
     case FailureClass::kNone:
     case FailureClass::kUser:
     case FailureClass::kResource:
-    case FailureClass::kLimit:
     case FailureClass::kUnknown:
       ++record->retries_other;
       break;
   }
-  record->attempts_without_progress = event.progress ? 0 : record->attempts_without_progress + 1;
+  if (event.progress) {
+    record->attempts_without_progress = 0;
+  } else if (event.failure == FailureClass::kLimit) {
+    ++record->attempts_without_progress;
+  }
 }
 
 }  // namespace

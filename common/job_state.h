@@ -33,6 +33,9 @@
 //   cancel_requested every state that is not final                     unchanged      sets cancel_requested
 //   note             every state                                       unchanged      something worth telling
 //
+// Budgets: a requeue counts by its failure class. A continuation (class limit) counts nowhere; one that made progress gives
+// the infra budget back, so that a chain of a hundred attempts may meet more than a handful of bad nodes.
+//
 // requeued after cancel_requested is refused: cancel wins over retry. From SUBMITTING and SUBMIT_UNKNOWN, `requeued`,
 // `failed` and `cancelled` mean that the site has said the attempt does not exist and never will.
 namespace itwin {
@@ -106,10 +109,10 @@ struct JobRecord {
   std::string reason;         // message of the last event that moved the job
   FailureClass failure = FailureClass::kNone;  // in kFailed
   absl::Time not_before = absl::InfinitePast();
-  int retries_infra = 0;      // requeued events so far, by class
+  int retries_infra = 0;      // requeued events so far, by class; infra since the last continuation that made progress
   int retries_preempted = 0;
   int retries_app = 0;
-  int retries_other = 0;
+  int retries_other = 0;      // all but continuations
   int attempts_without_progress = 0;  // in a row, of continuations
 
   friend bool operator==(const JobRecord&, const JobRecord&) = default;

@@ -1,11 +1,13 @@
 #include "server/gateway.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/resource_quota.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -62,6 +64,12 @@ absl::StatusOr<FileDescriptor> LockDirectory(const DataDirectory& data) {
   return lock;
 }
 
+std::string OwnHost() {
+  char name[HOST_NAME_MAX + 1] = "";
+  gethostname(name, sizeof name - 1);
+  return name;
+}
+
 absl::Status CheckInitialised(const DataDirectory& data) {
   for (const std::string& path : {data.database(), data.tls("server.key"), data.tls("server.pem")}) {
     if (access(path.c_str(), F_OK) != 0) {
@@ -69,6 +77,21 @@ absl::Status CheckInitialised(const DataDirectory& data) {
     }
   }
   return absl::OkStatus();
+}
+
+// Fixed for a data directory, another one for a copy of it: its database is another file, or on another machine.
+std::string PlaceOf(const DataDirectory& data) {
+  struct stat info {};
+  ::stat(data.database().c_str(), &info);
+  const absl::StatusOr<std::string> machine = ReadFile("/etc/machine-id", 256);
+  return absl::StrCat(machine.ok() ? std::string(absl::StripAsciiWhitespace(*machine)) : OwnHost(), "-", info.st_dev, "-",
+                      info.st_ino);
+}
+
+std::string LabelOf(const DataDirectory& data) {
+  std::error_code error;
+  const std::filesystem::path path = std::filesystem::absolute(data.root, error);
+  return absl::StrCat(OwnHost(), ":", error ? data.root : path.lexically_normal().string());
 }
 
 }  // namespace
@@ -179,6 +202,8 @@ absl::Status Gateway::Parts::OpenSites(const Options& options) {
             .credentials_expire = [tunnel] { return tunnel->CredentialsExpire(); },
             .gateway_id = store->gateway_id(),
             .gateway_version = kVersion,
+            .gateway_place = PlaceOf(data),
+            .gateway_label = LabelOf(data),
             .calls = std::make_unique<WorkerPool>(kCallThreads),
             .transfers = std::make_unique<WorkerPool>(kTransferThreads)}));
     ITWIN_RETURN_IF_ERROR(Annotate(dispatchers.back()->Open(), absl::StrCat("site ", site.name)));

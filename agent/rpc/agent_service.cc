@@ -83,7 +83,8 @@ absl::Status RunAside(ControlLoop* loop, absl::Time deadline, std::function<void
 
 AgentService::AgentService(Options options, ControlLoop* control, FollowLoop* follow, InputStore* inputs,
                            Scheduler* scheduler)
-    : options_(std::move(options)), control_(control), follow_(follow), inputs_(inputs), scheduler_(scheduler) {}
+    : options_(std::move(options)), control_(control), follow_(follow), inputs_(inputs), scheduler_(scheduler),
+      claims_(options_.root, &clock_) {}
 
 grpc::Status AgentService::Hello(grpc::ServerContext* context, const v1::HelloRequest* request,
                                  v1::HelloResponse* response) {
@@ -97,6 +98,7 @@ grpc::Status AgentService::Hello(grpc::ServerContext* context, const v1::HelloRe
                      agent_old ? "Install the gateway's version of itwin-agent at the site and run: itwin-agent stop"
                                : "Update the gateway"));
   }
+  if (const absl::Status claimed = claims_.Greet(*request); !claimed.ok()) return ToGrpc(claimed);
   if (!request->scheduler().empty() && request->scheduler() != options_.scheduler_kind) {
     return grpc::Status(grpc::StatusCode::FAILED_PRECONDITION,
                         absl::StrCat("the site file says scheduler: ", request->scheduler(), ", but the agent on ", HostName(),
@@ -133,7 +135,7 @@ grpc::Status AgentService::Hello(grpc::ServerContext* context, const v1::HelloRe
   response->set_time_us(absl::ToUnixMicros(absl::Now()));
   response->add_capabilities("command");
   if (options_.can_train) response->add_capabilities("train");
-  log::Info("gateway {} ({}) says hello", request->gateway_id(), request->gateway_version());
+  log::Debug("gateway {} ({}) says hello", request->gateway_id(), request->gateway_version());
   return grpc::Status::OK;
 }
 

@@ -9,7 +9,9 @@
 #include "absl/status/statusor.h"
 #include "agent/control_loop.h"
 #include "agent/follow_loop.h"
+#include "agent/rpc/gateway_claims.h"
 #include "agent/spool/input_store.h"
+#include "common/clock.h"
 #include "itwin/agent/v1/agent.grpc.pb.h"
 
 namespace itwin::agent {
@@ -57,6 +59,8 @@ class AgentService final : public v1::Agent::WithCallbackMethod_Follow<v1::Agent
   FollowLoop* const follow_;
   InputStore* const inputs_;
   Scheduler* const scheduler_;
+  SystemClock clock_;
+  GatewayClaims claims_;
   std::atomic<int> transfers_{0};
 };
 

@@ -12,7 +12,9 @@
 #include "common/files.h"
 #include "common/sha256.h"
 #include "common/spec/spec_document.h"
+#include "common/log.h"
 #include "common/status_macros.h"
+#include "server/dispatch/failure_signs.h"
 
 namespace itwin::server {
 namespace {
@@ -123,6 +125,33 @@ absl::StatusOr<agent::v1::StartAttemptRequest> MakeStartRequest(JobStore* store,
   request.set_resume_attempt(row.resume_attempt);
   request.set_log_limit_bytes(log_limit_bytes);
   return request;
+}
+
+void AvoidBadNodes(JobStore* store, const agent::v1::SlurmFacts& facts, agent::v1::StartAttemptRequest* request) {
+  const absl::StatusOr<AttemptKey> key = AttemptKey::Parse(request->attempt());
+  if (!key.ok() || key->number() == 1) return;
+  const absl::StatusOr<std::vector<AttemptRow>> attempts = store->ListAttempts(key->job());
+  if (!attempts.ok()) {
+    log::Warn("attempt {}: starts without knowing bad nodes: {}", key->text(), std::string(attempts.status().message()));
+    return;
+  }
+  std::string site;
+  for (const AttemptRow& attempt : *attempts) {
+    if (attempt.number == key->number()) site = attempt.site;
+  }
+  std::vector<std::vector<std::string>> bad;
+  for (const AttemptRow& attempt : *attempts) {
+    if (attempt.number < key->number() && attempt.site == site) bad.push_back(attempt.bad_nodes);
+  }
+  int available = 0;
+  for (const agent::v1::Partition& partition : facts.partitions()) {
+    const std::string& wanted = request->slurm().partition();
+    if (wanted.empty() ? partition.is_default() : partition.name() == wanted) available = partition.nodes();
+  }
+  agent::v1::SlurmSettings* slurm = request->mutable_slurm();
+  const std::vector<std::string> asked(slurm->exclude_nodes().begin(), slurm->exclude_nodes().end());
+  const std::vector<std::string> all = NodesToAvoid(asked, bad, request->nodes(), available);
+  slurm->mutable_exclude_nodes()->Assign(all.begin(), all.end());
 }
 
 absl::StatusOr<Collected> BringOutputs(const ErrandContext& context, const AttemptKey& attempt) {

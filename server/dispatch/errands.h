@@ -50,6 +50,10 @@ absl::Status SendInputs(const ErrandContext& context, const JobId& job, SendingI
 absl::StatusOr<agent::v1::StartAttemptRequest> MakeStartRequest(JobStore* store, const AttemptKey& attempt,
                                                                 int64_t log_limit_bytes);
 
+// Keeps the attempt away from nodes that failed earlier ones at its site (failure_signs.h), as far as the partition it
+// asks for has others.
+void AvoidBadNodes(JobStore* store, const agent::v1::SlurmFacts& facts, agent::v1::StartAttemptRequest* request);
+
 // All output files are in the blob store afterwards, hashes checked. kDataLoss: one is damaged or its name is not
 // acceptable; kFailedPrecondition: too many.
 absl::StatusOr<Collected> BringOutputs(const ErrandContext& context, const AttemptKey& attempt);

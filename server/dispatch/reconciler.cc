@@ -14,6 +14,7 @@
 #include "absl/strings/strip.h"
 #include "common/files.h"
 #include "common/sha256.h"
+#include "server/dispatch/failure_signs.h"
 
 namespace itwin::server {
 namespace {
@@ -95,19 +96,32 @@ struct Finding {
   std::string sentence;
 };
 
-std::string WhereOf(const ResultRecord& result) {
+// Rank, host and step of the first failure, by the result record, else by what the launcher printed.
+std::string Where(const ResultRecord* result, const JobSnapshot& job) {
+  const std::vector<std::string> nodes(job.seen->nodes().begin(), job.seen->nodes().end());
+  const FailureSigns signs = ReadSigns(job.collected ? job.collected->stderr_tail : "", nodes);
   std::vector<std::string> parts;
-  if (result.rank) parts.push_back(absl::StrCat("rank ", *result.rank));
-  if (!result.host.empty()) parts.push_back(absl::StrCat("host ", result.host));
-  if (result.step) parts.push_back(absl::StrCat("step ", *result.step));
+  if (result != nullptr && result->rank) {
+    parts.push_back(absl::StrCat("rank ", *result->rank));
+  } else if (signs.rank) {
+    parts.push_back(absl::StrCat("rank ", *signs.rank));
+  }
+  if (result != nullptr && !result->host.empty()) {
+    parts.push_back(absl::StrCat("host ", result->host));
+  } else if (!signs.host.empty()) {
+    parts.push_back(absl::StrCat("host ", signs.host));
+  } else if (nodes.size() == 1) {
+    parts.push_back(absl::StrCat("host ", nodes[0]));
+  }
+  if (result != nullptr && result->step) parts.push_back(absl::StrCat("step ", *result->step));
   return parts.empty() ? "" : absl::StrCat(" (", absl::StrJoin(parts, ", "), ")");
 }
 
 // The program's own words where it left any, else the end of its standard error.
 std::string Explain(std::string sentence, const ResultRecord* result, const JobSnapshot& job) {
-  if (result != nullptr && !result->message.empty()) {
-    return absl::StrCat(sentence, ": ", result->message, WhereOf(*result));
-  }
+  const std::string where = Where(result, job);
+  if (result != nullptr && !result->message.empty()) return absl::StrCat(sentence, ": ", result->message, where);
+  absl::StrAppend(&sentence, where);
   const std::string tail(job.collected ? absl::StripAsciiWhitespace(job.collected->stderr_tail) : "");
   if (tail.empty()) return absl::StrCat(sentence, "; it wrote nothing to standard error");
   std::vector<std::string> lines = absl::StrSplit(tail, '\n');
@@ -197,12 +211,16 @@ Finding FindEnd(const JobSnapshot& job, const absl::StatusOr<ResultRecord>& pars
       if (status.has_exit_code()) return FindExit(status.exit_code(), parsed, job);
       return {Kind::kFailed, FailureClass::kUnknown, said("it ended, but nobody knows how")};
     case agent::v1::END_CAUSE_CANCELLED:
+    case agent::v1::END_CAUSE_CANCELLED_EXTERNALLY:
       // A program that was asked to go may still have finished, or saved.
       if (status.has_exit_code() && status.exit_code() == 0 && status.signal() == 0 && result != nullptr) {
         const Finding exit = FindExit(0, parsed, job);
         if (exit.kind == Kind::kSucceeded) return exit;
       }
-      return {Kind::kCancelled, FailureClass::kUnknown, said("cancelled")};
+      if (status.cause() == agent::v1::END_CAUSE_CANCELLED) return {Kind::kCancelled, FailureClass::kUnknown, said("cancelled")};
+      return {Kind::kFailed, FailureClass::kUnknown,
+              said("somebody cancelled it at the site, outside of this service; submit it again with `itwin retry` if it "
+                   "is still wanted")};
     case agent::v1::END_CAUSE_TIME_LIMIT:
       if (status.has_exit_code() && status.signal() == 0 && status.exit_code() == 0 && result != nullptr) {
         return FindExit(0, parsed, job);
@@ -220,11 +238,33 @@ Finding FindEnd(const JobSnapshot& job, const absl::StatusOr<ResultRecord>& pars
       return {Kind::kFailed, FailureClass::kInfra, said("its processes vanished without a word")};
     case agent::v1::END_CAUSE_LAUNCH_FAILED:
       return {Kind::kFailed, FailureClass::kUser, Explain(said("the program could not be started"), result, job)};
-    case agent::v1::END_CAUSE_CANCELLED_EXTERNALLY:
-      return {Kind::kFailed, FailureClass::kUnknown, said("somebody cancelled it at the site, outside of this service")};
+    case agent::v1::END_CAUSE_DEADLINE:
+      return {Kind::kFailed, FailureClass::kLimit,
+              said("its deadline at the site (sbatch --deadline) has passed, so it is not continued")};
     default:
       return {Kind::kFailed, FailureClass::kUnknown, said("it ended, but the site does not say how")};
   }
+}
+
+// Nodes that broke the attempt: what the site says, and what the program's last words give away. The latter turn a failure
+// of the program into one of the infrastructure, which another node may well cure.
+std::vector<std::string> BlameNodes(const JobSnapshot& job, const absl::StatusOr<ResultRecord>& parsed, Finding* finding) {
+  std::vector<std::string> bad(job.seen->bad_nodes().begin(), job.seen->bad_nodes().end());
+  const bool by_the_program = finding->kind == Finding::Kind::kFailed && finding->failure == FailureClass::kApp;
+  if (by_the_program || finding->failure == FailureClass::kInfra) {
+    const std::vector<std::string> nodes(job.seen->nodes().begin(), job.seen->nodes().end());
+    const FailureSigns signs = ReadSigns(absl::StrCat(job.collected ? job.collected->stderr_tail : "", "\n",
+                                                      parsed.ok() ? parsed->message : ""),
+                                         nodes);
+    if (by_the_program && !signs.hardware.empty()) {
+      finding->failure = FailureClass::kInfra;
+      finding->sentence = absl::StrCat("broken hardware ('", signs.hardware, "'): ", finding->sentence);
+    }
+    std::string node = signs.bad_node;
+    if (!signs.hardware.empty() && node.empty() && parsed.ok()) node = parsed->host;
+    if (!node.empty() && std::find(bad.begin(), bad.end(), node) == bad.end()) bad.push_back(node);
+  }
+  return finding->failure == FailureClass::kInfra ? bad : std::vector<std::string>();
 }
 
 // After its end: succeeded, or again, or the last word.
@@ -249,6 +289,7 @@ std::vector<Action> Conclude(const JobSnapshot& job, absl::Time now) {
 
   AttemptUpdate update;
   if (ended) update = UpdateFrom(*job.seen);
+  if (ended) update.bad_nodes = BlameNodes(job, parsed, &finding);
   if (job.collected) update.outputs = job.collected->outputs;
   int64_t reached = job.max_step;
   if (parsed.ok()) {
@@ -256,7 +297,10 @@ std::vector<Action> Conclude(const JobSnapshot& job, absl::Time now) {
     reached = std::max(reached, parsed->steps);
     update.max_step = reached;
   }
-  const bool progress = reached > job.max_step_before;
+  // Further, and it will not have to be done again: saved here, or by a program that says it keeps its state elsewhere.
+  const bool further = reached > job.max_step_before;
+  const bool checkpoint = ended && job.seen->checkpoint();
+  const bool progress = (checkpoint && (further || !job.train)) || (finding.kind == Finding::Kind::kSaved && further);
   const auto finish = [&](EventKind kind, std::string message, FailureClass failure) {
     Record out = Event(kind, job, std::move(message), now, kGateway);
     out.event.failure = failure;
@@ -280,17 +324,23 @@ std::vector<Action> Conclude(const JobSnapshot& job, absl::Time now) {
     return {finish(EventKind::kCancelled, "cancelled on request", FailureClass::kNone)};
   }
 
-  const auto again = [&](int retries_so_far, std::string message) {
-    Record out = finish(EventKind::kRequeued, std::move(message), finding.failure);
-    out.event.not_before = now + Backoff(retries_so_far, job.jitter);
-    return std::vector<Action>{out};
-  };
+  const absl::string_view from = checkpoint             ? "goes on from its checkpoint"
+                                 : job.older_checkpoint ? "goes on from the checkpoint of an attempt before"
+                                                        : "is started again";
+  std::string away;
+  if (update.bad_nodes && !update.bad_nodes->empty()) {
+    away = absl::StrCat(", away from ", absl::StrJoin(*update.bad_nodes, ", "));
+  }
   const auto stop = [&](std::string message) {
     return std::vector<Action>{finish(EventKind::kFailed, std::move(message), finding.failure)};
   };
-  const auto within = [&](int used, int budget) {
+  const auto within = [&](int used, int budget, absl::Duration wait) {
     if (used < budget) {
-      return again(used, absl::StrCat(finding.sentence, "; it is started again (", used + 1, " of ", budget, ")"));
+      Record out = finish(EventKind::kRequeued,
+                          absl::StrCat(finding.sentence, "; it ", from, away, " (", used + 1, " of ", budget, ")"),
+                          finding.failure);
+      out.event.not_before = now + wait;
+      return std::vector<Action>{out};
     }
     return stop(budget == 0 ? finding.sentence
                             : absl::StrCat(finding.sentence, "; it was started again ", budget,
@@ -300,12 +350,10 @@ std::vector<Action> Conclude(const JobSnapshot& job, absl::Time now) {
   const auto go_on = [&](absl::string_view sentence) {
     if (!progress && record.attempts_without_progress >= 1) {
       return stop(absl::StrCat(sentence, ", but two attempts in a row made no progress beyond step ", job.max_step_before,
-                               "; give it more time with resources.time, and see that it reports its steps"));
+                               " that was saved; give it more time with resources.time, and see that it saves in time and "
+                               "reports its steps"));
     }
-    Record out = finish(EventKind::kRequeued,
-                        absl::StrCat(sentence, job.seen->checkpoint() ? "; it goes on from its checkpoint"
-                                                                      : "; it is started again, for it left no checkpoint"),
-                        FailureClass::kLimit);
+    Record out = finish(EventKind::kRequeued, absl::StrCat(sentence, "; it ", from), FailureClass::kLimit);
     out.event.not_before = now;
     return std::vector<Action>{out};
   };
@@ -322,13 +370,17 @@ std::vector<Action> Conclude(const JobSnapshot& job, absl::Time now) {
   }
   switch (finding.failure) {
     case FailureClass::kInfra:
-      return within(record.retries_infra, job.retry.has_infra() ? job.retry.infra() : kDefaultInfraRetries);
-    case FailureClass::kPreempted:
-      return within(record.retries_preempted, job.retry.has_preempted() ? job.retry.preempted() : kDefaultPreemptedRetries);
+      return within(record.retries_infra, job.retry.has_infra() ? job.retry.infra() : kDefaultInfraRetries,
+                    Backoff(record.retries_infra, job.jitter));
+    case FailureClass::kPreempted:  // the queue is the back-off
+      return within(record.retries_preempted, job.retry.has_preempted() ? job.retry.preempted() : kDefaultPreemptedRetries,
+                    Backoff(0, job.jitter));
     case FailureClass::kApp:
-      return within(record.retries_app, job.retry.has_app() ? job.retry.app() : kDefaultAppRetries);
+      return within(record.retries_app, job.retry.has_app() ? job.retry.app() : kDefaultAppRetries,
+                    Backoff(record.retries_app, job.jitter));
     case FailureClass::kLimit:
-      if (job.seen->checkpoint()) return go_on(finding.sentence);
+      if (ended && job.seen->cause() == agent::v1::END_CAUSE_DEADLINE) return stop(finding.sentence);
+      if (checkpoint || job.older_checkpoint) return go_on(finding.sentence);
       return stop(absl::StrCat(finding.sentence, ", and it left no checkpoint to go on from; ask for more time with "
                                "resources.time, or save more often (train.checkpoint.every_epochs)"));
     case FailureClass::kNone:
@@ -395,29 +447,31 @@ std::vector<Action> Follow(const JobSnapshot& job, absl::Time now) {
   const std::string running = absl::StrCat("runs", status.host().empty() ? "" : " on ", status.host());
   switch (static_cast<int>(status.phase())) {
     case agent::v1::ATTEMPT_PHASE_PENDING:
-      if (in({S::kSubmitting, S::kSubmitUnknown, S::kStateUnknown})) return {event(EventKind::kAccepted, "waits in the site's queue")};
+      if (in({S::kSubmitting, S::kSubmitUnknown, S::kStateUnknown})) {
+        return {SiteEvent(EventKind::kAccepted, job, WaitingWords(status, now), now)};
+      }
       if (in({S::kHeld})) return {event(EventKind::kReleased, "released; waits in the site's queue")};
       return {};
     case agent::v1::ATTEMPT_PHASE_HELD:
       if (in({S::kSubmitting, S::kSubmitUnknown, S::kPending, S::kStateUnknown})) {
-        return {event(EventKind::kHeld, "held in the site's queue until somebody releases it")};
+        return {SiteEvent(EventKind::kHeld, job, WaitingWords(status, now), now)};
       }
       return {};
     case agent::v1::ATTEMPT_PHASE_RUNNING:
       if (in({S::kSubmitting, S::kSubmitUnknown, S::kPending, S::kHeld, S::kStateUnknown, S::kSuspended})) {
-        return {event(EventKind::kStarted, running)};
+        return {SiteEvent(EventKind::kStarted, job, running, now)};  // why it waited is over
       }
       return {};
     case agent::v1::ATTEMPT_PHASE_SUSPENDED:
       if (in({S::kSubmitting, S::kSubmitUnknown, S::kPending, S::kHeld})) {
-        return {event(EventKind::kStarted, running), event(EventKind::kSuspended, "the site has stopped it for a while")};
+        return {SiteEvent(EventKind::kStarted, job, running, now), event(EventKind::kSuspended, "the site has stopped it for a while")};
       }
       if (in({S::kRunning, S::kStateUnknown})) return {event(EventKind::kSuspended, "the site has stopped it for a while")};
       return {};
     case agent::v1::ATTEMPT_PHASE_ENDED: {
       std::vector<Action> actions;
       if (status.started_us() != 0 && in({S::kSubmitting, S::kSubmitUnknown, S::kPending, S::kHeld})) {
-        actions.push_back(event(EventKind::kStarted, running));
+        actions.push_back(SiteEvent(EventKind::kStarted, job, running, now));
       }
       actions.push_back(event(EventKind::kEnded, "has ended; its result comes back"));
       return actions;
@@ -591,6 +645,18 @@ std::string ResumeFrom(const JobId& job, const std::vector<AttemptRow>& attempts
     if (attempt->number < number && attempt->checkpoint) return AttemptKey(job, attempt->number).text();
   }
   return first ? first->text() : "";
+}
+
+std::string WaitingWords(const AttemptStatus& status, absl::Time now) {
+  std::string out = WithReason(status.phase() == agent::v1::ATTEMPT_PHASE_HELD
+                                   ? "held in the site's queue until somebody releases it"
+                                   : "waits in the site's queue",
+                               status.reason());
+  const absl::Time start = FromMicros(status.expected_start_us());
+  if (start > now) {
+    absl::StrAppend(&out, "; expected to start about ", absl::FormatTime("%Y-%m-%d %H:%M UTC", start, absl::UTCTimeZone()));
+  }
+  return out;
 }
 
 AttemptUpdate UpdateFrom(const AttemptStatus& status) {

@@ -32,6 +32,21 @@
 //   COLLECTING       ENDED                    -        collect; then by the verdict: succeeded, failed, requeued, cancelled
 //   COLLECTING       ABSENT, twice            -        verdict "lost"
 //   any              not connected            -        nothing changes
+//
+// The verdict, by what the attempt left (a wish to cancel wins over every `requeued`, a whole result over a cancel):
+//
+//   class      comes from                                   then
+//   -          exit 0, result record, outputs here          succeeded
+//   user       exit 2, refused, cannot be started           failed
+//   app        other exit codes and signals                 requeued within retry.app (default 0): 1 s, 4 s, 16 s ... 5 min
+//   resource   exit 4, out of memory                        failed; no room for inputs: waits, as app does
+//   limit      exit 85, "saved"; the time limit             requeued at once from the newest checkpoint; failed after two in a
+//                                                           row without progress, and when there is no checkpoint at all
+//   limit      the scheduler's deadline                     failed
+//   preempted  the scheduler                                requeued within retry.preempted (default 100) after 1 s
+//   infra      node, spool, lost processes, and any app     requeued within retry.infra (default 3), as app does, away
+//              whose last lines show broken hardware        from the nodes that failed it
+//   unknown    cancelled by somebody else, no cause known   failed
 namespace itwin::server {
 
 // ABSENT is believed after it was said twice, this far apart, for an attempt that the site once knew.
@@ -58,7 +73,7 @@ struct Errand {
 // What came back from an attempt that has ended.
 struct Collected {
   std::vector<v1::OutputFile> outputs;  // all here, hashes checked
-  std::string stderr_tail;              // for the reason
+  std::string stderr_tail;              // for the reason, and for what it says about nodes (failure_signs.h)
 };
 
 struct JobSnapshot {
@@ -69,6 +84,7 @@ struct JobSnapshot {
   v1::RetryPolicy retry;
   int64_t max_step = 0;         // largest step seen of the newest attempt
   int64_t max_step_before = 0;  // of those before
+  bool older_checkpoint = false;  // there is one that does not come from the newest attempt
   // Of the newest attempt, by this connection. Not connected: no value, and no errands.
   bool connected = false;
   std::optional<agent::v1::AttemptStatus> seen;  // the newest that is not ABSENT; ENDED stays
@@ -119,6 +135,9 @@ absl::Duration Backoff(int retry, double jitter);
 // The attempt a new attempt goes on from: the newest before `number` that left a checkpoint, else `first`.
 std::string ResumeFrom(const JobId& job, const std::vector<AttemptRow>& attempts, int number,
                        const std::optional<AttemptKey>& first);
+
+// Why it waits, for people: the scheduler's reason in words, and when it expects to start it.
+std::string WaitingWords(const agent::v1::AttemptStatus& status, absl::Time now);
 
 // The site's facts as the store keeps them.
 AttemptUpdate UpdateFrom(const agent::v1::AttemptStatus& status);

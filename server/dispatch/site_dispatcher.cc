@@ -5,8 +5,10 @@
 #include <variant>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "server/dispatch/failure_signs.h"
 
 namespace itwin::server {
 namespace {
@@ -23,6 +25,9 @@ constexpr absl::Duration kGoodConnection = absl::Seconds(10);  // one that laste
 constexpr absl::Duration kCleanInterval = absl::Hours(1);
 constexpr absl::Duration kLookAgain = absl::Seconds(5);
 constexpr absl::Duration kIdle = absl::Seconds(30);
+constexpr absl::Duration kClocksAgree = absl::Seconds(5);  // a smaller difference is left alone
+constexpr size_t kToldPerTurn = 50;                        // each is a commit
+constexpr absl::Duration kSameStart = absl::Minutes(2);    // an estimate that moves less is the same
 
 bool IsWaiting(JobState state) {
   return state == JobState::kStaging || state == JobState::kSubmitting || state == JobState::kSubmitUnknown ||
@@ -33,6 +38,16 @@ absl::Duration RetryDelay(int failures, absl::Duration first, absl::Duration mos
   absl::Duration wait = first;
   for (int i = 1; i < failures && wait < most; ++i) wait *= 2;
   return std::min(wait, most) * (0.75 + 0.5 * jitter);
+}
+
+// Moments by the site's clock become moments by ours.
+void ShiftTimes(absl::Duration ahead, agent::v1::AttemptStatus* status) {
+  const int64_t by = absl::ToInt64Microseconds(ahead);
+  if (by == 0) return;
+  if (status->submitted_us() != 0) status->set_submitted_us(status->submitted_us() - by);
+  if (status->started_us() != 0) status->set_started_us(status->started_us() - by);
+  if (status->ended_us() != 0) status->set_ended_us(status->ended_us() - by);
+  if (status->expected_start_us() != 0) status->set_expected_start_us(status->expected_start_us() - by);
 }
 
 }  // namespace
@@ -48,6 +63,8 @@ SiteDispatcher::SiteDispatcher(SiteOptions options, Dependencies dependencies)
       credentials_expire_(std::move(dependencies.credentials_expire)),
       gateway_id_(std::move(dependencies.gateway_id)),
       gateway_version_(std::move(dependencies.gateway_version)),
+      gateway_place_(std::move(dependencies.gateway_place)),
+      gateway_label_(std::move(dependencies.gateway_label)),
       random_(options_.seed),
       calls_(std::move(dependencies.calls)),
       transfers_(std::move(dependencies.transfers)) {
@@ -159,9 +176,11 @@ absl::Time SiteDispatcher::RunOnce() {
     Place();
   }
   PublishSite();
+  const bool more_to_tell = TellOutage(now);
 
-  if (!awake_.empty()) return absl::InfinitePast();
+  if (!awake_.empty() || more_to_tell) return absl::InfinitePast();
   absl::Time wake = now + kIdle;
+  if (outage_ == 0 && outage_since_ != absl::InfinitePast()) wake = std::min(wake, outage_since_ + options_.tell_outage_after);
   if (!timers_.empty()) wake = std::min(wake, timers_.top().first);
   if (!client_ && !connecting_) wake = std::min(wake, next_connect_);
   if (client_ && !listing_) wake = std::min(wake, next_list_);
@@ -186,34 +205,49 @@ void SiteDispatcher::Connect() {
       if (stopping_) return;
       open_client_ = client;
     }
-    agent::v1::HelloRequest request;
-    request.set_protocol(kProtocol);
-    request.set_gateway_version(gateway_version_);
-    request.set_gateway_id(gateway_id_);
-    absl::StatusOr<agent::v1::HelloResponse> hello = client->Hello(request, deadline);
-    if (hello.ok() && hello->protocol() != kProtocol) {
-      hello = absl::FailedPreconditionError(
-          absl::StrCat("the agent speaks protocol ", hello->protocol(), ", this gateway ", kProtocol, "; update the ",
-                       hello->protocol() < kProtocol ? "agent" : "gateway"));
-    }
-    if (!hello.ok()) {
+    absl::StatusOr<Greeting> greeting = SayHello(client.get(), deadline);
+    if (!greeting.ok()) {
       client->Close();
       const std::string words = client->Diagnostics();
       if (!words.empty()) {
-        hello = absl::Status(hello.status().code(), absl::StrCat(hello.status().message(), "; the far side says: ", words));
+        greeting = absl::Status(greeting.status().code(),
+                                absl::StrCat(greeting.status().message(), "; the far side says: ", words));
       }
     }
-    Post([this, client, hello = std::move(hello)] { OnConnected(hello, client); });
+    Post([this, client, greeting = std::move(greeting)] { OnConnected(greeting, client); });
   });
 }
 
-void SiteDispatcher::OnConnected(absl::StatusOr<agent::v1::HelloResponse> hello, std::shared_ptr<AgentClient> client) {
+absl::StatusOr<SiteDispatcher::Greeting> SiteDispatcher::SayHello(AgentClient* client, absl::Time deadline) const {
+  agent::v1::HelloRequest request;
+  request.set_protocol(kProtocol);
+  request.set_gateway_version(gateway_version_);
+  request.set_gateway_id(gateway_id_);
+  request.set_gateway_place(gateway_place_);
+  request.set_gateway_label(gateway_label_);
+  Greeting out;
+  const absl::Time asked = clock_->Now();
+  ITWIN_ASSIGN_OR_RETURN(out.hello, client->Hello(request, deadline));
+  if (out.hello.protocol() != kProtocol) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the agent speaks protocol ", out.hello.protocol(), ", this gateway ", kProtocol, "; update the ",
+                     out.hello.protocol() < kProtocol ? "agent" : "gateway"));
+  }
+  if (out.hello.time_us() != 0) {
+    const absl::Time answered = clock_->Now();
+    const absl::Duration ahead = absl::FromUnixMicros(out.hello.time_us()) - (asked + (answered - asked) / 2);
+    if (absl::AbsDuration(ahead) >= kClocksAgree) out.clock_ahead = absl::Floor(ahead + absl::Milliseconds(500), absl::Seconds(1));
+  }
+  return out;
+}
+
+void SiteDispatcher::OnConnected(absl::StatusOr<Greeting> greeting, std::shared_ptr<AgentClient> client) {
   connecting_ = false;
   const absl::Time now = clock_->Now();
   absl::StatusOr<std::unique_ptr<FollowStream>> stream = absl::UnavailableError("not connected");
-  if (hello.ok()) stream = client->Follow();
-  if (!hello.ok() || !stream.ok()) {
-    const absl::Status why = hello.ok() ? stream.status() : hello.status();
+  if (greeting.ok()) stream = client->Follow();
+  if (!greeting.ok() || !stream.ok()) {
+    const absl::Status why = greeting.ok() ? stream.status() : greeting.status();
     const bool auth = why.code() == absl::StatusCode::kUnauthenticated || why.code() == absl::StatusCode::kPermissionDenied;
     if (connect_failures_ == 0 || why.message() != site_.reason()) {
       log::Warn("site {} cannot be reached: {}", options_.name, std::string(why.message()));
@@ -222,11 +256,19 @@ void SiteDispatcher::OnConnected(absl::StatusOr<agent::v1::HelloResponse> hello,
     site_.set_state(auth ? v1::SITE_STATE_PAUSED_AUTH : v1::SITE_STATE_UNREACHABLE);
     site_.set_reason(std::string(why.message()));
     site_.set_connected_us(0);
+    if (outage_since_ == absl::InfinitePast()) outage_since_ = now;
     next_connect_ = now + RetryDelay(connect_failures_, kFirstReconnect, options_.max_connect_backoff,
                                      std::uniform_real_distribution<>(0, 1)(random_));
     return;
   }
-  hello_ = *std::move(hello);
+  outage_since_ = absl::InfinitePast();
+  next_hello_ = now + options_.hello_interval;
+  clock_ahead_ = greeting->clock_ahead;
+  if (clock_ahead_ != absl::ZeroDuration()) {
+    log::Warn("site {}: its clock is {} {} ours; times are told by ours", options_.name,
+              absl::FormatDuration(absl::AbsDuration(clock_ahead_)), clock_ahead_ > absl::ZeroDuration() ? "ahead of" : "behind");
+  }
+  hello_ = std::move(greeting->hello);
   known_ = true;
   client_ = std::move(client);
   connected_at_ = now;
@@ -296,6 +338,7 @@ void SiteDispatcher::Disconnect(const absl::Status& why) {
   site_.set_state(v1::SITE_STATE_UNREACHABLE);
   site_.set_reason(reason);
   site_.set_connected_us(0);
+  outage_since_ = now;
   connect_failures_ = now - connected_at_ >= kGoodConnection ? 0 : connect_failures_ + 1;
   next_connect_ = now + RetryDelay(connect_failures_, kFirstReconnect, options_.max_connect_backoff,
                                    std::uniform_real_distribution<>(0, 1)(random_));
@@ -321,9 +364,20 @@ void SiteDispatcher::List() {
     if (MayBeAtSite(record.state) && !ended) keys->push_back(AttemptKey(id, record.attempt).text());
   }
   const absl::Time asked = clock_->Now();
-  calls_->Submit([this, client = client_, keys, asked] {
+  const bool greet = asked >= next_hello_;
+  if (greet) next_hello_ = asked + options_.hello_interval;
+  calls_->Submit([this, client = client_, keys, asked, greet] {
     absl::StatusOr<std::vector<agent::v1::AttemptStatus>> all = std::vector<agent::v1::AttemptStatus>();
-    if (keys->empty()) {
+    if (greet) {
+      const absl::StatusOr<Greeting> greeting = SayHello(client.get(), absl::Now() + options_.list_timeout);
+      if (greeting.ok()) {
+        Post([this, client, greeting] {
+          if (client == client_) clock_ahead_ = greeting->clock_ahead;
+        });
+      } else {
+        all = greeting.status();
+      }
+    } else if (keys->empty()) {
       // Nothing to ask for, but is anybody there?
       const auto answer = client->StatInputs({}, absl::Now() + options_.list_timeout);
       if (!answer.ok()) all = answer.status();
@@ -352,7 +406,9 @@ void SiteDispatcher::List() {
 
 void SiteDispatcher::OnListed(absl::Time asked, absl::StatusOr<std::vector<agent::v1::AttemptStatus>> statuses) {
   if (!statuses.ok()) {
-    Disconnect(Annotate(statuses.status(), "no answer"));
+    // A refusal is an answer: another gateway has taken our place.
+    const bool refused = statuses.status().code() == absl::StatusCode::kFailedPrecondition;
+    Disconnect(refused ? statuses.status() : Annotate(statuses.status(), "no answer"));
     return;
   }
   for (const agent::v1::AttemptStatus& status : *statuses) OnStatus(status, asked);
@@ -394,6 +450,64 @@ void SiteDispatcher::PublishSite() {
   board_->Update(site_, offer);
 }
 
+std::string SiteDispatcher::OutageWords(absl::Time now) const {
+  const std::string since = absl::FormatTime("%H:%M UTC", std::min(now, outage_since_), absl::UTCTimeZone());
+  switch (static_cast<int>(site_.state())) {
+    case v1::SITE_STATE_PAUSED:
+      return absl::StrCat("site ", options_.name, " is paused by an administrator", site_.reason().empty() ? "" : ": ",
+                          site_.reason(), "; it goes on after `itwin site resume ", options_.name, "`");
+    case v1::SITE_STATE_PAUSED_AUTH:
+      return absl::StrCat("site ", options_.name, " does not accept the gateway's credentials since ", since, ": ",
+                          site_.reason(), "; renew them, and everything goes on by itself; what runs there is not harmed");
+    default:
+      return absl::StrCat("site ", options_.name, " cannot be reached since ", since, ": ", site_.reason(),
+                          "; what runs there goes on, and everything is picked up again by itself once the site answers");
+  }
+}
+
+bool SiteDispatcher::TellOutage(absl::Time now) {
+  const bool paused = site_.state() == v1::SITE_STATE_PAUSED;
+  const bool auth = site_.state() == v1::SITE_STATE_PAUSED_AUTH;
+  const bool away = paused || auth || site_.state() == v1::SITE_STATE_UNREACHABLE;
+  if (away && outage_ == 0) {
+    if (outage_since_ == absl::InfinitePast()) outage_since_ = now;
+    if (!paused && !auth && now < outage_since_ + options_.tell_outage_after) return false;
+    outage_ = ++outages_;
+    tell_ = true;
+  } else if (!away) {
+    tell_ |= outage_ != 0;
+    outage_ = 0;
+    if (client_) outage_since_ = absl::InfinitePast();
+  }
+  if (!tell_) return false;
+  std::vector<JobId> concerned;
+  for (const auto& [id, job] : jobs_) {
+    if (job->told_outage == outage_) continue;
+    const bool queued = job->row.record.state == JobState::kQueued;
+    // A job that may go anywhere does not wait for this site; a pause lets go on what is there.
+    if (outage_ != 0 && (queued ? job->row.requested_site != options_.name : paused)) continue;
+    concerned.push_back(id);
+    if (concerned.size() == kToldPerTurn) break;
+  }
+  tell_ = concerned.size() == kToldPerTurn;
+  for (const JobId& id : concerned) {
+    const auto found = jobs_.find(id);
+    if (found == jobs_.end()) continue;
+    LiveJob* job = found->second.get();
+    job->told_outage = outage_;
+    JobEvent note;
+    note.time = now;
+    note.attempt = job->row.record.attempt;
+    note.actor = "gateway";
+    note.message = outage_ != 0 ? OutageWords(now) : absl::StrCat("site ", options_.name, " is back");
+    AttemptUpdate update;
+    update.waiting = outage_ != 0 ? note.message : "";
+    job->told_waiting.clear();
+    Append(job, note, update);
+  }
+  return tell_;
+}
+
 // ---- jobs ----
 
 bool SiteDispatcher::Mine(const JobRow& row) const {
@@ -421,6 +535,7 @@ void SiteDispatcher::SetRow(const JobRow& row) {
     job = std::make_unique<LiveJob>();
     job->row = row;
     Count(row, 1);
+    tell_ |= outage_ != 0;
   } else {
     if (row.version < job->row.version) return;  // an older read
     if (row.record.attempt != job->row.record.attempt) {
@@ -433,6 +548,7 @@ void SiteDispatcher::SetRow(const JobRow& row) {
       fresh->queued = job->queued;
       fresh->queue_owner = job->queue_owner;
       fresh->wake_at = job->wake_at;
+      fresh->told_outage = job->told_outage;
       fresh->row = job->row;
       job = std::move(fresh);
     }
@@ -517,13 +633,25 @@ void SiteDispatcher::WakeAt(LiveJob* job, absl::Time when) {
   timers_.push({when, job->row.id});
 }
 
-void SiteDispatcher::OnStatus(const agent::v1::AttemptStatus& status, absl::Time asked) {
+void SiteDispatcher::OnStatus(agent::v1::AttemptStatus status, absl::Time asked) {
+  ShiftTimes(clock_ahead_, &status);
   const auto key = AttemptKey::Parse(status.attempt());
   if (!key.ok()) return;
   LiveJob* job = Find(*key);
   if (job == nullptr) return;
   if (status.starts() > 1) {
     log::Error("attempt {} was started {} times: its journal says so", status.attempt(), status.starts());
+    if (!std::exchange(job->noted_starts, true)) {
+      JobEvent note;
+      note.time = clock_->Now();
+      note.attempt = key->number();
+      note.actor = absl::StrCat("site:", options_.name);
+      note.message = absl::StrCat("this attempt was started ", status.starts(),
+                                  " times, by its own journal, which must not happen: check its results, and report it");
+      Append(job, note, {});
+      job = Find(*key);
+      if (job == nullptr) return;
+    }
   }
   if (status.phase() == agent::v1::ATTEMPT_PHASE_UNSPECIFIED) return;
   const bool ended = job->seen && job->seen->phase() == agent::v1::ATTEMPT_PHASE_ENDED;
@@ -545,6 +673,7 @@ void SiteDispatcher::OnStatus(const agent::v1::AttemptStatus& status, absl::Time
                     job->seen->checkpoint() != status.checkpoint();
   const bool other_reason = job->seen && job->seen->phase() == status.phase() && job->seen->reason() != status.reason();
   job->seen = status;
+  KeepWaitingWords(job);
   if (other_reason && status.phase() != agent::v1::ATTEMPT_PHASE_ENDED) {
     AttemptUpdate update;
     update.reason = status.reason();
@@ -554,6 +683,30 @@ void SiteDispatcher::OnStatus(const agent::v1::AttemptStatus& status, absl::Time
   if (news || ended) Wake(key->job());
 }
 
+// While it waits, the job shows what its scheduler says now, without an event for each change of mind.
+void SiteDispatcher::KeepWaitingWords(LiveJob* job) {
+  const JobState state = job->row.record.state;
+  if (state != JobState::kPending && state != JobState::kHeld) return;
+  const agent::v1::AttemptStatus& status = *job->seen;
+  const bool waits = status.phase() == agent::v1::ATTEMPT_PHASE_PENDING || status.phase() == agent::v1::ATTEMPT_PHASE_HELD;
+  if (!waits) return;
+  const absl::Time now = clock_->Now();
+  const absl::Duration moved = absl::AbsDuration(absl::Microseconds(status.expected_start_us() - job->told_start_us));
+  const absl::Duration left = absl::FromUnixMicros(status.expected_start_us()) - now;
+  const bool other_start = (status.expected_start_us() == 0) != (job->told_start_us == 0) ||
+                           moved > std::max(kSameStart, absl::AbsDuration(left) / 10);
+  if (status.reason() == job->told_waiting && !other_start) return;
+  AttemptUpdate update;
+  update.waiting = WaitingWords(status, now);
+  const absl::Status stored = store_->UpdateAttempt(AttemptKey(job->row.id, job->row.record.attempt), update);
+  if (!stored.ok()) {
+    log::Warn("attempt {}: why it waits is not stored: {}", status.attempt(), std::string(stored.message()));
+    return;
+  }
+  job->told_waiting = status.reason();
+  job->told_start_us = status.expected_start_us();
+}
+
 bool SiteDispatcher::LoadAttempts(LiveJob* job) {
   const absl::StatusOr<std::vector<AttemptRow>> attempts = store_->ListAttempts(job->row.id);
   if (!attempts.ok()) {
@@ -561,8 +714,12 @@ bool SiteDispatcher::LoadAttempts(LiveJob* job) {
     return false;
   }
   job->max_step_before = 0;
+  job->older_checkpoint = job->row.resume.has_value();
   for (const AttemptRow& attempt : *attempts) {
-    if (attempt.number < job->row.record.attempt) job->max_step_before = std::max(job->max_step_before, attempt.max_step);
+    if (attempt.number < job->row.record.attempt) {
+      job->max_step_before = std::max(job->max_step_before, attempt.max_step);
+      job->older_checkpoint |= attempt.checkpoint;
+    }
     if (attempt.number == job->row.record.attempt) {
       job->max_step = attempt.max_step;
       if (!job->attempts_read) job->noted_lines = attempt.bad_lines;
@@ -615,6 +772,7 @@ JobSnapshot SiteDispatcher::Snapshot(const LiveJob& job) {
   out.retry = job.retry;
   out.max_step = job.max_step;
   out.max_step_before = job.max_step_before;
+  out.older_checkpoint = job.older_checkpoint;
   out.connected = client_ != nullptr;
   out.seen = job.seen;
   out.absences = job.absences;
@@ -737,9 +895,12 @@ void SiteDispatcher::RunErrand(LiveJob* job, const Action& action) {
     });
   } else if (std::holds_alternative<StartTheAttempt>(action)) {
     job->start.under_way = true;
-    calls_->Submit([this, key, client = client_] {
+    std::optional<agent::v1::SlurmFacts> slurm;
+    if (hello_.scheduler() == "slurm") slurm = hello_.slurm();
+    calls_->Submit([this, key, client = client_, slurm = std::move(slurm)] {
       absl::StatusOr<agent::v1::AttemptStatus> status;
       auto request = MakeStartRequest(store_, key, options_.log_limit_bytes);
+      if (request.ok() && slurm) AvoidBadNodes(store_, *slurm, &*request);
       if (request.ok()) {
         status = client->StartAttempt(*request, absl::Now() + options_.call_timeout);
       } else {
@@ -852,11 +1013,15 @@ void SiteDispatcher::Place() {
     const JobRow row = job->row;
     const int number = row.record.attempt + 1;
     AttemptUpdate update;
+    std::set<std::string> bad_nodes;
     if (row.record.attempt > 0 || row.resume) {
       const absl::StatusOr<std::vector<AttemptRow>> attempts = store_->ListAttempts(id);
       if (!attempts.ok()) {
         WakeAt(job, clock_->Now() + kStoreRetry);
         continue;
+      }
+      for (const AttemptRow& attempt : *attempts) {
+        if (attempt.site == options_.name) bad_nodes.insert(attempt.bad_nodes.begin(), attempt.bad_nodes.end());
       }
       const std::string resume = ResumeFrom(id, *attempts, number, row.resume);
       update.resume_attempt = resume;
@@ -889,6 +1054,7 @@ void SiteDispatcher::Place() {
     event.attempt = number;
     event.site = options_.name;
     event.message = absl::StrCat("placed at site ", options_.name);
+    if (!bad_nodes.empty()) absl::StrAppend(&event.message, "; nodes that failed it before: ", absl::StrJoin(bad_nodes, ", "));
     Append(job, event, update);
     Wake(id);
   }

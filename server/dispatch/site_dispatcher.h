@@ -40,6 +40,8 @@ struct SiteOptions {
   absl::Duration transfer_stall = absl::Seconds(60);
   absl::Duration spool_retention = absl::Hours(24 * 7);  // after the end of a job; zero: for ever
   int64_t log_limit_bytes = 0;                            // of stdout and stderr at the site; 0: the agent's default
+  absl::Duration hello_interval = absl::Seconds(30);      // agent.proto: says that we are still there
+  absl::Duration tell_outage_after = absl::Seconds(20);   // jobs' events tell of an outage that lasts so long
   uint64_t seed = std::random_device{}();                 // of jitter
 };
 
@@ -61,6 +63,8 @@ class SiteDispatcher : public CommitListener {
     std::function<absl::Time()> credentials_expire = nullptr;  // InfiniteFuture: never, or not known
     std::string gateway_id;
     std::string gateway_version;
+    std::string gateway_place = {};  // as in HelloRequest
+    std::string gateway_label = {};
     std::unique_ptr<Executor> calls;      // short: start, cancel, list, connect
     std::unique_ptr<Executor> transfers;  // long: inputs up, outputs down
   };
@@ -92,13 +96,23 @@ class SiteDispatcher : public CommitListener {
   void TakeMail();
 
   // -- connection --
+  struct Greeting {
+    agent::v1::HelloResponse hello;
+    absl::Duration clock_ahead = absl::ZeroDuration();  // of the site, against ours; zero when they agree well enough
+  };
   void Connect();
-  void OnConnected(absl::StatusOr<agent::v1::HelloResponse> hello, std::shared_ptr<AgentClient> client);
+  // On a worker's thread.
+  absl::StatusOr<Greeting> SayHello(AgentClient* client, absl::Time deadline) const;
+  void OnConnected(absl::StatusOr<Greeting> greeting, std::shared_ptr<AgentClient> client);
   void Disconnect(const absl::Status& why);
   void List();
   void OnListed(absl::Time asked, absl::StatusOr<std::vector<agent::v1::AttemptStatus>> statuses);
   void CleanSpools();
   void PublishSite();
+  // Jobs that wait for a site which is away or paused are told so, and told again when it is back: once per outage.
+  // Returns whether some are left for the next turn.
+  bool TellOutage(absl::Time now);
+  std::string OutageWords(absl::Time now) const;
 
   // -- jobs --
   bool Mine(const JobRow& row) const;
@@ -109,7 +123,8 @@ class SiteDispatcher : public CommitListener {
   LiveJob* Find(const AttemptKey& key);
   void Wake(const JobId& id) { awake_.insert(id); }
   void WakeAt(LiveJob* job, absl::Time when);
-  void OnStatus(const agent::v1::AttemptStatus& status, absl::Time asked);
+  void OnStatus(agent::v1::AttemptStatus status, absl::Time asked);
+  void KeepWaitingWords(LiveJob* job);
   // Reconciles until there is nothing to record any more.
   void Step(const JobId& id);
   bool Append(LiveJob* job, const JobEvent& event, const AttemptUpdate& update);
@@ -135,6 +150,8 @@ class SiteDispatcher : public CommitListener {
   const std::function<absl::Time()> credentials_expire_;
   const std::string gateway_id_;
   const std::string gateway_version_;
+  const std::string gateway_place_;
+  const std::string gateway_label_;
   SendingInputs sending_;  // own synchronisation
 
   // The loop's.
@@ -146,6 +163,7 @@ class SiteDispatcher : public CommitListener {
     bool attempts_read = false;
     int64_t max_step = 0;
     int64_t max_step_before = 0;
+    bool older_checkpoint = false;
     std::optional<agent::v1::AttemptStatus> seen;
     absl::Time at_site_since = absl::InfiniteFuture();
     int absences = 0;
@@ -155,6 +173,10 @@ class SiteDispatcher : public CommitListener {
     bool followed = false;
     bool drained = false;
     int64_t noted_lines = 0;
+    bool noted_starts = false;
+    int64_t told_outage = 0;  // number of the outage that its events tell of; 0: none
+    std::string told_waiting;  // the scheduler's reason and estimate that its row shows
+    int64_t told_start_us = 0;
     std::optional<Collected> collected;
     Errand staging, start, cancel, collect;
     absl::Time wake_at = absl::InfiniteFuture();
@@ -185,7 +207,13 @@ class SiteDispatcher : public CommitListener {
   absl::Time next_clean_ = absl::InfinitePast();
   absl::Time next_place_ = absl::InfiniteFuture();
   absl::Time connected_at_ = absl::InfinitePast();
+  absl::Time next_hello_ = absl::InfinitePast();
   agent::v1::HelloResponse hello_;
+  absl::Duration clock_ahead_ = absl::ZeroDuration();
+  int64_t outage_ = 0;       // number of the present outage; 0: none
+  int64_t outages_ = 0;
+  absl::Time outage_since_ = absl::InfinitePast();
+  bool tell_ = false;        // some jobs may not have been told yet of it, or of its end
   bool known_ = false;
   v1::Site site_;
 

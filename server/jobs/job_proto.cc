@@ -18,7 +18,7 @@ v1::Job ToProto(const JobRow& row) {
   out.set_id(row.id.text());
   out.set_name(row.name);
   out.set_state(itwin::ToProto(row.record.state));
-  out.set_reason(row.record.reason);
+  out.set_reason(row.waiting.empty() ? row.record.reason : row.waiting);
   out.set_site(row.record.site);
   out.set_attempt(row.record.attempt);
   out.set_cancel_requested(row.record.cancel_requested);
@@ -51,6 +51,7 @@ v1::Attempt ToProto(const AttemptRow& row) {
   out.set_reason(row.reason);
   out.set_cpu_seconds(row.cpu_seconds);
   out.set_max_rss_bytes(row.max_rss_bytes);
+  out.mutable_bad_nodes()->Add(row.bad_nodes.begin(), row.bad_nodes.end());
   return out;
 }
 

@@ -44,6 +44,7 @@ struct JobRow {
   std::string requested_site;  // the spec's: a name, "any" or ""
   std::string retry_of;
   std::optional<AttemptKey> resume;
+  std::string waiting;  // why it waits now, when that has changed since its last event; "" otherwise
 };
 
 struct Submitted {
@@ -73,6 +74,7 @@ struct AttemptRow {
   agent::v1::SpoolCursor cursor;                    // how far its files are stored
   std::optional<agent::v1::SpoolSizes> final_sizes;  // once it has ended
   int64_t bad_lines = 0;  // journal lines that could not be read
+  std::vector<std::string> bad_nodes;  // failed it; later attempts at that site stay away from them
 };
 
 // What is new about an attempt; unset members leave what is stored.
@@ -94,9 +96,11 @@ struct AttemptUpdate {
   std::optional<std::string> resume_attempt;
   std::optional<std::string> result_json;
   std::optional<agent::v1::SpoolSizes> final_sizes;
+  std::optional<std::vector<std::string>> bad_nodes;
   std::optional<std::map<std::string, double>> summary;      // becomes the job's
   std::optional<std::vector<v1::OutputFile>> outputs;        // become the job's; replace earlier ones
   std::optional<v1::Progress> progress;                      // becomes the job's
+  std::optional<std::string> waiting;                        // becomes the job's, until its next event
 
   // Nothing is set.
   bool empty() const;

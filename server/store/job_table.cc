@@ -5,12 +5,14 @@
 
 #include <algorithm>
 #include <functional>
+#include <utility>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "absl/time/clock.h"
 #include "common/sha256.h"
 #include "common/status_macros.h"
@@ -26,7 +28,7 @@ constexpr int kNewestChecked = 100;  // jobs that the cheap Verify reads beside 
 #define JOB_COLUMNS                                                                                              \
   "num, id, owner, name, requested_site, ranks, labels, retry_of, resume, created_us, started_us, finished_us, " \
   "version, state, attempt, cancel_requested, site, reason, failure, not_before_us, retries_infra, "             \
-  "retries_preempted, retries_app, retries_other, attempts_without_progress, progress, summary"
+  "retries_preempted, retries_app, retries_other, attempts_without_progress, progress, summary, waiting"
 
 constexpr char kGetJob[] = "SELECT " JOB_COLUMNS " FROM jobs WHERE id = ?";
 constexpr char kGetJobByNumber[] = "SELECT " JOB_COLUMNS " FROM jobs WHERE num = ?";
@@ -72,8 +74,9 @@ constexpr char kInsertEvent[] =
 constexpr char kUpdateRecord[] =
     "UPDATE jobs SET version = ?, state = ?, attempt = ?, cancel_requested = ?, site = ?, reason = ?, failure = ?, "
     "not_before_us = ?, retries_infra = ?, retries_preempted = ?, retries_app = ?, retries_other = ?, "
-    "attempts_without_progress = ?, started_us = ?, finished_us = ?, progress = ?, summary = ? WHERE num = ?";
-constexpr char kUpdateFacts[] = "UPDATE jobs SET started_us = ?, progress = ?, summary = ? WHERE num = ?";
+    "attempts_without_progress = ?, started_us = ?, finished_us = ?, progress = ?, summary = ?, waiting = ? WHERE num = ?";
+constexpr char kUpdateFacts[] =
+    "UPDATE jobs SET started_us = ?, progress = ?, summary = ?, waiting = ? WHERE num = ?";
 constexpr char kSetProgress[] = "UPDATE jobs SET progress = ? WHERE num = ? AND attempt = ?";
 constexpr char kListEvents[] =
     "SELECT sequence, time_us, kind, state, attempt, message, actor, failure, site, not_before_us, progress FROM events "
@@ -81,14 +84,15 @@ constexpr char kListEvents[] =
 
 #define ATTEMPT_COLUMNS                                                                                          \
   "id, site, scheduler_id, submitted_us, started_us, ended_us, host, exit_code, signal, cause, failure, reason, " \
-  "cpu_seconds, max_rss_bytes, max_step, checkpoint, resume_attempt, bad_lines, cursor, final_sizes, result_json"
+  "cpu_seconds, max_rss_bytes, max_step, checkpoint, resume_attempt, bad_lines, cursor, final_sizes, result_json, " \
+  "bad_nodes"
 constexpr char kGetAttempt[] = "SELECT " ATTEMPT_COLUMNS " FROM attempts WHERE id = ?";
 constexpr char kListAttempts[] = "SELECT " ATTEMPT_COLUMNS " FROM attempts WHERE id > ? AND id < ? ORDER BY id";
 constexpr char kInsertAttempt[] = "INSERT INTO attempts (id, site) VALUES (?, ?)";
 constexpr char kUpdateAttempt[] =
     "UPDATE attempts SET scheduler_id = ?, submitted_us = ?, started_us = ?, ended_us = ?, host = ?, exit_code = ?, "
     "signal = ?, cause = ?, failure = ?, reason = ?, cpu_seconds = ?, max_rss_bytes = ?, max_step = ?, checkpoint = ?, "
-    "resume_attempt = ?, final_sizes = ?, result_json = ? WHERE id = ?";
+    "resume_attempt = ?, final_sizes = ?, result_json = ?, bad_nodes = ? WHERE id = ?";
 constexpr char kGetPosition[] = "SELECT cursor, max_step, bad_lines FROM attempts WHERE id = ?";
 constexpr char kSetPosition[] = "UPDATE attempts SET cursor = ?, max_step = ?, bad_lines = ? WHERE id = ?";
 
@@ -170,6 +174,7 @@ NumberedJob ReadJob(const Query& q) {
     const auto holder = Parsed<v1::Job>(summary);
     row.summary.insert(holder.summary().begin(), holder.summary().end());
   }
+  row.waiting = q.Text(i++);
   return out;
 }
 
@@ -199,6 +204,7 @@ AttemptRow ReadAttempt(const Query& q) {
   if (!q.IsNull(i)) row.final_sizes = Parsed<agent::v1::SpoolSizes>(q.Bytes(i));
   ++i;
   row.result_json = q.Text(i++);
+  row.bad_nodes = absl::StrSplit(q.Text(i++), '\n', absl::SkipEmpty());
   return row;
 }
 
@@ -257,6 +263,7 @@ void Merge(const AttemptUpdate& u, AttemptRow* row) {
   if (u.resume_attempt) row->resume_attempt = *u.resume_attempt;
   if (u.result_json) row->result_json = *u.result_json;
   if (u.final_sizes) row->final_sizes = *u.final_sizes;
+  if (u.bad_nodes) row->bad_nodes = *u.bad_nodes;
 }
 
 void StoreAttempt(SqliteConnection& c, int64_t id, const AttemptRow& row) {
@@ -285,6 +292,7 @@ void StoreAttempt(SqliteConnection& c, int64_t id, const AttemptRow& row) {
     q.Bind(++i, Query::Null{});
   }
   q.Bind(++i, row.result_json);
+  q.Bind(++i, absl::StrJoin(row.bad_nodes, "\n"));
   q.Bind(++i, id);
   q.Run();
 }
@@ -302,6 +310,7 @@ void MergeIntoJob(const AttemptUpdate& update, bool newest, JobRow* row) {
   if (update.started) row->started = Rounded(*update.started);
   if (update.progress) row->progress = *update.progress;
   if (update.summary) row->summary = *update.summary;
+  if (update.waiting) row->waiting = *update.waiting;
 }
 
 absl::Status CheckRecord(SqliteConnection& c, const NumberedJob& job) {
@@ -553,6 +562,8 @@ absl::StatusOr<JobRow> AppendEvent(SqliteConnection& c, const JobId& job, JobEve
   const int attempt = event.attempt != 0 ? event.attempt : row.record.attempt;
   const int64_t attempt_row = AttemptRowId(num, attempt);
 
+  // What it waited for is over once it moves on.
+  if (event.kind != EventKind::kNote && event.kind != EventKind::kCancelRequested) row.waiting.clear();
   AttemptUpdate merged = update;
   switch (event.kind) {
     case EventKind::kPlaced:
@@ -587,6 +598,7 @@ absl::StatusOr<JobRow> AppendEvent(SqliteConnection& c, const JobId& job, JobEve
     case EventKind::kNote:
       break;
   }
+  if (merged.waiting) row.waiting = *std::exchange(merged.waiting, std::nullopt);  // also before the first attempt
   if (!merged.empty()) {
     std::optional<AttemptRow> stored = FindAttemptRow(c, attempt_row);
     if (attempt == 0 || !stored) {
@@ -611,7 +623,7 @@ absl::StatusOr<JobRow> AppendEvent(SqliteConnection& c, const JobId& job, JobEve
   Query(c, kUpdateRecord, row.version, static_cast<int>(r.state), r.attempt, r.cancel_requested, r.site, r.reason,
         static_cast<int>(r.failure), Micros(r.not_before), r.retries_infra, r.retries_preempted, r.retries_app,
         r.retries_other, r.attempts_without_progress, Micros(row.started), Micros(row.finished), Borrowed{progress},
-        Borrowed{summary}, num)
+        Borrowed{summary}, row.waiting, num)
       .Run();
   return std::move(row);
 }
@@ -625,11 +637,12 @@ absl::Status UpdateAttempt(SqliteConnection& c, const AttemptKey& attempt, const
   StoreAttempt(c, id, *stored);
   if (update.outputs) ReplaceOutputs(c, numbered.num, *update.outputs);
   JobRow& row = numbered.row;
-  if (attempt.number() == row.record.attempt && (update.started || update.progress || update.summary)) {
+  if (attempt.number() == row.record.attempt &&
+      (update.started || update.progress || update.summary || update.waiting)) {
     MergeIntoJob(update, true, &row);
     const std::string progress = row.progress.SerializeAsString();
     const std::string summary = SerializedSummary(row.summary);
-    Query(c, kUpdateFacts, Micros(row.started), Borrowed{progress}, Borrowed{summary}, numbered.num).Run();
+    Query(c, kUpdateFacts, Micros(row.started), Borrowed{progress}, Borrowed{summary}, row.waiting, numbered.num).Run();
   }
   return absl::OkStatus();
 }
@@ -714,7 +727,7 @@ namespace itwin::server {
 bool AttemptUpdate::empty() const {
   return !scheduler_id && !submitted && !started && !ended && !host && !exit_code && !signal && !cause && !failure &&
          !reason && !cpu_seconds && !max_rss_bytes && !max_step && !checkpoint && !resume_attempt && !result_json &&
-         !final_sizes && !summary && !outputs && !progress;
+         !final_sizes && !bad_nodes && !summary && !outputs && !progress && !waiting;
 }
 
 }  // namespace itwin::server

@@ -178,14 +178,19 @@ TEST(JobState, CountsRetriesByClassAndProgress) {
   requeue(FailureClass::kPreempted, false);
   requeue(FailureClass::kPreempted, false);
   EXPECT_EQ(record.retries_preempted, 2);
-  EXPECT_EQ(record.attempts_without_progress, 2);
+  EXPECT_EQ(record.attempts_without_progress, 0) << "only continuations can stand still";
+  requeue(FailureClass::kLimit, false);
+  requeue(FailureClass::kInfra, false);
+  EXPECT_EQ(record.attempts_without_progress, 1);
+  EXPECT_EQ(record.retries_infra, 1);
   requeue(FailureClass::kApp, true);
   EXPECT_EQ(record.retries_app, 1);
   EXPECT_EQ(record.attempts_without_progress, 0);
   requeue(FailureClass::kLimit, true);
+  EXPECT_EQ(record.retries_infra, 0) << "a continuation that got further gives the budget back";
   requeue(FailureClass::kNone, true);
-  EXPECT_EQ(record.retries_other, 2);
-  EXPECT_EQ(record.retries_infra, 0);
+  EXPECT_EQ(record.retries_other, 1);
+  EXPECT_EQ(record.retries_preempted, 2);
 }
 
 TEST(JobState, AnyOrderOfEventsStaysInsideTheTable) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <map>
 #include <memory>
 #include <set>
@@ -76,6 +77,24 @@ class FakeSite {
     if (!reachable) ++generation_;
   }
   int slots = 4;
+  // What Hello answers; before the loop looks.
+  void SetHello(const agent::v1::HelloResponse& hello) {
+    absl::MutexLock lock(&mu_);
+    hello_ = hello;
+  }
+  void RefuseHello(const absl::Status& why) {
+    absl::MutexLock lock(&mu_);
+    hello_refusal_ = why;
+  }
+  void Change(const std::string& key, const std::function<void(agent::v1::AttemptStatus*)>& change) {
+    absl::MutexLock lock(&mu_);
+    change(&attempts_[key].status);
+    Changed(key);
+  }
+  std::vector<agent::v1::HelloRequest> greetings() const {
+    absl::MutexLock lock(&mu_);
+    return greetings_;
+  }
 
   std::map<std::string, Attempt> attempts() const {
     absl::MutexLock lock(&mu_);
@@ -110,6 +129,9 @@ class FakeSite {
   bool reachable_ ABSL_GUARDED_BY(mu_) = true;
   bool lose_start_ ABSL_GUARDED_BY(mu_) = false;
   std::string refusal_ ABSL_GUARDED_BY(mu_);
+  agent::v1::HelloResponse hello_ ABSL_GUARDED_BY(mu_);
+  absl::Status hello_refusal_ ABSL_GUARDED_BY(mu_);
+  std::vector<agent::v1::HelloRequest> greetings_ ABSL_GUARDED_BY(mu_);
   int64_t generation_ ABSL_GUARDED_BY(mu_) = 0;
   int64_t version_ ABSL_GUARDED_BY(mu_) = 0;
   std::map<std::string, Attempt> attempts_ ABSL_GUARDED_BY(mu_);
@@ -188,13 +210,16 @@ class FakeAgentClient : public server::AgentClient {
  public:
   FakeAgentClient(FakeSite* site, int64_t generation) : site_(*site), generation_(generation) {}
 
-  absl::StatusOr<agent::v1::HelloResponse> Hello(const agent::v1::HelloRequest&, absl::Time) override {
+  absl::StatusOr<agent::v1::HelloResponse> Hello(const agent::v1::HelloRequest& request, absl::Time) override {
     if (absl::Status gone = Gone(); !gone.ok()) return gone;
-    agent::v1::HelloResponse response;
+    absl::MutexLock lock(&site_.mu_);
+    site_.greetings_.push_back(request);
+    if (!site_.hello_refusal_.ok()) return site_.hello_refusal_;
+    agent::v1::HelloResponse response = site_.hello_;
     response.set_protocol(1);
     response.set_agent_version("fake");
-    response.set_scheduler("process");
-    response.set_slots(site_.slots);
+    if (response.scheduler().empty()) response.set_scheduler("process");
+    response.set_slots(response.scheduler() == "process" ? site_.slots : 0);
     response.add_capabilities("train");
     return response;
   }

@@ -116,7 +116,7 @@ Judgement JobTrack::Present(const SlurmJobRow& row, const SpoolView& spool, absl
   Judgement out;
   switch (row.state) {
     case SlurmState::kPending: {
-      PendingReason why = ExplainPending(row.reason, row.started);
+      PendingReason why = ExplainPending(row.reason);
       if (row.restarts > 0) why.words = absl::StrCat("put back into the queue by SLURM; ", why.words);
       if (why.kind != ReasonKind::kPermanent) {
         permanent_since_ = absl::InfiniteFuture();
@@ -222,6 +222,12 @@ Judgement JobTrack::Ended(const SlurmJobRow& row, const SpoolView& spool, absl::
   if (spool.duplicates > 0 && cause == v1::END_CAUSE_UNSPECIFIED && !Silent(spool, ended_since_, now)) {
     // What SLURM says may be about a second life, which left at once.
     out.report = ReportOf(SchedulerState::kUnknown, row, absl::StrCat(words, ", but that may be a second start; looking for signs of life"));
+    return out;
+  }
+  if (cause == v1::END_CAUSE_UNSPECIFIED && spool.over_memory) {
+    // Without cgroups SLURM 22.05 kills all of it and says FAILED by signal 9; why stands in the job's own output.
+    out.report = ReportOf(SchedulerState::kEnded, row, absl::StrCat("SLURM ended it for using more memory than it asked for (", words, ")"));
+    out.report.cause = v1::END_CAUSE_OUT_OF_MEMORY;
     return out;
   }
   out.report = ReportOf(SchedulerState::kEnded, row, absl::StrCat(words, "; it left no exit record"));

@@ -16,6 +16,7 @@ struct SpoolView {
   bool exited = false;     // the script's own exit record is there
   bool cancelled = false;  // we were asked to end it
   int duplicates = 0;      // later lives that found the lease taken
+  bool over_memory = false;  // the job's output has SLURM's word that it used more memory than it asked for
   std::string beat = {};   // the supervisor's sign of life; differs whenever it gave one
 };
 

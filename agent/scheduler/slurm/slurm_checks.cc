@@ -219,7 +219,7 @@ v1::CheckResult SlurmScheduler::TryWorker(const v1::DiagnoseRequest& request, co
     }
     seen = true;
     const SlurmJobRow& row = rows->second.front();
-    if (row.state == SlurmState::kPending) waits = ExplainPending(row.reason, row.started).words;
+    if (row.state == SlurmState::kPending) waits = ExplainPending(row.reason).words;
     over = IsTerminal(row.state);
     if (over) end = DescribeEnd(row.word, row.reason, row.exit);
     if (over && row.state == SlurmState::kCompleted) end.clear();

@@ -59,7 +59,7 @@ std::string LastWords(const AttemptDirectory& directory) {
 // One job in its first life that waits or runs: the spool has nothing to say about that, and there may be thousands.
 bool IsPlain(const std::vector<SlurmJobRow>& rows) {
   if (rows.size() != 1 || rows[0].restarts > 0) return false;
-  if (rows[0].state == SlurmState::kPending) return ExplainPending(rows[0].reason, {}).kind != ReasonKind::kPermanent;
+  if (rows[0].state == SlurmState::kPending) return ExplainPending(rows[0].reason).kind != ReasonKind::kPermanent;
   return rows[0].state == SlurmState::kRunning || rows[0].state == SlurmState::kConfiguring;
 }
 
@@ -262,6 +262,11 @@ SpoolView SlurmScheduler::ViewSpool(const AttemptKey& key) const {
   out.exited = lifecycle.exited.has_value();
   out.duplicates = lifecycle.duplicates;
   out.beat = ReadFile(directory.beat_path(), 256).value_or("");
+  if (!out.exited) {
+    const std::string words = absl::AsciiStrToLower(ReadFile(directory.script_log_path(), 1 << 16).value_or(""));
+    out.over_memory = absl::StrContains(words, "exceeded job memory limit") || absl::StrContains(words, "oom-kill") ||
+                      absl::StrContains(words, "oom_kill");
+  }
   return out;
 }
 

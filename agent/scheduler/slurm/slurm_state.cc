@@ -125,11 +125,10 @@ v1::EndCause CauseOfState(SlurmState state, bool we_cancelled) {
   switch (state) {
     case SlurmState::kCancelled:
       return we_cancelled ? v1::END_CAUSE_CANCELLED : v1::END_CAUSE_CANCELLED_EXTERNALLY;
-    case SlurmState::kDeadline:
-      // The site's option set a time after which the job is of no use: it is not to go on later.
-      return v1::END_CAUSE_CANCELLED_EXTERNALLY;
     case SlurmState::kTimeout:
       return v1::END_CAUSE_TIME_LIMIT;
+    case SlurmState::kDeadline:
+      return v1::END_CAUSE_DEADLINE;
     case SlurmState::kNodeFail:
     case SlurmState::kBootFail:
     case SlurmState::kLaunchFailed:
@@ -153,7 +152,7 @@ v1::EndCause CauseOfState(SlurmState state, bool we_cancelled) {
   return v1::END_CAUSE_UNSPECIFIED;
 }
 
-PendingReason ExplainPending(absl::string_view reason, std::optional<absl::Time> expected_start) {
+PendingReason ExplainPending(absl::string_view reason) {
   PendingReason out;
   absl::string_view words = "waits in SLURM's queue";
   // Some carry more text: "ReqNodeNotAvail, UnavailableNodes:n[1-2]", "JobHeldUser(...)".
@@ -179,10 +178,6 @@ PendingReason ExplainPending(absl::string_view reason, std::optional<absl::Time>
     words = "the site brings its data";
   }
   out.words = absl::StrCat(words, " (", reason.empty() ? "no reason given" : reason, ")");
-  if (expected_start && out.kind == ReasonKind::kWaiting) {
-    absl::StrAppend(&out.words, "; expected to start ",
-                    absl::FormatTime("%Y-%m-%d %H:%M UTC", *expected_start, absl::UTCTimeZone()));
-  }
   return out;
 }
 

@@ -51,7 +51,7 @@ struct PendingReason {
   ReasonKind kind = ReasonKind::kWaiting;
   std::string words = {};  // a sentence for the user with SLURM's own word in parentheses
 };
-PendingReason ExplainPending(absl::string_view reason, std::optional<absl::Time> expected_start);
+PendingReason ExplainPending(absl::string_view reason);
 
 // "code:signal" as sacct prints it, or the raw wait status that squeue prints before 23.02. Nothing for other text.
 struct SlurmExit {

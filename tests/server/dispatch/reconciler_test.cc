@@ -16,7 +16,10 @@ namespace {
 
 using ::itwin::testing::StatusIs;
 using ::testing::AllOf;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::Not;
 using S = JobState;
 
 const absl::Time kNow = absl::FromUnixSeconds(1'700'000'000);
@@ -195,6 +198,17 @@ TEST(Reconciler, Table) {
       {"saved without progress, the second time", With(Exited(85), [](auto& j) { j.max_step_before = 100; j.record.attempts_without_progress = 1; }), "failed(limit)"},
       {"saved and cancelled", cancel(Exited(85)), "cancelled"},
       {"time limit with a checkpoint", With(Over(END_CAUSE_TIME_LIMIT, std::nullopt), [](auto& j) { j.seen->set_checkpoint(true); }), "requeued(limit)"},
+      {"time limit without one of its own, but an older one", With(Over(END_CAUSE_TIME_LIMIT, std::nullopt), [](auto& j) { j.older_checkpoint = true; }), "requeued(limit)"},
+      {"time limit twice without saving", With(Over(END_CAUSE_TIME_LIMIT, std::nullopt), [](auto& j) { j.older_checkpoint = true; j.record.attempts_without_progress = 1; }), "failed(limit)"},
+      {"a command that saved anew has made progress, steps or not", With(Exited(85), [](auto& j) { j.max_step = j.max_step_before = 0; j.seen->set_checkpoint(true); j.record.attempts_without_progress = 1; }), "requeued(limit)"},
+      {"a training has not", With(Exited(85), [](auto& j) { j.train = true; j.max_step_before = 100; j.seen->set_checkpoint(true); j.record.attempts_without_progress = 1; }), "failed(limit)"},
+      {"the scheduler's deadline is never gone on after", With(Over(END_CAUSE_DEADLINE, std::nullopt), [](auto& j) { j.seen->set_checkpoint(true); }), "failed(limit)"},
+      {"cancelled by somebody else after it had finished", Over(END_CAUSE_CANCELLED_EXTERNALLY, 0, ResultJson("succeeded")), "succeeded"},
+      {"the program died of broken hardware", With(Exited(1), [](auto& j) { j.collected->stderr_tail = "uncorrectable ECC error encountered"; }), "requeued(infra)"},
+      {"broken hardware, but the request cannot work", With(Exited(2), [](auto& j) { j.collected->stderr_tail = "uncorrectable ECC error encountered"; }), "failed(user)"},
+      {"broken hardware, and cancelled", cancel(With(Exited(1), [](auto& j) { j.collected->stderr_tail = "GPU has fallen off the bus"; })), "cancelled"},
+      {"preempted for the hundred-and-first time", With(Over(END_CAUSE_PREEMPTED, std::nullopt), [](auto& j) { j.record.retries_preempted = 100; }), "failed(preempted)"},
+      {"preempted often, with infra used up", With(Over(END_CAUSE_PREEMPTED, std::nullopt), [](auto& j) { j.record.retries_preempted = 99; j.record.retries_infra = 3; }), "requeued(preempted)"},
       {"time limit without", Over(END_CAUSE_TIME_LIMIT, std::nullopt), "failed(limit)"},
       {"out of memory", Over(END_CAUSE_OUT_OF_MEMORY, std::nullopt), "failed(resource)"},
       {"preempted", Over(END_CAUSE_PREEMPTED, std::nullopt), "requeued(preempted)"},
@@ -270,6 +284,84 @@ TEST(Reconciler, SaysWhyInWords) {
   job = In(S::kSubmitting, agent::v1::ATTEMPT_PHASE_PENDING);
   job.seen->set_reason("4 of 4 slots are taken");
   EXPECT_THAT(Only(Reconcile(job, kNow)).message, HasSubstr("4 of 4 slots are taken"));
+}
+
+TEST(Reconciler, NamesTheRankTheNodeAndTheLastLines) {
+  JobSnapshot job = Exited(1);
+  for (const char* node : {"n1", "n2"}) job.seen->add_nodes(node);
+  job.collected->stderr_tail = "Traceback: bad luck\nsrun: error: n2: task 3: Exited with exit code 1\n";
+  EXPECT_THAT(Only(Reconcile(job, kNow)).message,
+              AllOf(HasSubstr("exit code 1"), HasSubstr("(rank 3, host n2)"), HasSubstr("bad luck")));
+  job.collected->stderr_tail = "no luck";
+  EXPECT_THAT(Only(Reconcile(job, kNow)).message, Not(HasSubstr("host")));
+  job.seen->mutable_nodes()->RemoveLast();
+  EXPECT_THAT(Only(Reconcile(job, kNow)).message, HasSubstr("(host n1)"));
+}
+
+TEST(Reconciler, KeepsBadNodesForTheAttemptsToCome) {
+  const auto update_of = [](const JobSnapshot& job) { return std::get<Record>(Reconcile(job, kNow).back()).update; };
+  JobSnapshot job = Over(agent::v1::END_CAUSE_NODE_FAILED, std::nullopt);
+  job.seen->add_bad_nodes("n3");
+  EXPECT_THAT(*update_of(job).bad_nodes, ElementsAre("n3"));
+  EXPECT_THAT(Only(Reconcile(job, kNow)).message, HasSubstr("away from n3"));
+
+  job = Exited(1);
+  for (const char* node : {"n1", "n2"}) job.seen->add_nodes(node);
+  job.collected->stderr_tail = "[n2:77] Signal: Bus error (7)\n";
+  EXPECT_THAT(*update_of(job).bad_nodes, ElementsAre("n2"));
+  EXPECT_THAT(Only(Reconcile(job, kNow)).message, AllOf(HasSubstr("broken hardware"), HasSubstr("away from n2"), HasSubstr("Bus error")));
+
+  // The worker names its host; the launcher's noise names nobody.
+  job = Exited(3, ResultJson("failed", R"(,"message":"NCCL: unhandled system error","failure":{"class":"app","rank":1,"host":"n1"})"));
+  for (const char* node : {"n1", "n2"}) job.seen->add_nodes(node);
+  EXPECT_THAT(*update_of(job).bad_nodes, ElementsAre("n1"));
+
+  job = Exited(1);
+  job.seen->add_bad_nodes("n1");
+  EXPECT_THAT(*update_of(job).bad_nodes, IsEmpty()) << "a program's own failure is nobody else's fault";
+}
+
+TEST(Reconciler, BackoffGoesByClass) {
+  const auto wait_of = [](const JobSnapshot& job) { return Only(Reconcile(job, kNow)).not_before - kNow; };
+  JobSnapshot job = Over(agent::v1::END_CAUSE_LOST, std::nullopt);
+  job.record.retries_infra = 2;
+  EXPECT_EQ(wait_of(job), Backoff(2, 0.5));
+  job = Over(agent::v1::END_CAUSE_PREEMPTED, std::nullopt);
+  job.record.retries_preempted = 50;
+  EXPECT_EQ(wait_of(job), Backoff(0, 0.5)) << "the queue is its back-off";
+  EXPECT_EQ(wait_of(Exited(85)), absl::ZeroDuration());
+}
+
+TEST(Reconciler, ProgressIsWhatNeedNotBeDoneAgain) {
+  const auto progress_of = [](const JobSnapshot& job) { return Only(Reconcile(job, kNow)).progress; };
+  JobSnapshot job = Over(agent::v1::END_CAUSE_TIME_LIMIT, std::nullopt);
+  job.older_checkpoint = true;
+  EXPECT_FALSE(progress_of(job)) << "further, but nothing was saved";
+  job.seen->set_checkpoint(true);
+  EXPECT_TRUE(progress_of(job));
+  job.train = true;
+  EXPECT_TRUE(progress_of(job));
+  job.max_step_before = 100;
+  EXPECT_FALSE(progress_of(job)) << "saved, but no further";
+}
+
+TEST(Reconciler, OnceItRunsNobodyCaresWhyItWaited) {
+  JobSnapshot job = In(S::kPending, agent::v1::ATTEMPT_PHASE_RUNNING);
+  job.seen->set_host("n1");
+  job.seen->set_reason("waits to be looked at by SLURM (None)");
+  EXPECT_EQ(Only(Reconcile(job, kNow)).message, "runs on n1");
+}
+
+TEST(Reconciler, SaysWhyItWaitsAndUntilWhen) {
+  agent::v1::AttemptStatus status = Says(agent::v1::ATTEMPT_PHASE_PENDING);
+  EXPECT_EQ(WaitingWords(status, kNow), "waits in the site's queue");
+  status.set_reason("the nodes it asks for are busy (Resources)");
+  status.set_expected_start_us(absl::ToUnixMicros(kNow + absl::Minutes(90)));
+  EXPECT_EQ(WaitingWords(status, kNow),
+            "waits in the site's queue: the nodes it asks for are busy (Resources); expected to start about 2023-11-14 23:43 UTC");
+  EXPECT_THAT(WaitingWords(status, kNow + absl::Hours(2)), Not(HasSubstr("expected"))) << "an estimate of the past";
+  status.set_phase(agent::v1::ATTEMPT_PHASE_HELD);
+  EXPECT_THAT(WaitingWords(status, kNow), HasSubstr("until somebody releases it"));
 }
 
 TEST(Reconciler, ReasonsStayBoundedAndValid) {

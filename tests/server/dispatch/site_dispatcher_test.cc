@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "server/store/sqlite_job_store.h"
 #include "tests/fakes/fake_agent.h"
@@ -22,9 +23,12 @@ namespace {
 using ::itwin::testing::FakeClock;
 using ::itwin::testing::FakeSite;
 using ::itwin::testing::WaitUntil;
+using ::testing::AllOf;
+using ::testing::Contains;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using ::testing::Not;
 
 // Runs what it is given at once: one thread, one order.
 class InlineExecutor : public Executor {
@@ -32,6 +36,10 @@ class InlineExecutor : public Executor {
   void Submit(std::function<void()> task) override { task(); }
   void Stop() override {}
 };
+
+int64_t Count(const std::vector<std::string>& words, const std::string& word) {
+  return std::count(words.begin(), words.end(), word);
+}
 
 class SiteDispatcherTest : public ::testing::Test {
  protected:
@@ -66,6 +74,8 @@ class SiteDispatcherTest : public ::testing::Test {
                                      .connect = [this](absl::Time) { return site_.Connect(); },
                                      .gateway_id = "test",
                                      .gateway_version = "test",
+                                     .gateway_place = "here",
+                                     .gateway_label = "host:/data",
                                      .calls = std::make_unique<InlineExecutor>(),
                                      .transfers = std::make_unique<InlineExecutor>()});
     ASSERT_OK(dispatcher_->Open());
@@ -323,6 +333,138 @@ TEST_F(SiteDispatcherTest, AMissingArtifactNamesTheFile) {
   ASSERT_TRUE(Reaches(id, JobState::kFailed));
   EXPECT_EQ(Row(id).record.failure, FailureClass::kUser);
   EXPECT_THAT(Row(id).record.reason, HasSubstr("'in1'"));
+}
+
+TEST_F(SiteDispatcherTest, EventsTellOfALongOutageOnceAndOfItsEnd) {
+  const JobId running = Submit();
+  ASSERT_TRUE(Reaches(running, JobState::kPending));
+  site_.Run(Key(running));
+  ASSERT_TRUE(Reaches(running, JobState::kRunning));
+  const JobId anywhere = Submit("alice", 1, "any");
+  ASSERT_TRUE(Reaches(anywhere, JobState::kPending));
+  site_.SetReachable(false);
+  ASSERT_TRUE(WaitUntil([&] {
+    Turns(1);
+    return board_.ListSites()[0].state() == v1::SITE_STATE_UNREACHABLE;
+  }));
+  Advance(absl::Seconds(10));
+  EXPECT_THAT(Kinds(running), Not(Contains("note"))) << "a short cut is nobody's business";
+  const JobId here = Submit("alice", 1, "local");
+  const JobId elsewhere = Submit("alice", 1, "any");
+  for (int i = 0; i < 20; ++i) Advance(absl::Seconds(60));
+  for (const JobId& id : {running, here}) {
+    EXPECT_THAT(Row(id).waiting, AllOf(HasSubstr("cannot be reached since"), HasSubstr("site local"))) << id.text();
+    EXPECT_EQ(Row(id).record.failure, FailureClass::kNone);
+    EXPECT_EQ(Count(Kinds(id), "note"), 1) << id.text();
+  }
+  EXPECT_THAT(Kinds(elsewhere), Not(Contains("note"))) << "it may go anywhere";
+  site_.SetReachable(true);
+  Advance(absl::Seconds(60));
+  ASSERT_TRUE(Reaches(here, JobState::kPending));
+  EXPECT_EQ(Row(running).waiting, "");
+  EXPECT_EQ(Count(Kinds(running), "note"), 2);
+  EXPECT_THAT(Events(running).back().event.message, HasSubstr("is back"));
+}
+
+TEST_F(SiteDispatcherTest, RefusedCredentialsPauseAndSaySoAtOnce) {
+  site_.RefuseHello(absl::UnauthenticatedError("the certificate ended at 12:00; renew it with `renew`"));
+  const JobId id = Submit("alice", 1, "local");
+  Turns();
+  EXPECT_EQ(board_.ListSites()[0].state(), v1::SITE_STATE_PAUSED_AUTH);
+  EXPECT_EQ(State(id), JobState::kQueued);
+  EXPECT_THAT(Row(id).waiting, AllOf(HasSubstr("credentials"), HasSubstr("renew it with `renew`")));
+  site_.RefuseHello(absl::OkStatus());
+  Advance(absl::Seconds(10));
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+}
+
+TEST_F(SiteDispatcherTest, SaysHelloAgainAndLeavesWhenItIsFenced) {
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  site_.Run(Key(id));
+  ASSERT_TRUE(Reaches(id, JobState::kRunning));
+  const size_t before = site_.greetings().size();
+  for (int i = 0; i < 10; ++i) Advance(absl::Seconds(12));
+  EXPECT_EQ(site_.greetings().size() - before, 3u);  // with the first look at the queue after 30 s
+  EXPECT_EQ(site_.greetings().back().gateway_place(), "here");
+  EXPECT_EQ(site_.greetings().back().gateway_label(), "host:/data");
+  site_.RefuseHello(absl::FailedPreconditionError("fenced: another gateway is there"));
+  for (int i = 0; i < 10; ++i) Advance(absl::Seconds(12));
+  EXPECT_EQ(board_.ListSites()[0].state(), v1::SITE_STATE_UNREACHABLE);
+  EXPECT_THAT(board_.ListSites()[0].reason(), HasSubstr("fenced"));
+  EXPECT_EQ(State(id), JobState::kRunning);
+  EXPECT_THAT(Row(id).waiting, HasSubstr("fenced"));
+}
+
+TEST_F(SiteDispatcherTest, ASitesClockDoesNotMatter) {
+  agent::v1::HelloResponse hello;
+  hello.set_time_us(absl::ToUnixMicros(clock_.Now() + absl::Hours(1)));
+  site_.SetHello(hello);
+  Restart();
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  const absl::Time started = absl::FromUnixMicros(absl::ToUnixMicros(clock_.Now()));
+  site_.Change(Key(id), [&](agent::v1::AttemptStatus* status) {
+    status->set_phase(agent::v1::ATTEMPT_PHASE_RUNNING);
+    status->set_started_us(absl::ToUnixMicros(started + absl::Hours(1)));  // as the site sees it
+  });
+  ASSERT_TRUE(Reaches(id, JobState::kRunning));
+  EXPECT_EQ(Row(id).started, started);
+}
+
+TEST_F(SiteDispatcherTest, AWaitingJobShowsWhatItsSchedulerSaysNow) {
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  const auto says = [&](const std::string& reason, absl::Duration starts_in) {
+    site_.Change(Key(id), [&](agent::v1::AttemptStatus* status) {
+      status->set_reason(reason);
+      status->set_expected_start_us(absl::ToUnixMicros(clock_.Now() + starts_in));
+    });
+    return WaitUntil([&] {
+      Turns(1);
+      return absl::StrContains(Row(id).waiting, reason);
+    });
+  };
+  ASSERT_TRUE(says("nodes are busy (Resources)", absl::Hours(1)));
+  EXPECT_THAT(Row(id).waiting, HasSubstr("expected to start about"));
+  ASSERT_TRUE(says("others come first (Priority)", absl::Hours(2)));
+  EXPECT_THAT(Kinds(id), Not(Contains("note"))) << "a change of mind is no event";
+  site_.Run(Key(id));
+  ASSERT_TRUE(Reaches(id, JobState::kRunning));
+  EXPECT_EQ(Row(id).waiting, "") << "what it waited for is over";
+}
+
+TEST_F(SiteDispatcherTest, ARetryStaysAwayFromTheNodesThatFailedIt) {
+  agent::v1::HelloResponse hello;
+  hello.set_scheduler("slurm");
+  agent::v1::Partition* partition = hello.mutable_slurm()->add_partitions();
+  partition->set_name("main");
+  partition->set_is_default(true);
+  partition->set_nodes(3);
+  site_.SetHello(hello);
+  Restart();
+  const JobId id = Submit();
+  for (const char* bad : {"n1", "n2", "n3"}) {
+    ASSERT_TRUE(Reaches(id, JobState::kPending));
+    site_.Change(Key(id), [&](agent::v1::AttemptStatus* status) {
+      status->set_phase(agent::v1::ATTEMPT_PHASE_ENDED);
+      status->set_cause(agent::v1::END_CAUSE_NODE_FAILED);
+      status->add_bad_nodes(bad);
+    });
+    ASSERT_TRUE(Reaches(id, JobState::kQueued));
+    EXPECT_THAT(Row(id).record.reason, HasSubstr(absl::StrCat("away from ", bad)));
+    Advance(absl::Minutes(10));
+  }
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  EXPECT_THAT(store_->GetAttempt(AttemptKey(id, 1))->bad_nodes, ElementsAre("n1"));
+  const auto excluded = [&](int attempt) {
+    const agent::v1::SlurmSettings slurm = site_.attempts().at(AttemptKey(id, attempt).text()).request.slurm();
+    return std::vector<std::string>(slurm.exclude_nodes().begin(), slurm.exclude_nodes().end());
+  };
+  EXPECT_THAT(excluded(1), IsEmpty());
+  EXPECT_THAT(excluded(2), ElementsAre("n1"));
+  EXPECT_THAT(excluded(3), ElementsAre("n2", "n1"));
+  EXPECT_THAT(excluded(4), ElementsAre("n3", "n2")) << "one node has to be left";
 }
 
 TEST_F(SiteDispatcherTest, OldSpoolsAreRemovedAndForeignOnesLeft) {

@@ -46,6 +46,21 @@ class JobTrackTest : public ::testing::Test {
   }
 };
 
+TEST_F(JobTrackTest, KilledForItsMemoryIsNotJustLost) {
+  Running("7");
+  SpoolView spool;
+  spool.lease = spool.over_memory = true;
+  Look(30, {Row("7", "FAILED", "JobLaunchFailure", {"n1"})}, spool);
+  const Judgement judgement = Look(90, {Row("7", "FAILED", "JobLaunchFailure", {"n1"})}, spool);
+  EXPECT_EQ(judgement.report.cause, v1::END_CAUSE_OUT_OF_MEMORY);
+  EXPECT_THAT(judgement.report.reason, HasSubstr("more memory"));
+}
+
+TEST_F(JobTrackTest, TheSchedulersDeadlineIsNoTimeLimit) {
+  EXPECT_EQ(CauseOfState(ParseSlurmState("DEADLINE"), false), v1::END_CAUSE_DEADLINE);
+  EXPECT_EQ(CauseOfState(ParseSlurmState("TIMEOUT"), false), v1::END_CAUSE_TIME_LIMIT);
+}
+
 TEST_F(JobTrackTest, NothingTriedIsAbsent) {
   EXPECT_EQ(Look(1, {}).report.state, SchedulerState::kAbsent);
 }
