@@ -111,13 +111,13 @@ void SiteDispatcher::Post(std::function<void()> mail) {
 void SiteDispatcher::OnCommit(absl::Span<const JobChange> changes) {
   absl::MutexLock lock(&mu_);
   for (const JobChange& change : changes) {
-    if (change.event) changed_.insert(change.job);
+    if (change.event) changed_[change.job] = change.row;  // in the order of versions
   }
 }
 
 void SiteDispatcher::TakeMail() {
   std::vector<std::function<void()>> mail;
-  absl::flat_hash_set<JobId> changed;
+  absl::flat_hash_map<JobId, std::shared_ptr<const JobRow>> changed;
   absl::flat_hash_map<std::string, agent::v1::AttemptStatus> statuses;
   {
     absl::MutexLock lock(&mu_);
@@ -125,8 +125,9 @@ void SiteDispatcher::TakeMail() {
     changed.swap(changed_);
     statuses.swap(statuses_);
   }
+  // Before the tasks, which may move jobs past what was told.
+  for (const auto& [id, row] : changed) row ? Take(*row) : Refresh(id);
   for (const std::function<void()>& task : mail) task();
-  for (const JobId& id : changed) Refresh(id);
   for (const auto& [attempt, status] : statuses) OnStatus(status, clock_->Now());
 }
 
@@ -193,6 +194,9 @@ void SiteDispatcher::Connect() {
           absl::StrCat("the agent speaks protocol ", hello->protocol(), ", this gateway ", kProtocol, "; update the ",
                        hello->protocol() < kProtocol ? "agent" : "gateway"));
     }
+    if (hello.ok()) {
+      if (const absl::Status spool = CheckSpool(*hello); !spool.ok()) hello = spool;
+    }
     if (!hello.ok()) {
       client->Close();
       const std::string words = client->Diagnostics();
@@ -202,6 +206,16 @@ void SiteDispatcher::Connect() {
     }
     Post([this, client, hello = std::move(hello)] { OnConnected(hello, client); });
   });
+}
+
+absl::Status SiteDispatcher::CheckSpool(const agent::v1::HelloResponse& hello) {
+  if (hello.spool_id().empty()) return absl::OkStatus();  // an agent that does not know of ids
+  ITWIN_ASSIGN_OR_RETURN(const std::string known, store_->PinSpool(options_.name, hello.spool_id()));
+  if (known == hello.spool_id()) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat(
+      hello.host(), ":", hello.spool(), " is another spool than before (id ", hello.spool_id(), ", not ", known,
+      "): the file system that holds it may not be mounted. Mount it; jobs wait until then. If the spool was made anew on "
+      "purpose and what was there is given up, run at the gateway: itwin-gateway accept-spool ", options_.name));
 }
 
 void SiteDispatcher::OnConnected(absl::StatusOr<agent::v1::HelloResponse> hello, std::shared_ptr<AgentClient> client) {
@@ -216,7 +230,10 @@ void SiteDispatcher::OnConnected(absl::StatusOr<agent::v1::HelloResponse> hello,
       log::Warn("site {} cannot be reached: {}", options_.name, std::string(why.message()));
     }
     ++connect_failures_;
-    site_.set_state(auth ? v1::SITE_STATE_PAUSED_AUTH : v1::SITE_STATE_UNREACHABLE);
+    const bool other_spool = absl::IsDataLoss(why);
+    site_.set_state(auth          ? v1::SITE_STATE_PAUSED_AUTH
+                    : other_spool ? v1::SITE_STATE_PAUSED
+                                  : v1::SITE_STATE_UNREACHABLE);
     site_.set_reason(std::string(why.message()));
     site_.set_connected_us(0);
     next_connect_ = now + RetryDelay(connect_failures_, kFirstReconnect, options_.max_connect_backoff,
@@ -486,18 +503,23 @@ void SiteDispatcher::Refresh(const JobId& id) {
     } else {
       // Not known yet: asked for again with the next mail.
       absl::MutexLock lock(&mu_);
-      changed_.insert(id);
+      changed_.try_emplace(id);
     }
     return;
   }
-  if (!Mine(*row)) {
-    Forget(id);
+  Take(*row);
+}
+
+void SiteDispatcher::Take(const JobRow& row) {
+  const auto found = jobs_.find(row.id);
+  // Our own event coming back, or what was told of an older one.
+  if (found != jobs_.end() && found->second->row.version >= row.version) return;
+  if (!Mine(row)) {
+    Forget(row.id);
     return;
   }
-  const auto found = jobs_.find(id);
-  if (found != jobs_.end() && found->second->row.version == row->version) return;  // our own event coming back
-  SetRow(*row);
-  Wake(id);
+  SetRow(row);
+  Wake(row.id);
 }
 
 SiteDispatcher::LiveJob* SiteDispatcher::Find(const AttemptKey& key) {

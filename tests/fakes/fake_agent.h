@@ -76,6 +76,7 @@ class FakeSite {
     if (!reachable) ++generation_;
   }
   int slots = 4;
+  std::string spool_id = "spool-1";
 
   std::map<std::string, Attempt> attempts() const {
     absl::MutexLock lock(&mu_);
@@ -195,6 +196,9 @@ class FakeAgentClient : public server::AgentClient {
     response.set_agent_version("fake");
     response.set_scheduler("process");
     response.set_slots(site_.slots);
+    response.set_host("fake");
+    response.set_spool("/spool");
+    response.set_spool_id(site_.spool_id);
     response.add_capabilities("train");
     return response;
   }
