@@ -20,11 +20,13 @@ using ::testing::_;
 
 class HousekeeperTest : public ::testing::Test {
  protected:
-  // A job with one of everything, ended now.
+  // A job with labels that never began, and one with one of everything; both ended now.
   JobRow Finished(const std::string& request_id) {
     NewJob made = testing::MakeJob(request_id);
     (*made.spec.mutable_labels())["kind"] = "old";
-    ITWIN_CHECK(store_->Submit(made).ok());
+    const auto labelled = store_->Submit(made);
+    ITWIN_CHECK(labelled.ok());
+    ITWIN_CHECK(store_->AppendEvent(labelled->job.id, Event(EventKind::kFailed)).ok());
     const JobRow job = RunningJob(*store_, request_id + "-run");
     SpoolBatch points = MetricsBatch({job.id, 1}, 0, 10);
     points.points.push_back({"x", {1}, {1}, {1}});
@@ -53,7 +55,8 @@ TEST_F(HousekeeperTest, RemovesWhatEndedLongAgoAndNothingElse) {
   EXPECT_THAT(store_->GetJob(old.id), StatusIs(absl::StatusCode::kNotFound, _));
   EXPECT_THAT(store_->ListPoints(old.id, 0, {}, 10), StatusIs(absl::StatusCode::kNotFound, _));
   EXPECT_THAT(store_->ListAttempts(old.id), StatusIs(absl::StatusCode::kNotFound, _));
-  EXPECT_EQ(store_->ListJobs({})->jobs.size(), 2u);  // the one that runs and the one that waits
+  EXPECT_EQ(store_->ListJobs({})->jobs.size(), 1u);  // the one that runs
+  EXPECT_TRUE(store_->ListJobs({.labels = {{"kind", "old"}}})->jobs.empty());
   EXPECT_OK(store_->GetJob(live.id));
   EXPECT_OK(store_->Verify(/*all=*/true));
   // Its number may be given again: nothing of the old job shows through.
