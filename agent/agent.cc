@@ -35,6 +35,7 @@ constexpr int kMaxMessageBytes = 64 << 20;  // a spec with its inline parts
 // Of gRPC for unary calls and transfers; beyond, callers see RESOURCE_EXHAUSTED and come back.
 constexpr int kMaxThreads = 48;
 constexpr int kMinPingIntervalMs = 500;
+constexpr absl::Duration kCleanInterval = absl::Hours(1);
 
 // For SLURM's word on who killed an attempt, when its controller does not answer.
 constexpr absl::Duration kAwaitScheduler = absl::Minutes(2);
@@ -197,11 +198,17 @@ void Agent::Wait(int signal_fd) {
   const bool may_idle = parts_->options.idle_exit != absl::InfiniteDuration();
   const absl::Duration idle_look = std::max(absl::Milliseconds(50), parts_->options.idle_exit / 10);
   absl::Time busy_until = absl::Now();
+  absl::Time clean = absl::Now() + kCleanInterval;
   while (true) {
-    const int limit = may_idle ? static_cast<int>(absl::ToInt64Milliseconds(std::min(idle_look, absl::Hours(1)))) : -1;
+    const int limit = static_cast<int>(absl::ToInt64Milliseconds(may_idle ? std::min(idle_look, kCleanInterval) : kCleanInterval));
     pollfd entries[2] = {{signal_fd, POLLIN, 0}, {parts_->leaving.get(), POLLIN, 0}};
     poll(entries, 2, limit);
     if (entries[0].revents != 0 || entries[1].revents != 0) return;
+    if (absl::Now() >= clean) {
+      clean = absl::Now() + kCleanInterval;
+      const int64_t bytes = parts_->inputs->RemoveUnused(absl::Now() - parts_->options.input_retention);
+      if (bytes > 0) log::Info("removed {} bytes of inputs that no attempt has used for long", bytes);
+    }
     if (!may_idle) continue;
     // The control loop may be waiting for the scheduler; then we are not idle.
     auto idle = std::make_shared<std::pair<absl::Notification, bool>>();

@@ -21,6 +21,8 @@ class Agent {
     LaunchOptions launch = {};
     // How long to wait for an agent on another host, which is asked to leave; 0: not at all.
     absl::Duration takeover_limit = absl::ZeroDuration();
+    // Inputs that no attempt links to and nobody has asked for so long are removed. Infinite: never.
+    absl::Duration input_retention = absl::Hours(24 * 7);
     // Without connections and unfinished attempts for this long, Wait returns.
     absl::Duration idle_exit = absl::InfiniteDuration();
     // After SIGTERM, for calls under way; callers ask again, and connections that stay open are cut then.

@@ -4,7 +4,8 @@ add_library(itwin_agent_lib STATIC
   agent.cc control_loop.cc follow_loop.cc
   rpc/acceptor.cc rpc/admin.cc rpc/agent_service.cc rpc/connect.cc rpc/follow_reactor.cc rpc/gateway_claims.cc
   rpc/host_checks.cc rpc/root_lock.cc rpc/socket.cc
-  scheduler/bounded_log.cc scheduler/launch.cc scheduler/lease.cc scheduler/process_scheduler.cc
+  scheduler/bounded_log.cc scheduler/launch.cc scheduler/lease.cc scheduler/oom_counter.cc
+  scheduler/process_scheduler.cc
   scheduler/process_tree.cc scheduler/supervisor.cc scheduler/verdict.cc
   scheduler/slurm/batch_script.cc scheduler/slurm/job_track.cc scheduler/slurm/slurm_checks.cc
   scheduler/slurm/slurm_commands.cc scheduler/slurm/slurm_scheduler.cc scheduler/slurm/slurm_state.cc

@@ -13,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "absl/synchronization/mutex.h"
 #include "agent/agent.h"
 #include "agent/rpc/admin.h"
 #include "agent/rpc/connect.h"
@@ -37,6 +38,7 @@ struct Flags {
   std::string launcher = LaunchOptions().launcher;
   std::string grace = "10s";
   std::string idle_exit = "0";
+  std::string input_retention = "168h";
   std::string log_level = "info";
   std::string stop_limit = "60s";
   bool detached = false;
@@ -124,6 +126,11 @@ int Serve(const Flags& flags) {
     return Fail(absl::InvalidArgumentError(
         absl::StrCat("--idle-exit is '", flags.idle_exit, "'; write a duration like 10m, or 0 for never")));
   }
+  absl::Duration input_retention;
+  if (!absl::ParseDuration(flags.input_retention, &input_retention) || input_retention < absl::ZeroDuration()) {
+    return Fail(absl::InvalidArgumentError(absl::StrCat("--input-retention is '", flags.input_retention,
+                                                        "'; write a duration like 168h, or 0 for ever")));
+  }
   absl::StatusOr<std::unique_ptr<Agent>> agent =
       Agent::Start({.root = flags.root,
                     .scheduler = flags.scheduler,
@@ -131,6 +138,7 @@ int Serve(const Flags& flags) {
                     .agent_program = OwnProgram(),
                     .launch = *launch,
                     .takeover_limit = flags.detached ? kTakeoverLimit : kTakeoverLimit / 2,
+                    .input_retention = input_retention > absl::ZeroDuration() ? input_retention : absl::InfiniteDuration(),
                     .idle_exit = idle > absl::ZeroDuration() ? idle : absl::InfiniteDuration()});
   if (!agent.ok()) {
     log::Error("{}", std::string(agent.status().message()));
@@ -152,6 +160,7 @@ ConnectOptions ConnectOptionsFrom(const Flags& flags) {
   if (flags.launcher != LaunchOptions().launcher) out.serve_flags.push_back("--launcher=" + flags.launcher);
   out.serve_flags.push_back("--grace=" + flags.grace);
   out.serve_flags.push_back("--idle-exit=" + flags.idle_exit);
+  out.serve_flags.push_back("--input-retention=" + flags.input_retention);
   out.serve_flags.push_back("--log-level=" + flags.log_level);
   return out;
 }
@@ -194,6 +203,9 @@ int Run(int argc, char** argv) {
     command->add_option("--slots", flags.slots, "ranks that may run at once (default: the cores of this machine)")
         ->check(CLI::Range(1, 1'000'000));
     command->add_option("--idle-exit", flags.idle_exit, "end after this long without connections and jobs; 0: never")
+        ->capture_default_str();
+    command->add_option("--input-retention", flags.input_retention,
+                        "how long input files stay here that no attempt links to and nobody has asked for; 0: for ever")
         ->capture_default_str();
     command->add_option("--log-level", flags.log_level, "debug, info, warning, error")->capture_default_str();
   };
@@ -252,6 +264,8 @@ int Run(int argc, char** argv) {
 }  // namespace itwin::agent
 
 int main(int argc, char** argv) {
+  // As in the gateway: not a search for cycles at every lock.
+  absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
   try {
     return itwin::agent::Run(argc, argv);
   } catch (const std::exception& e) {

@@ -1,6 +1,7 @@
 # itwin_test(<path without _test.cc> [DEPS targets...] [LABELS labels...] [TIMEOUT seconds] [SERIAL])
 # One executable per test file: tests/<path>_test.cc becomes target <path with _>_test. The label defaults to
 # "unit". The test runs with ITWIN_BIN (built programs) and ITWIN_SOURCE (this tree) in its environment.
+add_custom_target(itwin_tests)
 set(ITWIN_TEST_PREFIX "" CACHE STRING "put before test names, to tell builds apart, e.g. asan/")
 
 function(itwin_test path)
@@ -11,6 +12,7 @@ function(itwin_test path)
   target_include_directories(${target} PRIVATE ${CMAKE_SOURCE_DIR})
   target_link_libraries(${target} PRIVATE itwin::warnings GTest::gtest_main GTest::gmock ${ARG_DEPS})
   target_compile_options(${target} PRIVATE -O0)  # the tests' own code: compile time counts more
+  add_dependencies(itwin_tests ${target})
   if(NOT ARG_LABELS)
     set(ARG_LABELS unit)
   endif()

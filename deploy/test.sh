@@ -2,9 +2,9 @@
 # Installs what is missing, builds everything and runs every test; can be run again.
 #   deploy/test.sh                 unit, contract, integration, end-to-end, Python and the notebook
 #   deploy/test.sh --sanitizers    also unit, contract and integration tests of the services built with ASan+UBSan and
-#                                  with TSan (two more builds)
+#                                  with TSan, and the services compiled by clang with -Wthread-safety (three more builds)
 #   deploy/test.sh -R REGEX        only the tests whose name matches (passed to ctest)
-# Ends with ctest's own summary over all suites. Leaves nothing running.
+# Ends with the time of each step and ctest's own summary over all suites. Leaves nothing running.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source deploy/common.sh
@@ -32,6 +32,11 @@ for preset in "${builds[@]}"; do
   run_logged "configure $preset" cmake --preset "$preset"
   build_targets "$(build_directory "$preset")" all
 done
+if ((sanitizers)); then
+  step "build: clang, thread safety as errors"  # nothing of it is run
+  run_logged "configure clang" cmake --preset clang
+  build_targets build-clang all
+fi
 
 step "tests"
 # One ctest over all builds, so that there is one summary.

@@ -129,6 +129,7 @@ absl::StatusOr<GatewayConfig> ParseConfig(absl::string_view text, absl::string_v
         root, "",
         {{"listen", reader.Text(&config.listen)},
          {"log_level", reader.Text(&config.log_level)},
+         {"job_retention", reader.Time(&config.job_retention)},
          {"limits",
           [&](const YAML::Node& node, const std::string& path) {
             reader.Mapping(node, path,

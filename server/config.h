@@ -17,6 +17,7 @@
 //     live_jobs_per_owner: 20000
 //     rpc_threads: 160
 //     log_mirror_mib: 16             # kept of stdout and stderr each, per attempt
+//   job_retention: 0                 # how long finished jobs are kept, with their points and logs; 0: for ever
 //   local:                           # the embedded site
 //     enabled: true
 //     slots: 4                       # ranks at once; default: the cores of this machine
@@ -49,6 +50,7 @@ struct GatewayConfig {
   int live_jobs_per_owner = 20'000;
   int rpc_threads = 160;
   int log_mirror_mib = 16;
+  absl::Duration job_retention = absl::ZeroDuration();  // after the end of a job; zero: for ever
   LocalSiteConfig local;
   std::vector<SiteConfig> sites;
 };

@@ -29,6 +29,7 @@
 #include "server/dispatch/site_dispatcher.h"
 #include "server/init.h"
 #include "server/jobs/event_hub.h"
+#include "server/jobs/housekeeper.h"
 #include "server/jobs/job_service.h"
 #include "server/rpc/artifacts_rpc.h"
 #include "server/rpc/authenticator.h"
@@ -43,6 +44,7 @@ namespace itwin::server {
 namespace {
 
 constexpr absl::Duration kShutdownLimit = absl::Seconds(5);  // for calls under way
+constexpr int kCompletionQueues = 2;
 constexpr int kFeederThreads = 4;
 constexpr int kFileThreads = 4;
 constexpr int kCallThreads = 4;      // per site
@@ -107,6 +109,7 @@ struct Gateway::Parts {
   std::vector<std::unique_ptr<Tunnel>> tunnels;
   std::vector<std::unique_ptr<SiteDispatcher>> dispatchers;
   std::unique_ptr<JobService> jobs;
+  std::unique_ptr<Housekeeper> housekeeper;
   std::unique_ptr<TokenAuthenticator> authenticator;
   std::unique_ptr<TaskPool> feeders;
   std::unique_ptr<TaskPool> files;
@@ -138,13 +141,15 @@ absl::Status Gateway::Parts::Open(const Options& options) {
   BlobStore::Options blob_options;
   blob_options.directory = data.root;
   ITWIN_ASSIGN_OR_RETURN(blobs, BlobStore::Open(blob_options));
-  hub = std::make_unique<EventHub>(kMaxWatchers);
+  hub = std::make_unique<EventHub>(EventHub::Options{.max_watchers = kMaxWatchers}, &clock);
   store->AddListener(hub.get());
 
   ITWIN_RETURN_IF_ERROR(OpenSites(options));
   jobs = std::make_unique<JobService>(store.get(), blobs.get(), board.get());
   ITWIN_RETURN_IF_ERROR(Serve(config));
   for (const auto& dispatcher : dispatchers) dispatcher->Start();
+  housekeeper = std::make_unique<Housekeeper>(Housekeeper::Options{.job_retention = config.job_retention}, store.get(), &clock);
+  housekeeper->Start();
 
   ITWIN_RETURN_IF_ERROR(UpdateClientEndpoint(data, endpoint));
   ITWIN_RETURN_IF_ERROR(WriteFileAtomically(data.run("pid"), absl::StrCat(getpid(), "\n")));
@@ -236,6 +241,10 @@ absl::Status Gateway::Parts::Serve(const GatewayConfig& config) {
   builder.RegisterService(sites_rpc.get());
   builder.SetMaxReceiveMessageSize(kMaxReceiveMessageBytes);
   builder.SetResourceQuota(grpc::ResourceQuota("gateway").SetMaxThreads(config.rpc_threads));
+  // Threads that have answered wait for the next call. gRPC's default keeps two; with handlers that wait for the disk it
+  // would make and end a thread for almost every call.
+  builder.SetSyncServerOption(grpc::ServerBuilder::NUM_CQS, kCompletionQueues);
+  builder.SetSyncServerOption(grpc::ServerBuilder::MAX_POLLERS, config.rpc_threads / 2 / kCompletionQueues);
   // Two gateways on one port would share its clients between them.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   // Watchers whose machine went away are noticed; clients may ask for the same.
@@ -259,6 +268,7 @@ void Gateway::Parts::Stop() {
     server->Shutdown(absl::ToChronoTime(absl::Now() + kShutdownLimit));
     server->Wait();
   }
+  housekeeper.reset();
   for (const auto& dispatcher : dispatchers) dispatcher->Stop();
   feeders.reset();
   files.reset();

@@ -20,6 +20,7 @@
 #include "absl/time/clock.h"
 #include "agent/scheduler/bounded_log.h"
 #include "agent/scheduler/lease.h"
+#include "agent/scheduler/oom_counter.h"
 #include "agent/scheduler/process_tree.h"
 #include "agent/spool/fault_point.h"
 #include "agent/spool/lifecycle.h"
@@ -156,6 +157,7 @@ class AttemptRun {
     launch.stdout_fd = ends[0].get();
     launch.stderr_fd = ends[1].get();
     launch.new_session = true;
+    oom_before_ = oom_.Read();
     ITWIN_ASSIGN_OR_RETURN(const Subprocess child, Subprocess::Start(launch));
     program_ = child.pid();
     FaultPoint("script.launched");
@@ -331,6 +333,19 @@ class AttemptRun {
     return WriteFileAtomically(directory_.result_path(), Dump(result) + "\n");
   }
 
+  // Killed, not by us, and the kernel has killed for lack of memory since it began. mpirun and shells tell the
+  // signal of a rank as 128 + signal.
+  void SayIfOutOfMemory() {
+    const bool killed = exit_.signal == SIGKILL || (exit_.signal == 0 && exit_.exit_code == 128 + SIGKILL);
+    if (!reaped_ || !killed || term_sent_ != absl::InfiniteFuture()) return;
+    const int64_t kills = oom_.Read() - oom_before_;
+    if (kills <= 0) return;
+    exit_.cause = kCauseOutOfMemory;
+    exit_.message = absl::StrCat("out of memory: the kernel killed ", kills, kills == 1 ? " process" : " processes",
+                                 oom_.of_group() ? " of its control group" : " of this machine",
+                                 " for lack of memory; ask for more memory, or use less (smaller batch, fewer ranks per node)");
+  }
+
   int Finish() {
     RecordDropped(/*now=*/true);
     // The room kept back is for what follows.
@@ -340,6 +355,7 @@ class AttemptRun {
       exit_.cause = kCauseSelf;
       exit_.message.clear();
     }
+    SayIfOutOfMemory();
     if (reaped_ && exit_.signal == 0 && exit_.exit_code == 0) {
       if (absl::Status written = WriteResult(); !written.ok()) {
         log::Error("attempt {}: {}", directory_.key().text(), std::string(written.message()));
@@ -379,6 +395,8 @@ class AttemptRun {
   absl::Time deadline_ = absl::InfiniteFuture();
   absl::Time term_sent_ = absl::InfiniteFuture();
   bool killed_ = false;
+  const OomCounter oom_;
+  int64_t oom_before_ = 0;
   pid_t program_ = 0;
   bool reaped_ = false;
   ExitedRecord exit_;

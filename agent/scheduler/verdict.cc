@@ -11,6 +11,7 @@ v1::EndCause CauseOf(const ExitedRecord& record) {
   if (record.cause == kCauseCancelled) return v1::END_CAUSE_CANCELLED;
   if (record.cause == kCauseTimeLimit) return v1::END_CAUSE_TIME_LIMIT;
   if (record.cause == kCauseLaunchFailed) return v1::END_CAUSE_LAUNCH_FAILED;
+  if (record.cause == kCauseOutOfMemory) return v1::END_CAUSE_OUT_OF_MEMORY;
   if (record.cause == kCauseTerminated) return v1::END_CAUSE_CANCELLED_EXTERNALLY;
   return v1::END_CAUSE_EXITED;
 }

@@ -8,10 +8,13 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <filesystem>
 
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "agent/spool/fault_point.h"
 #include "common/ids.h"
 #include "common/status_macros.h"
@@ -22,6 +25,7 @@ namespace {
 // Verified content carries this modification time (2000-01-01): any later write to it shows.
 constexpr timespec kVerifiedTime = {946684800, 0};
 constexpr int64_t kMaxInputBytes = int64_t{1} << 44;
+constexpr absl::Duration kUseResolution = absl::Hours(1);  // how exactly the last use of an entry is known
 
 absl::Status CheckName(const std::string& sha256) {
   if (IsSha256Hex(sha256)) return absl::OkStatus();
@@ -29,11 +33,18 @@ absl::Status CheckName(const std::string& sha256) {
 }
 
 absl::Status MarkVerified(const std::string& path) {
-  const timespec times[2] = {kVerifiedTime, kVerifiedTime};
+  const timespec times[2] = {{0, UTIME_NOW}, kVerifiedTime};
   if (chmod(path.c_str(), 0400) != 0 || utimensat(AT_FDCWD, path.c_str(), times, 0) != 0) {
     return ErrnoStatus(errno, path);
   }
   return absl::OkStatus();
+}
+
+// The access time says when an entry was last asked for; set by hand, for many file systems do not.
+void NoteUse(const std::string& path, const struct stat& info) {
+  if (absl::Now() - absl::TimeFromTimespec(info.st_atim) < kUseResolution) return;
+  const timespec times[2] = {{0, UTIME_NOW}, {0, UTIME_OMIT}};
+  utimensat(AT_FDCWD, path.c_str(), times, 0);
 }
 
 absl::Status Copy(const std::string& from, const std::string& to, unsigned mode) {
@@ -52,6 +63,7 @@ absl::StatusOr<InputState> InputStore::Stat(const std::string& sha256) {
   struct stat info;
   if (lstat(PathOf(sha256).c_str(), &info) == 0) {
     if (S_ISREG(info.st_mode) && info.st_mtim.tv_sec == kVerifiedTime.tv_sec && info.st_mtim.tv_nsec == 0) {
+      NoteUse(PathOf(sha256), info);
       return InputState{.complete = true, .received_bytes = info.st_size};
     }
     const absl::StatusOr<std::string> actual = Sha256OfFile(PathOf(sha256));
@@ -163,6 +175,22 @@ absl::Status InputStore::Place(const std::string& sha256, const std::string& pat
   }
   if (rename(temporary.c_str(), path.c_str()) != 0) return ErrnoStatus(errno, path);
   return absl::OkStatus();
+}
+
+int64_t InputStore::RemoveUnused(absl::Time since) {
+  int64_t bytes = 0;
+  std::error_code error;
+  for (std::filesystem::directory_iterator it(directory_, error), end; !error && it != end; it.increment(error)) {
+    const std::string path = it->path().string();
+    struct stat info;
+    if (lstat(path.c_str(), &info) != 0 || !S_ISREG(info.st_mode) || info.st_nlink > 1) continue;
+    const absl::Time used = std::max(absl::TimeFromTimespec(info.st_atim), absl::TimeFromTimespec(info.st_ctim));
+    if (used >= since) continue;
+    const absl::StatusOr<FileDescriptor> file = OpenFile(path, O_RDONLY | O_NOFOLLOW);
+    if (!file.ok() || flock(file->get(), LOCK_EX | LOCK_NB) != 0) continue;  // an upload under way
+    if (unlink(path.c_str()) == 0) bytes += info.st_size;
+  }
+  return bytes;
 }
 
 }  // namespace itwin::agent

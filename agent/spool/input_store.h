@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "absl/time/time.h"
 #include "common/files.h"
 #include "common/sha256.h"
 
@@ -56,6 +57,10 @@ class InputStore {
   // Puts the content at `path` for a job to read: a hard link where that protects the store, else a copy. An
   // executable is always a copy. Replaces what is there. kFailedPrecondition: not complete in the store.
   absl::Status Place(const std::string& sha256, const std::string& path, bool executable);
+
+  // Removes what no attempt's directory links to and nobody has asked for, placed or sent since `since`; also uploads that
+  // were given up. Returns the bytes. Errors are left for the next time.
+  int64_t RemoveUnused(absl::Time since);
 
  private:
   std::string PathOf(const std::string& sha256) const { return directory_ + "/" + sha256; }

@@ -25,6 +25,7 @@ inline constexpr char kCauseCancelled[] = "cancelled";
 inline constexpr char kCauseTimeLimit[] = "time_limit";
 inline constexpr char kCauseTerminated[] = "terminated";
 inline constexpr char kCauseLaunchFailed[] = "launch_failed";
+inline constexpr char kCauseOutOfMemory[] = "out_of_memory";  // the kernel says so
 
 struct ExitedRecord {
   absl::Time time = {};

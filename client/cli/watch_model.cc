@@ -18,9 +18,10 @@ constexpr size_t kMaxMetricLines = 4;
 constexpr size_t kMaxPlainMetrics = 5;  // on a line of plain output
 constexpr int kBarWidth = 28;
 constexpr int kSparklineWidth = 12;
+constexpr char kNodePrefix[] = "node/";
 
 bool IsLoss(const std::string& name) { return absl::EndsWith(name, "loss"); }
-bool OfMachine(const std::string& name) { return absl::StartsWith(name, "node/"); }
+bool OfMachine(const std::string& name) { return absl::StartsWith(name, kNodePrefix); }
 
 }  // namespace
 
@@ -117,15 +118,28 @@ std::string WatchModel::MetricsText() const {
 }
 
 std::string WatchModel::NodeText() const {
-  std::vector<std::string> parts;
-  const auto add = [&](const char* series, const auto& text) {
-    const auto found = series_.find(series);
-    if (found != series_.end()) parts.push_back(text(found->second.last));
+  // Of all nodes: "node/<host>/<what>", or "node/<what>" from a program that names no host.
+  struct Sum {
+    double total = 0;
+    int nodes = 0;
   };
-  add("node/cpu_percent", [](double v) { return absl::StrFormat("cpu %.0f %%", v); });
-  add("node/gpu_percent", [](double v) { return absl::StrFormat("gpu %.0f %%", v); });
-  add("node/memory_bytes", [](double v) { return absl::StrCat("memory ", BytesText(static_cast<int64_t>(v))); });
-  add("node/power_watts", [](double v) { return absl::StrFormat("%.0f W", v); });
+  std::map<std::string, Sum> sums;
+  int nodes = 0;
+  for (auto it = series_.lower_bound(kNodePrefix); it != series_.end() && OfMachine(it->first); ++it) {
+    Sum& sum = sums[it->first.substr(it->first.rfind('/') + 1)];
+    sum.total += it->second.last;
+    nodes = std::max(nodes, ++sum.nodes);
+  }
+  std::vector<std::string> parts;
+  const auto add = [&](const char* what, bool mean, const auto& text) {
+    const auto found = sums.find(what);
+    if (found != sums.end()) parts.push_back(text(mean ? found->second.total / found->second.nodes : found->second.total));
+  };
+  add("cpu_percent", true, [](double v) { return absl::StrFormat("cpu %.0f %%", v); });
+  add("gpu_percent", true, [](double v) { return absl::StrFormat("gpu %.0f %%", v); });
+  add("memory_bytes", false, [](double v) { return absl::StrCat("memory ", BytesText(static_cast<int64_t>(v))); });
+  add("power_watts", false, [](double v) { return absl::StrFormat("%.0f W", v); });
+  if (nodes > 1 && !parts.empty()) parts.push_back(absl::StrCat("of ", nodes, " nodes"));
   return absl::StrJoin(parts, "  ");
 }
 

@@ -131,13 +131,13 @@ void SiteDispatcher::Post(std::function<void()> mail) {
 void SiteDispatcher::OnCommit(absl::Span<const JobChange> changes) {
   absl::MutexLock lock(&mu_);
   for (const JobChange& change : changes) {
-    if (change.event) changed_.insert(change.job);
+    if (change.event) changed_[change.job] = change.row;  // in the order of versions
   }
 }
 
 void SiteDispatcher::TakeMail() {
   std::vector<std::function<void()>> mail;
-  absl::flat_hash_set<JobId> changed;
+  absl::flat_hash_map<JobId, std::shared_ptr<const JobRow>> changed;
   absl::flat_hash_map<std::string, agent::v1::AttemptStatus> statuses;
   {
     absl::MutexLock lock(&mu_);
@@ -145,8 +145,9 @@ void SiteDispatcher::TakeMail() {
     changed.swap(changed_);
     statuses.swap(statuses_);
   }
+  // Before the tasks, which may move jobs past what was told.
+  for (const auto& [id, row] : changed) row ? Take(*row) : Refresh(id);
   for (const std::function<void()>& task : mail) task();
-  for (const JobId& id : changed) Refresh(id);
   for (const auto& [attempt, status] : statuses) OnStatus(status, clock_->Now());
 }
 
@@ -218,7 +219,7 @@ void SiteDispatcher::Connect() {
   });
 }
 
-absl::StatusOr<SiteDispatcher::Greeting> SiteDispatcher::SayHello(AgentClient* client, absl::Time deadline) const {
+absl::StatusOr<SiteDispatcher::Greeting> SiteDispatcher::SayHello(AgentClient* client, absl::Time deadline) {
   agent::v1::HelloRequest request;
   request.set_protocol(kProtocol);
   request.set_gateway_version(gateway_version_);
@@ -233,12 +234,23 @@ absl::StatusOr<SiteDispatcher::Greeting> SiteDispatcher::SayHello(AgentClient* c
         absl::StrCat("the agent speaks protocol ", out.hello.protocol(), ", this gateway ", kProtocol, "; update the ",
                      out.hello.protocol() < kProtocol ? "agent" : "gateway"));
   }
+  ITWIN_RETURN_IF_ERROR(CheckSpool(out.hello));
   if (out.hello.time_us() != 0) {
     const absl::Time answered = clock_->Now();
     const absl::Duration ahead = absl::FromUnixMicros(out.hello.time_us()) - (asked + (answered - asked) / 2);
     if (absl::AbsDuration(ahead) >= kClocksAgree) out.clock_ahead = absl::Floor(ahead + absl::Milliseconds(500), absl::Seconds(1));
   }
   return out;
+}
+
+absl::Status SiteDispatcher::CheckSpool(const agent::v1::HelloResponse& hello) {
+  if (hello.spool_id().empty()) return absl::OkStatus();  // an agent that does not know of ids
+  ITWIN_ASSIGN_OR_RETURN(const std::string known, store_->PinSpool(options_.name, hello.spool_id()));
+  if (known == hello.spool_id()) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat(
+      hello.host(), ":", hello.spool(), " is another spool than before (id ", hello.spool_id(), ", not ", known,
+      "): the file system that holds it may not be mounted. Mount it; jobs wait until then. If the spool was made anew on "
+      "purpose and what was there is given up, run at the gateway: itwin-gateway accept-spool ", options_.name));
 }
 
 void SiteDispatcher::OnConnected(absl::StatusOr<Greeting> greeting, std::shared_ptr<AgentClient> client) {
@@ -253,7 +265,10 @@ void SiteDispatcher::OnConnected(absl::StatusOr<Greeting> greeting, std::shared_
       log::Warn("site {} cannot be reached: {}", options_.name, std::string(why.message()));
     }
     ++connect_failures_;
-    site_.set_state(auth ? v1::SITE_STATE_PAUSED_AUTH : v1::SITE_STATE_UNREACHABLE);
+    const bool other_spool = absl::IsDataLoss(why);
+    site_.set_state(auth          ? v1::SITE_STATE_PAUSED_AUTH
+                    : other_spool ? v1::SITE_STATE_PAUSED
+                                  : v1::SITE_STATE_UNREACHABLE);
     site_.set_reason(std::string(why.message()));
     site_.set_connected_us(0);
     if (outage_since_ == absl::InfinitePast()) outage_since_ = now;
@@ -607,18 +622,23 @@ void SiteDispatcher::Refresh(const JobId& id) {
     } else {
       // Not known yet: asked for again with the next mail.
       absl::MutexLock lock(&mu_);
-      changed_.insert(id);
+      changed_.try_emplace(id);
     }
     return;
   }
-  if (!Mine(*row)) {
-    Forget(id);
+  Take(*row);
+}
+
+void SiteDispatcher::Take(const JobRow& row) {
+  const auto found = jobs_.find(row.id);
+  // Our own event coming back, or what was told of an older one.
+  if (found != jobs_.end() && found->second->row.version >= row.version) return;
+  if (!Mine(row)) {
+    Forget(row.id);
     return;
   }
-  const auto found = jobs_.find(id);
-  if (found != jobs_.end() && found->second->row.version == row->version) return;  // our own event coming back
-  SetRow(*row);
-  Wake(id);
+  SetRow(row);
+  Wake(row.id);
 }
 
 SiteDispatcher::LiveJob* SiteDispatcher::Find(const AttemptKey& key) {

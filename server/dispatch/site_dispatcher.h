@@ -102,7 +102,9 @@ class SiteDispatcher : public CommitListener {
   };
   void Connect();
   // On a worker's thread.
-  absl::StatusOr<Greeting> SayHello(AgentClient* client, absl::Time deadline) const;
+  absl::StatusOr<Greeting> SayHello(AgentClient* client, absl::Time deadline);
+  // kDataLoss, saying what to do, when the site shows another spool than before.
+  absl::Status CheckSpool(const agent::v1::HelloResponse& hello);
   void OnConnected(absl::StatusOr<Greeting> greeting, std::shared_ptr<AgentClient> client);
   void Disconnect(const absl::Status& why);
   void List();
@@ -116,7 +118,9 @@ class SiteDispatcher : public CommitListener {
 
   // -- jobs --
   bool Mine(const JobRow& row) const;
+  // Looks at the job as the store has it, or as it was told.
   void Refresh(const JobId& id);
+  void Take(const JobRow& row);
   void SetRow(const JobRow& row);
   void Forget(const JobId& id);
   void Count(const JobRow& row, int sign);
@@ -221,7 +225,8 @@ class SiteDispatcher : public CommitListener {
   absl::Mutex mu_;
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
   std::vector<std::function<void()>> mail_ ABSL_GUARDED_BY(mu_);
-  absl::flat_hash_set<JobId> changed_ ABSL_GUARDED_BY(mu_);
+  // The newest that commits told; null: to be read.
+  absl::flat_hash_map<JobId, std::shared_ptr<const JobRow>> changed_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<std::string, agent::v1::AttemptStatus> statuses_ ABSL_GUARDED_BY(mu_);  // newest of each
   std::shared_ptr<AgentClient> open_client_ ABSL_GUARDED_BY(mu_);  // the newest, so that Stop can end its calls
 

@@ -167,6 +167,9 @@ bool SpoolFollower::Store(const agent::v1::FollowResponse& response) {
   for (size_t i = 0; i < batches.size() && i < stored->size(); ++i) {
     const SpoolCommit& commit = (*stored)[i];
     if (commit.outcome == SpoolCommit::Outcome::kUnknownAttempt) continue;
+    if (commit.refused_points > 0 && !std::exchange(owners[i]->complained, true)) {
+      callbacks_.on_complaint(batches[i].attempt, RefusedComplaint(batches[i], commit.refused_points), commit.refused_points);
+    }
     bool drained = false;
     agent::v1::SpoolCursor stands;
     {

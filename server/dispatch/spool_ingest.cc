@@ -12,12 +12,16 @@
 #include <vector>
 
 #include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 
 namespace itwin::server {
 namespace {
 
 using agent::v1::SpoolChunk;
+
+constexpr size_t kMaxNamesKept = 20'000;  // of an attempt; beyond it starts anew
+constexpr absl::string_view kNodePrefix = "node/";
 
 // Times outside of 1970..2200 are a program's mistake, not a date.
 constexpr double kMaxUnixSeconds = 7.3e9;
@@ -87,6 +91,16 @@ struct SpoolParser::Json {
   simdjson::dom::parser parser{kMaxLineBytes};
   std::vector<char> buffer;  // the chunk and simdjson's padding
   std::vector<std::pair<std::string_view, double>> values;  // of the line at hand
+  std::string node_series;                                  // the name at hand, with its node
+
+  // The name under which a series is stored; good until the next call. `node`: of a node file, else empty.
+  absl::string_view StoredName(std::string_view name, const std::string& node) {
+    const absl::string_view own = View(name);
+    if (node.empty() || !absl::StartsWith(own, kNodePrefix)) return own;
+    node_series.assign(kNodePrefix.data(), kNodePrefix.size());
+    absl::StrAppend(&node_series, node, "/", own.substr(kNodePrefix.size()));
+    return node_series;
+  }
 
   // The line's values and facts, or what is wrong with it.
   const char* ReadLine(const char* line, size_t size, absl::Time now, int64_t* time_us, int64_t* step,
@@ -164,6 +178,7 @@ ParsedChunk SpoolParser::Parse(const AttemptKey& attempt, const SpoolChunk& chun
   std::memset(json_->buffer.data() + whole, ' ', simdjson::SIMDJSON_PADDING);
 
   ++batch_;
+  if (names->known_.size() > kMaxNamesKept) names->known_.clear();
   std::string first_bad;
   const char* const begin = json_->buffer.data();
   const char* const end = begin + whole;
@@ -187,13 +202,10 @@ ParsedChunk SpoolParser::Parse(const AttemptKey& attempt, const SpoolChunk& chun
       } else {
         if (progress) batch.progress = std::move(progress);
         for (const auto& [name, value] : json_->values) {
-          auto known = names->known_.find(View(name));
+          const absl::string_view series = json_->StoredName(name, chunk.host());
+          auto known = names->known_.find(series);
           if (known == names->known_.end()) {
-            if (names->known_.size() >= static_cast<size_t>(kMaxSeriesPerJob)) {
-              ++out.excess_points;
-              continue;
-            }
-            known = names->known_.emplace(std::string(name), SeriesNames::Slot{}).first;
+            known = names->known_.emplace(std::string(series), SeriesNames::Slot{}).first;
           }
           if (known->second.batch != batch_) {
             known->second = {batch_, batch.points.size()};
@@ -216,12 +228,13 @@ ParsedChunk SpoolParser::Parse(const AttemptKey& attempt, const SpoolChunk& chun
                                  " could not be read and ", batch.bad_lines == 1 ? "was" : "were",
                                  " skipped; the first: ", first_bad);
   }
-  if (out.excess_points > 0) {
-    out.complaint = absl::StrCat(out.complaint, out.complaint.empty() ? "" : ". ", out.excess_points, " points in ", file,
-                                 " belong to series beyond the limit of ", kMaxSeriesPerJob,
-                                 " per job and were left out; use fewer, longer series");
-  }
   return out;
+}
+
+std::string RefusedComplaint(const SpoolBatch& batch, int64_t refused_points) {
+  return absl::StrCat(refused_points, " points in ", SpoolFileName(batch.file, batch.host),
+                      " belong to series beyond the limit of ", kMaxSeriesPerJob, " per job, or have names of more than ",
+                      kMaxSeriesNameBytes, " bytes, and were left out; use fewer, longer series");
 }
 
 std::string SpoolFileName(agent::v1::SpoolFile file, const std::string& host) {

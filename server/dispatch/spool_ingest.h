@@ -13,15 +13,15 @@
 // What an attempt appends to its spool, as the store takes it: chunks of metrics.jsonl and node-<host>.jsonl become
 // points and progress, chunks of the logs stay bytes. The format is docs/worker-contract.md. A line is taken
 // whole or not at all; one that cannot be read is counted and skipped, whatever it is.
+// Each node of an attempt has series of its own: "node/cpu_percent" in node-n1.jsonl becomes "node/n1/cpu_percent".
 namespace itwin::server {
 
-inline constexpr int kMaxSeriesPerJob = 10'000;
-inline constexpr size_t kMaxSeriesNameBytes = 200;
 inline constexpr size_t kMaxLineBytes = 1 << 20;
 inline constexpr int kMaxJsonDepth = 16;
 inline constexpr size_t kMaxExampleBytes = 120;
 
-// The names of series that a job has used so far: what makes kMaxSeriesPerJob hold. One per job, of one thread.
+// The names of series that an attempt has used lately, so that each is copied once. Of one thread. How many a job may have
+// is the store's business.
 class SeriesNames {
  public:
   size_t size() const { return known_.size(); }
@@ -37,10 +37,9 @@ class SeriesNames {
 
 struct ParsedChunk {
   SpoolBatch batch;
-  // About bad lines and of points beyond the limit of series; empty when there were none. One sentence.
+  // About bad lines; empty when there were none. One sentence.
   std::string complaint;
   int64_t points = 0;
-  int64_t excess_points = 0;  // of series beyond kMaxSeriesPerJob; left out
 };
 
 // Not thread-safe: one per reader thread, for all attempts it reads.
@@ -60,6 +59,8 @@ class SpoolParser {
   uint64_t batch_ = 0;
 };
 
+// The sentence about points that the store did not take.
+std::string RefusedComplaint(const SpoolBatch& batch, int64_t refused_points);
 // How the spool calls it: "metrics.jsonl", "node-n1.jsonl", "stdout.log".
 std::string SpoolFileName(agent::v1::SpoolFile file, const std::string& host);
 // Where `cursor` stands in that file.

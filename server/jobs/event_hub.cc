@@ -18,6 +18,18 @@ bool SameCursor(const v1::WatchCursor& a, const v1::WatchCursor& b) {
          a.log_attempt() == b.log_attempt();
 }
 
+int64_t BytesOf(const WatchTopic::Shared& shared) {
+  return shared.update == nullptr ? 0 : static_cast<int64_t>(shared.update->size());
+}
+
+void Merge(const JobChange& change, JobChange* into) {
+  into->event |= change.event;
+  into->attempt |= change.attempt;
+  into->progress |= change.progress;
+  into->points |= change.points;
+  into->logs |= change.logs;
+}
+
 }  // namespace
 
 ChangeCounts WatchTopic::counts() const {
@@ -48,20 +60,19 @@ absl::StatusOr<WatchTopic::Shared> WatchTopic::GetOrRead(const Shared& key,
   }
   absl::StatusOr<Shared> made = read();
   if (!made.ok()) return made;
-  made->bytes = made->update == nullptr ? 0 : static_cast<int64_t>(made->update->ByteSizeLong());
-  while (!recent_.empty() &&
-         (recent_.size() >= kSharedUpdates || shared_bytes_.load() + made->bytes > kMaxSharedBytes)) {
+  const int64_t bytes = BytesOf(*made);
+  while (!recent_.empty() && (recent_.size() >= kSharedUpdates || shared_bytes_.load() + bytes > kMaxSharedBytes)) {
     DropOldest();
   }
-  if (shared_bytes_.load() + made->bytes <= kMaxSharedBytes) {
-    shared_bytes_ += made->bytes;
+  if (shared_bytes_.load() + bytes <= kMaxSharedBytes) {
+    shared_bytes_ += bytes;
     recent_.push_front(*made);
   }
   return made;
 }
 
 void WatchTopic::DropOldest() {
-  shared_bytes_ -= recent_.back().bytes;
+  shared_bytes_ -= BytesOf(recent_.back());
   recent_.pop_back();
 }
 
@@ -70,12 +81,20 @@ WatchTopic::~WatchTopic() {
   while (!recent_.empty()) DropOldest();
 }
 
+EventHub::EventHub(const Options& options, Clock* clock)
+    : options_(options), clock_(*clock), rounds_([this] { Loop(); }) {}
+
+EventHub::~EventHub() {
+  Close();
+  rounds_.join();
+}
+
 EventHub::Subscription::~Subscription() { hub_->Unsubscribe(job_, number_); }
 
 absl::StatusOr<std::unique_ptr<EventHub::Subscription>> EventHub::Subscribe(const JobId& job, Wake wake) {
   absl::MutexLock lock(&mu_);
   if (closed()) return absl::UnavailableError("the gateway is stopping; connect again in a moment");
-  if (watchers_ >= max_watchers_) {
+  if (watchers_ >= options_.max_watchers) {
     return absl::ResourceExhaustedError(
         absl::StrCat(watchers_, " watchers are connected, the most that are allowed; try again later, or ask with GetJob"));
   }
@@ -100,11 +119,48 @@ void EventHub::Unsubscribe(const JobId& job, uint64_t number) {
 void EventHub::OnCommit(absl::Span<const JobChange> changes) {
   absl::MutexLock lock(&mu_);
   if (jobs_.empty()) return;
+  std::optional<absl::Time> now;  // asked for when somebody watches
   for (const JobChange& change : changes) {
     const auto it = jobs_.find(change.job);
     if (it == jobs_.end()) continue;
-    it->second.topic->Count(change);
-    for (const auto& [number, wake] : it->second.wakes) wake();
+    Watched& watched = it->second;
+    if (!now) now = clock_.Now();
+    if (*now >= watched.next_round) {
+      Tell(&watched, change, *now);
+    } else if (watched.waiting) {
+      Merge(change, &*watched.waiting);
+    } else {
+      watched.waiting = change;
+      reschedule_ = true;
+    }
+  }
+}
+
+void EventHub::Tell(Watched* watched, const JobChange& change, absl::Time now) {
+  const absl::Duration round = absl::Seconds(1) * watchers_ / options_.updates_per_second;
+  watched->next_round = round < options_.shortest_round ? absl::InfinitePast() : now + round;
+  watched->topic->Count(change);
+  for (const auto& [number, wake] : watched->wakes) wake();
+}
+
+void EventHub::Loop() {
+  absl::MutexLock lock(&mu_);
+  absl::Time next = absl::InfiniteFuture();
+  while (!closed_) {
+    clock_.AwaitUntil(mu_, absl::Condition(this, &EventHub::HasWork), next);
+    reschedule_ = false;
+    next = absl::InfiniteFuture();
+    const absl::Time now = clock_.Now();
+    for (auto& [job, watched] : jobs_) {
+      if (!watched.waiting) continue;
+      if (now < watched.next_round) {
+        next = std::min(next, watched.next_round);
+        continue;
+      }
+      const JobChange change = *watched.waiting;
+      watched.waiting.reset();
+      Tell(&watched, change, now);
+    }
   }
 }
 

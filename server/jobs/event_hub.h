@@ -5,6 +5,9 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <optional>
+#include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -12,6 +15,8 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "common/clock.h"
 #include "common/ids.h"
 #include "itwin/v1/jobs.pb.h"
 #include "server/store/job_store.h"
@@ -47,8 +52,10 @@ class WatchTopic {
     ChangeCounts seen;         // what the update brings the watcher to
     bool more = false;         // there was more to read at once
     bool finished = false;     // the job's last
-    std::shared_ptr<const v1::JobUpdate> update;  // null: nothing new
-    int64_t bytes = 0;         // of the update
+    v1::WatchCursor to;        // the update's cursor
+    bool tells_job = false;    // the update has the job
+    // The v1::JobUpdate as it goes over the wire, the same bytes for all; null: nothing new.
+    std::shared_ptr<const std::string> update;
   };
   // Finds an entry for the same place, or makes it by `read`; other watchers of the job wait meanwhile.
   absl::StatusOr<Shared> GetOrRead(const Shared& key, const std::function<absl::StatusOr<Shared>()>& read)
@@ -65,9 +72,17 @@ class WatchTopic {
 
 // Tells watchers that something of their job was committed. It carries no data: watchers hold cursors and read from the
 // store, so a slow one costs nothing. Thread-safe.
+// Few watchers are told within the commit. Many are told in rounds, at most Options::updates_per_second watchers a second
+// in all: what is committed meanwhile waits for the next round and then goes out in one update. Otherwise a thousand
+// watchers of a busy job would take all processors for updates of a point or two, and all would be late.
 class EventHub : public CommitListener {
  public:
   using Wake = std::function<void()>;
+  struct Options {
+    int max_watchers = 10'000;
+    int updates_per_second = 25'000;  // of all watchers
+    absl::Duration shortest_round = absl::Milliseconds(2);  // watchers so few that a round is shorter do not wait
+  };
   // Gives the subscription back at its end; afterwards `wake` is not called any more.
   class Subscription {
    public:
@@ -86,9 +101,11 @@ class EventHub : public CommitListener {
     const uint64_t number_;
   };
 
-  explicit EventHub(int max_watchers) : max_watchers_(max_watchers) {}
-  // Calls `wake` after each commit that changes the job, on the store's writer thread: it must only take note, and not
-  // call the hub. kResourceExhausted: too many watchers; kUnavailable: closed.
+  // `clock` must outlive the hub.
+  EventHub(const Options& options, Clock* clock);
+  ~EventHub() override;
+  // Calls `wake` after commits that change the job, on the store's writer thread or the hub's: it must only take note, and
+  // not call the hub. kResourceExhausted: too many watchers; kUnavailable: closed.
   absl::StatusOr<std::unique_ptr<Subscription>> Subscribe(const JobId& job, Wake wake) ABSL_LOCKS_EXCLUDED(mu_);
   void OnCommit(absl::Span<const JobChange> changes) override ABSL_LOCKS_EXCLUDED(mu_);
   // The gateway stops: wakes all, and they find closed().
@@ -100,16 +117,25 @@ class EventHub : public CommitListener {
   struct Watched {
     std::shared_ptr<WatchTopic> topic;
     std::vector<std::pair<uint64_t, Wake>> wakes;
+    absl::Time next_round = absl::InfinitePast();  // not before
+    std::optional<JobChange> waiting;              // committed since the last round
   };
   void Unsubscribe(const JobId& job, uint64_t number) ABSL_LOCKS_EXCLUDED(mu_);
+  void Tell(Watched* watched, const JobChange& change, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool HasWork() const ABSL_SHARED_LOCKS_REQUIRED(mu_) { return closed_ || reschedule_; }
+  void Loop() ABSL_LOCKS_EXCLUDED(mu_);
 
-  const int max_watchers_;
+  const Options options_;
+  Clock& clock_;
   std::atomic<bool> closed_ = false;
   std::atomic<int64_t> shared_bytes_ = 0;
   mutable absl::Mutex mu_;
   absl::flat_hash_map<JobId, Watched> jobs_ ABSL_GUARDED_BY(mu_);
   uint64_t next_number_ ABSL_GUARDED_BY(mu_) = 1;
   int watchers_ ABSL_GUARDED_BY(mu_) = 0;
+  bool reschedule_ ABSL_GUARDED_BY(mu_) = false;  // something new waits for its round
+
+  std::thread rounds_;  // last: it uses the rest
 };
 
 }  // namespace itwin::server

@@ -54,8 +54,8 @@ absl::StatusOr<JobWatch::Step> JobWatch::Next() {
       if (more_) continue;  // moved on to another log without data
       return Step{};
     }
-    options_.cursor = shared.update->cursor();
-    if (shared.update->has_job()) job_seen_ = shared.seen.job + 1;
+    options_.cursor = shared.to;
+    if (shared.tells_job) job_seen_ = shared.seen.job + 1;
     return Step{shared.update, shared.finished};
   }
 }
@@ -64,21 +64,22 @@ absl::StatusOr<WatchTopic::Shared> JobWatch::Read(const WatchTopic::Shared& key)
   WatchTopic::Shared out = key;
   // Before the reads: what is committed between them is read again for nothing at worst, never missed.
   out.seen = subscription_->topic().counts();
-  auto update = std::make_shared<v1::JobUpdate>();
-  *update->mutable_cursor() = key.from;
-  v1::WatchCursor& cursor = *update->mutable_cursor();
+  v1::JobUpdate update;
+  *update.mutable_cursor() = key.from;
+  v1::WatchCursor& cursor = *update.mutable_cursor();
 
   ITWIN_ASSIGN_OR_RETURN(const JobRow row, store_.GetJob(options_.job));
   bool news = false;
   // Also when its last change is older than this watch: the first update always has the job.
   if (key.job_seen != out.seen.job + 1) {
-    *update->mutable_job() = ToProto(row);
+    *update.mutable_job() = ToProto(row);
+    out.tells_job = true;
     news = true;
   }
   if (row.version > cursor.event_sequence()) {
     ITWIN_ASSIGN_OR_RETURN(const std::vector<StoredEvent> events,
                            store_.ListEvents(options_.job, cursor.event_sequence(), kMaxEvents));
-    for (const StoredEvent& event : events) *update->add_events() = ToProto(event);
+    for (const StoredEvent& event : events) *update.add_events() = ToProto(event);
     if (!events.empty()) {
       cursor.set_event_sequence(events.back().sequence);
       news = true;
@@ -87,19 +88,22 @@ absl::StatusOr<WatchTopic::Shared> JobWatch::Read(const WatchTopic::Shared& key)
   }
   if (options_.points) {
     ITWIN_ASSIGN_OR_RETURN(PointsPage page, store_.ListPoints(options_.job, cursor.points(), {}, kMaxPoints));
-    for (v1::PointBlock& block : page.blocks) *update->add_blocks() = std::move(block);
+    for (v1::PointBlock& block : page.blocks) *update.add_blocks() = std::move(block);
     news |= page.next_cursor != cursor.points();
     cursor.set_points(page.next_cursor);
     out.more |= !page.end;
   }
   if (options_.logs && row.record.attempt > 0) {
     const v1::WatchCursor before = cursor;
-    ITWIN_RETURN_IF_ERROR(ReadLogs(row, update.get(), &out.more));
+    ITWIN_RETURN_IF_ERROR(ReadLogs(row, &update, &out.more));
     news |= before.log_attempt() != cursor.log_attempt() || before.stdout_offset() != cursor.stdout_offset() ||
             before.stderr_offset() != cursor.stderr_offset();
   }
   out.finished = IsFinal(row.record.state) && !out.more;
-  if (news) out.update = std::move(update);
+  if (news) {
+    out.to = cursor;
+    out.update = std::make_shared<const std::string>(update.SerializeAsString());
+  }
   return out;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 
 #include "absl/status/statusor.h"
 #include "itwin/v1/jobs.pb.h"
@@ -20,7 +21,9 @@ class JobWatch {
     bool logs = false;
   };
   struct Step {
-    std::shared_ptr<const v1::JobUpdate> update;  // null: nothing new; `wake` will be called
+    // A v1::JobUpdate as it goes over the wire, shared by the watchers at the same place. Null: nothing new; `wake` will be
+    // called.
+    std::shared_ptr<const std::string> update;
     bool finished = false;                        // the job is final and this was the last
   };
 

@@ -1,12 +1,15 @@
 #include "server/rpc/jobs_rpc.h"
 
+#include <grpcpp/support/byte_buffer.h>
+#include <grpcpp/support/slice.h>
+
 #include <memory>
+#include <string>
 #include <utility>
 
-#include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "common/grpc_status.h"
 #include "common/status_macros.h"
+#include "server/rpc/feed_turn.h"
 
 namespace itwin::server {
 namespace {
@@ -23,12 +26,19 @@ grpc::Status Answer(const JobsRpc::Parts& parts, const grpc::ServerContext& cont
   return grpc::Status::OK;
 }
 
-// One watcher. At any time it is at rest (woken by the hub), waits for or runs on a feeder, or has a write under way;
-// only the last two move it, so Finish is called once and by one of them, or by OnCancel at rest.
-class WatchReactor : public grpc::ServerWriteReactor<v1::JobUpdate> {
+// The bytes of an update as a message, without a copy of them: all watchers at the same place are sent the same ones.
+grpc::ByteBuffer MessageOf(const std::shared_ptr<const std::string>& bytes) {
+  auto* const reference = new std::shared_ptr<const std::string>(bytes);
+  const grpc::Slice slice(const_cast<char*>(bytes->data()), bytes->size(),
+                          [](void* held) { delete static_cast<std::shared_ptr<const std::string>*>(held); }, reference);
+  return grpc::ByteBuffer(&slice, 1);
+}
+
+// One watcher. Whoever has its turn moves it, so Finish is called once: by a feeder, or by OnCancel at rest.
+class WatchReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
  public:
-  WatchReactor(const JobsRpc::Parts& parts, grpc::CallbackServerContext* context, const v1::WatchJobRequest& request)
-      : parts_(parts), context_(*context), request_(request) {
+  WatchReactor(const JobsRpc::Parts& parts, grpc::CallbackServerContext* context, const grpc::ByteBuffer& request)
+      : parts_(parts), context_(*context), encoded_request_(request) {
     // Authentication and look-up read the database as well: they are the feeder's first task.
     parts_.feeders->Post([this] { Begin(); });
   }
@@ -39,14 +49,7 @@ class WatchReactor : public grpc::ServerWriteReactor<v1::JobUpdate> {
   }
 
   void OnCancel() override {
-    bool at_rest;
-    {
-      absl::MutexLock lock(&mu_);
-      cancelled_ = true;
-      at_rest = state_ == State::kRest;
-      if (at_rest) state_ = State::kEnded;
-    }
-    if (at_rest) Finish(grpc::Status::CANCELLED);
+    if (turn_.Cancel()) Finish(grpc::Status::CANCELLED);
   }
 
   void OnDone() override {
@@ -55,8 +58,6 @@ class WatchReactor : public grpc::ServerWriteReactor<v1::JobUpdate> {
   }
 
  private:
-  enum class State { kBusy, kRest, kEnded };
-
   void Begin() {
     if (absl::Status status = Open(); !status.ok()) return End(status);
     Feed();
@@ -64,72 +65,52 @@ class WatchReactor : public grpc::ServerWriteReactor<v1::JobUpdate> {
 
   absl::Status Open() {
     ITWIN_ASSIGN_OR_RETURN(const Caller caller, parts_.authenticator->Authenticate(context_));
-    ITWIN_ASSIGN_OR_RETURN(const JobRow row, parts_.service->Find(caller, request_.job()));
+    v1::WatchJobRequest request;
+    ITWIN_RETURN_IF_ERROR(FromGrpc(grpc::SerializationTraits<v1::WatchJobRequest>::Deserialize(&encoded_request_, &request)));
+    ITWIN_ASSIGN_OR_RETURN(const JobRow row, parts_.service->Find(caller, request.job()));
     JobWatch::Options options;
     options.job = row.id;
-    options.cursor = request_.cursor();
-    options.points = request_.points();
-    options.logs = request_.logs();
+    options.cursor = request.cursor();
+    options.points = request.points();
+    options.logs = request.logs();
     ITWIN_ASSIGN_OR_RETURN(watch_, JobWatch::Open(parts_.store, parts_.hub, options, [this] { Wake(); }));
     return absl::OkStatus();
   }
 
-  // On the store's writer thread.
+  // On the store's writer thread or the hub's.
   void Wake() {
-    {
-      absl::MutexLock lock(&mu_);
-      woken_ = true;
-      if (state_ != State::kRest) return;  // Feed looks at woken_ before it rests
-      state_ = State::kBusy;
-    }
-    parts_.feeders->Post([this] { Feed(); });
+    if (turn_.Wake()) parts_.feeders->Post([this] { Feed(); });
   }
 
   void Feed() {
-    while (true) {
-      {
-        absl::MutexLock lock(&mu_);
-        woken_ = false;
-        if (cancelled_) break;
-      }
+    while (turn_.Look()) {
       absl::StatusOr<JobWatch::Step> step = watch_->Next();
       if (!step.ok()) return End(step.status());
       if (step->update != nullptr) {
         finished_ = step->finished;
-        update_ = std::move(step->update);  // lives until the write is done
-        StartWrite(update_.get());
+        message_ = MessageOf(step->update);  // lives until the write is done
+        StartWrite(&message_);
         return;
       }
       if (step->finished) return End(absl::OkStatus());
-      absl::MutexLock lock(&mu_);
-      if (cancelled_) break;
-      if (!woken_) {
-        state_ = State::kRest;
-        return;
-      }
+      if (turn_.Rest()) return;
     }
     End(absl::CancelledError("the watcher has gone"));
   }
 
   void End(const absl::Status& status) {
-    {
-      absl::MutexLock lock(&mu_);
-      state_ = State::kEnded;
-    }
+    turn_.End();
     Finish(ToGrpc(status));
   }
 
   const JobsRpc::Parts& parts_;
   grpc::CallbackServerContext& context_;
-  const v1::WatchJobRequest request_;
-  std::unique_ptr<JobWatch> watch_;                   // a feeder's, one at a time
-  std::shared_ptr<const v1::JobUpdate> update_;       // being written
-  bool finished_ = false;                             // update_ is the last
-
-  absl::Mutex mu_;
-  State state_ ABSL_GUARDED_BY(mu_) = State::kBusy;
-  bool woken_ ABSL_GUARDED_BY(mu_) = false;
-  bool cancelled_ ABSL_GUARDED_BY(mu_) = false;
+  grpc::ByteBuffer encoded_request_;
+  FeedTurn turn_;
+  // Whose turn it is:
+  std::unique_ptr<JobWatch> watch_;
+  grpc::ByteBuffer message_;  // being written
+  bool finished_ = false;     // message_ is the last
 };
 
 }  // namespace
@@ -184,8 +165,8 @@ grpc::Status JobsRpc::ListOutputs(grpc::ServerContext* context, const v1::ListOu
   return Answer(parts_, *context, *request, response, &JobService::ListOutputs);
 }
 
-grpc::ServerWriteReactor<v1::JobUpdate>* JobsRpc::WatchJob(grpc::CallbackServerContext* context,
-                                                           const v1::WatchJobRequest* request) {
+grpc::ServerWriteReactor<grpc::ByteBuffer>* JobsRpc::WatchJob(grpc::CallbackServerContext* context,
+                                                              const grpc::ByteBuffer* request) {
   return new WatchReactor(parts_, context, *request);
 }
 

@@ -10,8 +10,8 @@
 namespace itwin::server {
 
 // itwin.v1.Jobs: proto in, proto out, no rules. Unary calls are synchronous; WatchJob is a callback reactor whose reads
-// run on `feeders`.
-class JobsRpc : public v1::Jobs::WithCallbackMethod_WatchJob<v1::Jobs::Service> {
+// run on `feeders`. It deals in bytes, so that an update is encoded once for all who watch.
+class JobsRpc : public v1::Jobs::WithRawCallbackMethod_WatchJob<v1::Jobs::Service> {
  public:
   struct Parts {  // all must outlive the server
     JobService* service;
@@ -43,8 +43,8 @@ class JobsRpc : public v1::Jobs::WithCallbackMethod_WatchJob<v1::Jobs::Service> 
                        v1::ReadLogResponse* response) override;
   grpc::Status ListOutputs(grpc::ServerContext* context, const v1::ListOutputsRequest* request,
                            v1::ListOutputsResponse* response) override;
-  grpc::ServerWriteReactor<v1::JobUpdate>* WatchJob(grpc::CallbackServerContext* context,
-                                                    const v1::WatchJobRequest* request) override;
+  grpc::ServerWriteReactor<grpc::ByteBuffer>* WatchJob(grpc::CallbackServerContext* context,
+                                                       const grpc::ByteBuffer* request) override;
 
  private:
   const Parts parts_;

@@ -1,6 +1,7 @@
 #include "server/store/commit_queue.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -79,58 +80,68 @@ void CommitQueue::Loop() {
   }
 }
 
-void CommitQueue::RunGroup(const std::vector<Item*>& group) {
-  std::vector<JobChange> changes;
-  bool took_back = false;
-  absl::Status fatal = connection_->Guard([&] {
-    RunPrepared(*connection_, kBegin);
+absl::Status CommitQueue::Execute(const char* sql) {
+  return connection_->Guard([&] {
+    Query(*connection_, sql).Run();
     return absl::OkStatus();
   });
-  bool any = false;
+}
+
+CommitQueue::Outcome CommitQueue::RunBodies(const std::vector<Item*>& group, bool alone, std::vector<JobChange>* changes) {
+  Outcome outcome;
+  outcome.fatal = Execute(kBegin);
   for (Item* item : group) {
-    if (!fatal.ok()) break;
+    if (!outcome.fatal.ok()) break;
     WriteContext context{*connection_, {}};
+    const int64_t before = connection_->total_changes();
     item->status = connection_->Guard([&]() -> absl::Status {
-      RunPrepared(*connection_, kSavepoint);
+      if (alone) RunPrepared(*connection_, kSavepoint);
       absl::Status status = item->body(context);
-      if (status.ok()) RunPrepared(*connection_, kRelease);
+      if (alone && status.ok()) RunPrepared(*connection_, kRelease);
       return status;
     });
     if (item->status.ok()) {
-      any = true;
-      changes.insert(changes.end(), context.changes.begin(), context.changes.end());
-      continue;
+      outcome.any = true;
+      changes->insert(changes->end(), std::make_move_iterator(context.changes.begin()),
+                      std::make_move_iterator(context.changes.end()));
+    } else if (connection_->autocommit()) {
+      // Some errors (disk full while the cache spills) end the transaction: then the whole group is lost.
+      outcome.fatal = item->status;
+    } else if (connection_->total_changes() == before && !alone) {
+      // Refused before it wrote anything: nothing to take back.
+    } else if (alone) {
+      outcome.took_back = true;
+      outcome.fatal = Execute(kRollbackTo);
+      if (outcome.fatal.ok()) outcome.fatal = Execute(kRelease);
+    } else {
+      outcome.again = true;
+      return outcome;
     }
-    took_back = true;
-    // Some errors (disk full while the cache spills) end the transaction: then the whole group is lost.
-    fatal = connection_->autocommit() ? item->status : connection_->Guard([&] {
-      RunPrepared(*connection_, kRollbackTo);
-      RunPrepared(*connection_, kRelease);
-      return absl::OkStatus();
-    });
   }
-  if (fatal.ok()) {
-    fatal = connection_->Guard([&] {
-      RunPrepared(*connection_, any ? kCommit : kRollback);
-      return absl::OkStatus();
-    });
+  return outcome;
+}
+
+void CommitQueue::RunGroup(const std::vector<Item*>& group) {
+  std::vector<JobChange> changes;
+  // Savepoints cost more than small bodies do, and few bodies fail after they have written: all together first, and only
+  // when one has something to take back again, each in a savepoint of its own.
+  Outcome outcome = RunBodies(group, /*alone=*/false, &changes);
+  if (outcome.again) {
+    outcome.fatal = Execute(kRollback);
+    if (hooks_.on_rollback) hooks_.on_rollback();
+    changes.clear();
+    if (outcome.fatal.ok()) outcome = RunBodies(group, /*alone=*/true, &changes);
   }
-  if (!fatal.ok()) {
-    if (!connection_->autocommit()) {
-      connection_
-          ->Guard([&] {
-            RunPrepared(*connection_, kRollback);
-            return absl::OkStatus();
-          })
-          .IgnoreError();  // the next BEGIN says what is wrong
-    }
-    log::Error("a commit of {} writes was taken back: {}", group.size(), std::string(fatal.message()));
+  if (outcome.fatal.ok()) outcome.fatal = Execute(outcome.any ? kCommit : kRollback);
+  if (!outcome.fatal.ok()) {
+    if (!connection_->autocommit()) Execute(kRollback).IgnoreError();  // the next BEGIN says what is wrong
+    log::Error("a commit of {} writes was taken back: {}", group.size(), std::string(outcome.fatal.message()));
     for (Item* item : group) {
-      if (item->status.ok()) item->status = fatal;
+      if (item->status.ok()) item->status = outcome.fatal;
     }
   }
-  if ((took_back || !fatal.ok()) && hooks_.on_rollback) hooks_.on_rollback();
-  if (fatal.ok() && any) {
+  if ((outcome.took_back || !outcome.fatal.ok()) && hooks_.on_rollback) hooks_.on_rollback();
+  if (outcome.fatal.ok() && outcome.any) {
     {
       absl::MutexLock lock(&mu_);
       ++commits_;

@@ -22,15 +22,15 @@ struct WriteContext {
   std::vector<JobChange> changes;  // told to listeners when it is on disk
 };
 
-// The only writer. Callers hand in bodies and wait; one thread runs all that wait in one transaction, each in a
-// savepoint of its own, so that a failing body takes back its own writes only, and commits once for all.
-// Group commit: while one commit waits for the disk, the next group gathers.
+// The only writer. Callers hand in bodies and wait; one thread runs all that wait in one transaction and commits once for
+// all. A failing body takes back its own writes only; for that the group may be run a second time, so a body may be called
+// twice and must set what it returns anew. Group commit: while one commit waits for the disk, the next group gathers.
 class CommitQueue {
  public:
   using Body = absl::FunctionRef<absl::Status(WriteContext&)>;
   struct Hooks {
     std::function<void(absl::Span<const JobChange>)> on_commit;  // writer thread, before the callers are woken
-    std::function<void()> on_rollback;  // writer thread: something that a body wrote was taken back
+    std::function<void()> on_rollback;  // writer thread, each time something that a body wrote was taken back
   };
 
   // `connection` must outlive the queue and be used by nobody else.
@@ -54,6 +54,15 @@ class CommitQueue {
   bool HasWork() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return stopping_ || !waiting_.empty(); }
   void Loop();
   void RunGroup(const std::vector<Item*>& group);
+  struct Outcome {
+    bool any = false;        // a body wrote
+    bool took_back = false;  // a body's writes were taken back
+    bool again = false;      // they can only be taken back with all the others
+    absl::Status fatal;      // the transaction is lost
+  };
+  // Begins a transaction and runs the bodies in it, with `alone` each in a savepoint.
+  Outcome RunBodies(const std::vector<Item*>& group, bool alone, std::vector<JobChange>* changes);
+  absl::Status Execute(const char* sql);
 
   SqliteConnection* const connection_;
   const size_t max_waiting_;

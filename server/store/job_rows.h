@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -16,6 +17,9 @@
 
 // What goes into the job store and comes out of it: plain values.
 namespace itwin::server {
+
+inline constexpr int kMaxSeriesPerJob = 10'000;    // of all attempts; points of further series are refused and counted
+inline constexpr size_t kMaxSeriesNameBytes = 200;
 
 struct NewJob {
   std::string owner;       // name of the token
@@ -136,7 +140,8 @@ struct SpoolBatch {
 struct SpoolCommit {
   enum class Outcome { kStored, kSkipped, kUnknownAttempt };
   Outcome outcome = Outcome::kStored;
-  int64_t cursor = 0;  // where the file stands now
+  int64_t cursor = 0;          // where the file stands now
+  int64_t refused_points = 0;  // of series beyond kMaxSeriesPerJob or with a name that is none; counted as bad lines
 };
 
 // Every member has a default, so that callers can name just those they mean.
@@ -179,6 +184,7 @@ struct JobChange {
   bool progress = false;
   bool points = false;
   bool logs = false;
+  std::shared_ptr<const JobRow> row = nullptr;  // with `event`: the job after it
 };
 class CommitListener {
  public:

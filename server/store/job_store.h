@@ -50,6 +50,15 @@ class JobStore {
   // (kUnknownAttempt): so a range of a spool counts exactly once. One result per batch, in order.
   virtual absl::StatusOr<std::vector<SpoolCommit>> CommitSpool(const std::vector<SpoolBatch>& batches) = 0;
 
+  // Removes up to `limit` finished jobs that ended before `before`, oldest first, with all that is stored of them, each in a
+  // write of its own. Returns how many. Artifacts are not the store's.
+  virtual absl::StatusOr<int> RemoveFinished(absl::Time before, int limit) = 0;
+
+  // The spool that serves a site: returns the one that is known, which is this one when there was none.
+  virtual absl::StatusOr<std::string> PinSpool(const std::string& site, const std::string& spool_id) = 0;
+  // The next spool that the site shows is its own. kNotFound when none is known.
+  virtual absl::Status ForgetSpool(const std::string& site) = 0;
+
   // ---- reads ----
 
   // kNotFound.

@@ -100,6 +100,19 @@ constexpr char kDeleteOutputs[] = "DELETE FROM outputs WHERE job = ?";
 constexpr char kInsertOutput[] = "INSERT OR REPLACE INTO outputs (job, path, sha256, size_bytes) VALUES (?, ?, ?, ?)";
 constexpr char kListOutputs[] = "SELECT path, sha256, size_bytes FROM outputs WHERE job = ? ORDER BY path";
 
+constexpr char kFindFinished[] =
+    "SELECT num FROM jobs WHERE state > 10 AND finished_us > 0 AND finished_us < ? ORDER BY num LIMIT 1";
+constexpr char kGetFinished[] = "SELECT labels FROM jobs WHERE num = ? AND state > 10 AND finished_us > 0 AND finished_us < ?";
+constexpr char kDeleteLabel[] = "DELETE FROM labels WHERE key = ? AND value = ? AND job = ?";
+constexpr char kDeleteSpec[] = "DELETE FROM specs WHERE job = ?";
+constexpr char kDeleteEvents[] = "DELETE FROM events INDEXED BY events_job WHERE job = ?";
+constexpr char kDeleteSeries[] = "DELETE FROM series WHERE job = ?";
+constexpr char kDeleteSegments[] = "DELETE FROM point_segments WHERE id > ? AND id < ?";
+constexpr char kDeleteAttempts[] = "DELETE FROM attempts WHERE id > ? AND id < ?";
+constexpr char kDeleteLogs[] = "DELETE FROM log_chunks WHERE attempt > ? AND attempt < ?";
+constexpr char kDeleteLogSizes[] = "DELETE FROM log_sizes WHERE attempt > ? AND attempt < ?";
+constexpr char kDeleteJob[] = "DELETE FROM jobs WHERE num = ?";
+
 constexpr char kVerifyAll[] = "SELECT " JOB_COLUMNS " FROM jobs ORDER BY num";
 constexpr char kVerifySome[] =
     "SELECT " JOB_COLUMNS " FROM jobs WHERE state <= 10 OR num > (SELECT max(num) FROM jobs) - ?";
@@ -698,6 +711,29 @@ std::optional<SpoolPosition> FindSpoolPosition(SqliteConnection& c, int64_t atte
 void SetSpoolPosition(SqliteConnection& c, int64_t attempt_row, const SpoolPosition& position) {
   const std::string cursor = position.cursor.SerializeAsString();
   Query(c, kSetPosition, Borrowed{cursor}, position.max_step, position.bad_lines, attempt_row).Run();
+}
+
+std::optional<int64_t> FindFinishedBefore(SqliteConnection& c, absl::Time before) {
+  Query q(c, kFindFinished, Micros(before));
+  if (!q.Step()) return std::nullopt;
+  return q.Int(0);
+}
+
+bool RemoveFinished(SqliteConnection& c, int64_t num, absl::Time before) {
+  v1::Job holder;
+  {
+    Query q(c, kGetFinished, num, Micros(before));
+    if (!q.Step()) return false;
+    holder = Parsed<v1::Job>(q.Bytes(0));
+  }
+  for (const auto& [key, value] : holder.labels()) Query(c, kDeleteLabel, key, value, num).Run();
+  for (const char* sql : {kDeleteSpec, kDeleteEvents, kDeleteOutputs, kDeleteSeries}) Query(c, sql, num).Run();
+  Query(c, kDeleteSegments, SegmentRowId(num, 0), SegmentRowId(num + 1, 0)).Run();
+  for (const char* sql : {kDeleteAttempts, kDeleteLogs, kDeleteLogSizes}) {
+    Query(c, sql, AttemptRowId(num, 0), AttemptRowId(num + 1, 0)).Run();
+  }
+  Query(c, kDeleteJob, num).Run();
+  return true;
 }
 
 absl::Status Verify(SqliteConnection& c, bool all) {

@@ -54,6 +54,11 @@ struct SpoolPosition {
 std::optional<SpoolPosition> FindSpoolPosition(SqliteConnection& c, int64_t attempt_row);
 void SetSpoolPosition(SqliteConnection& c, int64_t attempt_row, const SpoolPosition& position);
 
+// Removes a finished job that ended before `before`, the oldest first, with everything that is stored of it. False: there is
+// none. Found with a reader, removed with the writer, so that the search holds nobody up.
+std::optional<int64_t> FindFinishedBefore(SqliteConnection& c, absl::Time before);
+bool RemoveFinished(SqliteConnection& c, int64_t num, absl::Time before);
+
 absl::Status Verify(SqliteConnection& c, bool all);
 
 }  // namespace itwin::server::job_table

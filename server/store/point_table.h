@@ -15,8 +15,6 @@
 // job_table.h.
 namespace itwin::server {
 
-inline constexpr int kMaxSeriesPerJob = 10'000;      // points of further series are refused and counted
-inline constexpr size_t kMaxSeriesNameBytes = 200;
 inline constexpr size_t kMaxSegmentPoints = 4096;    // so that summaries help plots of long series
 inline constexpr int64_t kMaxBucketsPerAnswer = 50'000;    // of all series together; each gets fewer then
 

@@ -90,6 +90,7 @@ absl::Status SqliteConnection::Guard(absl::FunctionRef<absl::Status()> body) {
 void SqliteConnection::Run(const char* sql) { database_->exec(sql); }
 bool SqliteConnection::autocommit() const { return sqlite3_get_autocommit(database_->getHandle()) != 0; }
 int64_t SqliteConnection::last_insert_rowid() const { return database_->getLastInsertRowid(); }
+int64_t SqliteConnection::total_changes() const { return sqlite3_total_changes64(database_->getHandle()); }
 int SqliteConnection::changes() const { return sqlite3_changes(database_->getHandle()); }
 
 absl::Status SqliteConnection::BackupTo(const std::string& path) {

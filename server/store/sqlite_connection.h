@@ -34,6 +34,7 @@ class SqliteConnection {
   bool autocommit() const;
   int64_t last_insert_rowid() const;
   int changes() const;  // rows of the last statement
+  int64_t total_changes() const;  // rows of all statements so far
   // Copies the whole database into a new file.
   absl::Status BackupTo(const std::string& path);
 

@@ -11,6 +11,7 @@
 #include "server/store/keys.h"
 #include "server/store/log_table.h"
 #include "server/store/point_table.h"
+#include "server/store/site_table.h"
 #include "server/store/sqlite_database.h"
 #include "server/store/token_table.h"
 
@@ -114,7 +115,9 @@ absl::StatusOr<Submitted> SqliteJobStore::Submit(const NewJob& job) {
   const std::string content = job_table::ContentSha256(job);
   ITWIN_RETURN_IF_ERROR(database_->Write([&](WriteContext& w) -> absl::Status {
     ITWIN_ASSIGN_OR_RETURN(out, job_table::Submit(w.connection, job, content, options_.max_live_jobs_per_owner));
-    if (!out.existed) w.changes.push_back({.job = out.job.id, .event = true});
+    if (!out.existed) {
+      w.changes.push_back({.job = out.job.id, .event = true, .row = std::make_shared<const JobRow>(out.job)});
+    }
     return absl::OkStatus();
   }));
   return out;
@@ -130,7 +133,11 @@ absl::StatusOr<JobRow> SqliteJobStore::AppendEvent(const JobId& job, const JobEv
   JobRow out;
   ITWIN_RETURN_IF_ERROR(database_->Write([&](WriteContext& w) -> absl::Status {
     ITWIN_ASSIGN_OR_RETURN(out, job_table::AppendEvent(w.connection, job, event, update));
-    w.changes.push_back({.job = job, .event = true, .attempt = !update.empty(), .progress = update.progress.has_value()});
+    w.changes.push_back({.job = job,
+                         .event = true,
+                         .attempt = !update.empty(),
+                         .progress = update.progress.has_value(),
+                         .row = std::make_shared<const JobRow>(out)});
     return absl::OkStatus();
   }));
   return out;
@@ -164,18 +171,19 @@ absl::StatusOr<std::vector<SpoolCommit>> SqliteJobStore::CommitSpool(const std::
       OpenAttempt& attempt = it->second;
       if (fresh) attempt = OpenForSpool(c, batch.attempt);
       if (!attempt.known) {
-        out.push_back({SpoolCommit::Outcome::kUnknownAttempt, 0});
+        out.push_back({.outcome = SpoolCommit::Outcome::kUnknownAttempt});
         continue;
       }
       int64_t* position = PositionOf(&attempt.position.cursor, batch, attempt.fixed);
       if (position == nullptr) return absl::InvalidArgumentError("a batch names a file that no spool has");
       if (*position != batch.begin_offset) {
-        out.push_back({SpoolCommit::Outcome::kSkipped, *position});
+        out.push_back({.outcome = SpoolCommit::Outcome::kSkipped, .cursor = *position});
         continue;
       }
+      int64_t refused_points = 0;
       for (const PointColumns& columns : batch.points) {
         ITWIN_ASSIGN_OR_RETURN(const int64_t refused, points.Add(attempt.job, batch.attempt.number(), columns));
-        attempt.position.bad_lines += refused;
+        refused_points += refused;
         attempt.change.points |= !columns.values.empty();
         if (batch.file != agent::v1::SPOOL_FILE_METRICS) continue;  // a monitor's points are no steps of the program
         for (const int64_t step : columns.steps) attempt.position.max_step = std::max(attempt.position.max_step, step);
@@ -190,10 +198,10 @@ absl::StatusOr<std::vector<SpoolCommit>> SqliteJobStore::CommitSpool(const std::
         attempt.progress = batch.progress;
         attempt.position.max_step = std::max(attempt.position.max_step, batch.progress->step());
       }
-      attempt.position.bad_lines += batch.bad_lines;
+      attempt.position.bad_lines += batch.bad_lines + refused_points;
       *position = batch.end_offset;
       attempt.changed = true;
-      out.push_back({SpoolCommit::Outcome::kStored, batch.end_offset});
+      out.push_back({SpoolCommit::Outcome::kStored, batch.end_offset, refused_points});
     }
     for (auto& [key, attempt] : attempts) {
       if (!attempt.changed) continue;
@@ -210,6 +218,37 @@ absl::StatusOr<std::vector<SpoolCommit>> SqliteJobStore::CommitSpool(const std::
     return absl::OkStatus();
   }));
   return out;
+}
+
+absl::StatusOr<int> SqliteJobStore::RemoveFinished(absl::Time before, int limit) {
+  int removed = 0;
+  while (removed < limit) {
+    using Result = std::optional<int64_t>;
+    ITWIN_ASSIGN_OR_RETURN(const Result num, Read<Result>([&](SqliteConnection& c) -> absl::StatusOr<Result> {
+                             return job_table::FindFinishedBefore(c, before);
+                           }));
+    if (!num) break;
+    ITWIN_RETURN_IF_ERROR(database_->Write([&](WriteContext& w) {
+      job_table::RemoveFinished(w.connection, *num, before);
+      caches_->points.Clear();  // the number may be given again
+      return absl::OkStatus();
+    }));
+    ++removed;
+  }
+  return removed;
+}
+
+absl::StatusOr<std::string> SqliteJobStore::PinSpool(const std::string& site, const std::string& spool_id) {
+  std::string out;
+  ITWIN_RETURN_IF_ERROR(database_->Write([&](WriteContext& w) {
+    out = site_table::PinSpool(w.connection, site, spool_id);
+    return absl::OkStatus();
+  }));
+  return out;
+}
+
+absl::Status SqliteJobStore::ForgetSpool(const std::string& site) {
+  return database_->Write([&](WriteContext& w) { return site_table::ForgetSpool(w.connection, site); });
 }
 
 absl::StatusOr<JobRow> SqliteJobStore::GetJob(const JobId& job) {

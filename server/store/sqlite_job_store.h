@@ -54,6 +54,9 @@ class SqliteJobStore final : public JobStore, public TokenStore {
                                      const AttemptUpdate& update = {}) override;
   absl::Status UpdateAttempt(const AttemptKey& attempt, const AttemptUpdate& update) override;
   absl::StatusOr<std::vector<SpoolCommit>> CommitSpool(const std::vector<SpoolBatch>& batches) override;
+  absl::StatusOr<int> RemoveFinished(absl::Time before, int limit) override;
+  absl::StatusOr<std::string> PinSpool(const std::string& site, const std::string& spool_id) override;
+  absl::Status ForgetSpool(const std::string& site) override;
 
   absl::StatusOr<JobRow> GetJob(const JobId& job) override;
   absl::StatusOr<v1::JobSpec> GetSpec(const JobId& job) override;

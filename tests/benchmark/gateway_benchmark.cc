@@ -142,6 +142,15 @@ class RunningGateway {
     return resident * 4096;
   }
 
+  // Of all its threads, in user and kernel, so far.
+  double cpu_seconds() const {
+    const std::vector<std::string> fields =
+        absl::StrSplit(ValueOrDie(ReadFile(absl::StrCat("/proc/", process_->pid(), "/stat"))), ' ');
+    int64_t user = 0, system = 0;
+    ITWIN_CHECK(absl::SimpleAtoi(fields.at(13), &user) && absl::SimpleAtoi(fields.at(14), &system));
+    return static_cast<double>(user + system) / static_cast<double>(sysconf(_SC_CLK_TCK));
+  }
+
   v1::Job Submit(v1::Jobs::Stub& jobs, const v1::JobSpec& spec) {
     grpc::ClientContext context;
     v1::SubmitJobRequest request;
@@ -176,8 +185,13 @@ v1::JobSpec Command(std::vector<std::string> argv) {
   return spec;
 }
 
-// Calls per second of `call` with `callers` threads over four connections.
-double CallsPerSecond(RunningGateway& gateway, int callers,
+struct Load {
+  double calls_per_second = 0;
+  double gateway_cpu_us = 0;  // per call; also tells on a machine that does other things
+};
+
+// `call` with `callers` threads over four connections.
+Load CallsPerSecond(RunningGateway& gateway, int callers,
                       const std::function<void(std::shared_ptr<grpc::Channel>)>& call) {
   std::vector<std::shared_ptr<grpc::Channel>> channels;
   for (int i = 0; i < 4; ++i) channels.push_back(gateway.MakeChannel(i));
@@ -194,11 +208,15 @@ double CallsPerSecond(RunningGateway& gateway, int callers,
   }
   const absl::Time start = absl::Now();
   const int64_t before = calls;
+  const double cpu = gateway.cpu_seconds();
   absl::SleepFor(kRunTime);
-  const double rate = static_cast<double>(calls - before) / absl::ToDoubleSeconds(absl::Now() - start);
+  const int64_t made = calls - before;
+  Load load;
+  load.calls_per_second = static_cast<double>(made) / absl::ToDoubleSeconds(absl::Now() - start);
+  load.gateway_cpu_us = (gateway.cpu_seconds() - cpu) / static_cast<double>(made) * 1e6;
   stop = true;
   for (std::thread& thread : threads) thread.join();
-  return rate;
+  return load;
 }
 
 void Echo(const std::shared_ptr<grpc::Channel>& channel) {
@@ -220,19 +238,25 @@ v1::Job Block(RunningGateway& gateway, v1::Jobs::Stub& jobs, int slots) {
 
 void SubmitThroughput() {
   const v1::JobSpec spec = Command({"true"});
-  std::vector<double> submits, echoes;
+  std::vector<double> submits, echoes, ratios, submit_cpu, echo_cpu;
   for (int run = 0; run < kRuns; ++run) {
     RunningGateway gateway;  // a new one each time: an owner may have 20,000 unfinished jobs
     gateway.Start();
     v1::Jobs::Stub jobs(gateway.channel());
     Block(gateway, jobs, 2);
-    echoes.push_back(CallsPerSecond(gateway, 64, Echo));
-    submits.push_back(CallsPerSecond(gateway, 64, [&](std::shared_ptr<grpc::Channel> channel) {
+    const Load echo = CallsPerSecond(gateway, 64, Echo);
+    const Load submit = CallsPerSecond(gateway, 64, [&](std::shared_ptr<grpc::Channel> channel) {
       v1::Jobs::Stub stub(channel);
       gateway.Submit(stub, spec);
-    }));
+    });
+    echoes.push_back(echo.calls_per_second);
+    submits.push_back(submit.calls_per_second);
+    ratios.push_back(submit.calls_per_second / echo.calls_per_second);
+    echo_cpu.push_back(echo.gateway_cpu_us);
+    submit_cpu.push_back(submit.gateway_cpu_us);
   }
-  PrintFigure("submit_per_second_64_callers", Median(submits), "1/s", Median(echoes), kRuns);
+  PrintFigure("submit_per_second_64_callers", Median(submits), "1/s", Median(echoes), kRuns, Median(ratios));
+  PrintFigure("submit_gateway_cpu_per_call", Median(submit_cpu), "us", Median(echo_cpu), kRuns);
 }
 
 void SubmitLatency() {

@@ -95,6 +95,7 @@ class FakeSite {
     absl::MutexLock lock(&mu_);
     return greetings_;
   }
+  std::string spool_id = "spool-1";
 
   std::map<std::string, Attempt> attempts() const {
     absl::MutexLock lock(&mu_);
@@ -220,6 +221,9 @@ class FakeAgentClient : public server::AgentClient {
     response.set_agent_version("fake");
     if (response.scheduler().empty()) response.set_scheduler("process");
     response.set_slots(response.scheduler() == "process" ? site_.slots : 0);
+    response.set_host("fake");
+    response.set_spool("/spool");
+    response.set_spool_id(site_.spool_id);
     response.add_capabilities("train");
     return response;
   }

@@ -1,13 +1,15 @@
-// ThreadSanitizer cannot see inside Debian's absl (built without it), so every absl::Mutex would look like a race. In
-// sanitizer builds these definitions stand before the library's own for all code in the process, gRPC's included:
-// they tell the sanitizer what is locked, and call the real ones.
+// ThreadSanitizer cannot see inside Debian's absl (built without it), so every absl::Mutex, every absl::Notification and
+// every reference count of an absl::Status would look like a race. In sanitizer builds these definitions stand before
+// the library's own for all code in the process, gRPC's included: they tell the sanitizer what is synchronised, and
+// call the real ones.
 #include <dlfcn.h>
 #include <sanitizer/tsan_interface.h>
+
+#include <cstdint>
 
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
 #include "absl/time/time.h"
-
 
 namespace {
 
@@ -51,7 +53,6 @@ auto AroundWait(void* mu, Wait wait) {
 #define CONDVAR(name) "_ZN4absl7debian37CondVar" name
 
 extern "C" {
-
 
 void TsanLock(void* mu) asm(MUTEX("4LockEv"));
 void TsanLock(void* mu) {
@@ -170,6 +171,17 @@ bool TsanCvTimeout(void* cv, void* mu, absl::Duration timeout)
 bool TsanCvTimeout(void* cv, void* mu, absl::Duration timeout) {
   static CvTimeout* const real = Real<CvTimeout>(CONDVAR("15WaitWithTimeoutEPNS0_5MutexENS0_8DurationE"));
   return AroundWait(mu, [&] { return real(cv, mu, timeout); });
+}
+
+// A Status is given away by several threads and deleted by the last of them, inside the library.
+void TsanStatusUnref(uintptr_t rep) asm("_ZN4absl7debian36Status15UnrefNonInlinedEm");
+void TsanStatusUnref(uintptr_t rep) {
+  using F = void(uintptr_t);
+  static F* const real = Real<F>("_ZN4absl7debian36Status15UnrefNonInlinedEm");
+  void* const shared = reinterpret_cast<void*>(rep);
+  __tsan_release(shared);
+  __tsan_acquire(shared);
+  real(rep);
 }
 
 // HasBeenNotified() is an inline atomic; waiting is inside the library.

@@ -23,6 +23,20 @@ std::filesystem::path TemporaryFor(const std::filesystem::path& path) {
   return temporary;
 }
 
+// The contents on the disk under a name beside `path`, which is returned.
+std::filesystem::path WriteTemporary(const std::filesystem::path& path, std::string_view contents) {
+  std::filesystem::path temporary = TemporaryFor(path);
+  try {
+    OutputFile file(temporary);
+    file.Write(contents);
+    file.SyncAndClose();
+  } catch (...) {
+    unlink(temporary.c_str());
+    throw;
+  }
+  return temporary;
+}
+
 }  // namespace
 
 void ThrowIoError(const std::string& doing, const std::filesystem::path& path, int error) {
@@ -66,29 +80,13 @@ void OutputFile::SyncAndClose() {
 }
 
 void WriteFileDurably(const std::filesystem::path& path, std::string_view contents) {
-  const std::filesystem::path temporary = TemporaryFor(path);
-  try {
-    OutputFile file(temporary);
-    file.Write(contents);
-    file.SyncAndClose();
-  } catch (...) {
-    unlink(temporary.c_str());
-    throw;
-  }
+  const std::filesystem::path temporary = WriteTemporary(path, contents);
   if (rename(temporary.c_str(), path.c_str()) != 0) ThrowIoError("cannot create", path, errno);
   SyncDirectory(path.parent_path());
 }
 
 bool CreateFileDurably(const std::filesystem::path& path, std::string_view contents) {
-  const std::filesystem::path temporary = TemporaryFor(path);
-  try {
-    OutputFile file(temporary);
-    file.Write(contents);
-    file.SyncAndClose();
-  } catch (...) {
-    unlink(temporary.c_str());
-    throw;
-  }
+  const std::filesystem::path temporary = WriteTemporary(path, contents);
   bool created = link(temporary.c_str(), path.c_str()) == 0;
   if (!created && errno != EEXIST) {  // a file system without hard links
     created = access(path.c_str(), F_OK) != 0 && rename(temporary.c_str(), path.c_str()) == 0;

@@ -245,6 +245,50 @@ TEST_F(SupervisorTest, OneKilledRankEndsAll) {
   EXPECT_TRUE(ProcessesMarked("ITWIN_LEASE=" + ReadLease(directory_)->nonce, 0).empty());
 }
 
+// For real, where this test may make a control group of version 1 or 2 with a limit.
+TEST_F(SupervisorTest, SaysOutOfMemoryOnTheKernelsEvidence) {
+  const std::string name = "itwin-test-" + std::to_string(getpid());
+  std::string group, limit;
+  for (const auto& [parent, file] : {std::pair<std::string, std::string>{"/sys/fs/cgroup/memory/", "memory.limit_in_bytes"},
+                                     {"/sys/fs/cgroup/", "memory.max"}}) {
+    if (mkdir((parent + name).c_str(), 0700) != 0) continue;
+    if (access((parent + name + "/" + file).c_str(), W_OK) == 0) {
+      group = parent + name;
+      limit = group + "/" + file;
+      break;
+    }
+    rmdir((parent + name).c_str());
+  }
+  if (group.empty()) GTEST_SKIP() << "no control group with a memory limit can be made here";
+  const auto write = [](const std::string& path, const std::string& text) {
+    FileDescriptor file = *OpenFile(path, O_WRONLY);
+    EXPECT_OK(WriteAll(file.get(), text, path));
+  };
+  write(limit, std::to_string(96 << 20));
+  Shell("head -c 1G /dev/zero | tail -c 1G | wc -c; kill -KILL $$");  // tail keeps it all
+  EXPECT_OK(WriteFileAtomically(directory_.request_path(), request_.SerializeAsString()));
+  SubprocessOptions options;
+  options.argv = {"/bin/sh", "-c", "echo $$ > " + group + "/cgroup.procs && exec \"$0\" run-attempt --grace 1s \"$1\"",
+                  std::string(getenv("ITWIN_BIN")) + "/itwin-agent", directory_.path()};
+  auto process = Subprocess::Start(options);
+  ASSERT_OK(process);
+  EXPECT_TRUE(process->Wait(absl::Now() + absl::Seconds(60)).has_value());
+  WaitUntil([&] { return rmdir(group.c_str()) == 0; });
+  const auto exited = ReadLifecycle(directory_.lifecycle_path()).exited;
+  ASSERT_TRUE(exited.has_value());
+  EXPECT_EQ(exited->cause, kCauseOutOfMemory);
+  EXPECT_THAT(exited->message, HasSubstr("for lack of memory"));
+}
+
+TEST_F(SupervisorTest, AKillAloneIsNotOutOfMemory) {
+  Shell("kill -KILL $$");
+  Run();
+  const auto exited = ReadLifecycle(directory_.lifecycle_path()).exited;
+  ASSERT_TRUE(exited.has_value());
+  EXPECT_EQ(exited->signal, SIGKILL);
+  EXPECT_EQ(exited->cause, kCauseSelf);
+}
+
 TEST_F(SupervisorTest, SaysWhenTheLauncherIsMissing) {
   request_.set_mpi(true);
   Shell("true");

@@ -104,6 +104,24 @@ TEST_F(InputStoreTest, TouchingAnEntryDoesNotLoseIt) {
   EXPECT_TRUE(store_.Stat(name_)->complete);
 }
 
+TEST_F(InputStoreTest, RemovesOnlyWhatNobodyUses) {
+  const std::string linked = "linked elsewhere", half(1000, 'h');
+  Put(content_);
+  Put(linked);
+  const std::string linked_path = directory_ / "inputs/" + Sha256Hex(linked);
+  ASSERT_EQ(link(linked_path.c_str(), (directory_ / "of an attempt").c_str()), 0);
+  auto upload = store_.BeginUpload(Sha256Hex(half), 1000, 0);
+  ASSERT_OK(upload);
+  ASSERT_OK(upload->Write(half.substr(0, 500)));
+  EXPECT_EQ(store_.RemoveUnused(absl::Now() - absl::Hours(1)), 0);  // all are new
+  EXPECT_EQ(store_.RemoveUnused(absl::Now() + absl::Hours(1)), static_cast<int64_t>(content_.size()));
+  EXPECT_FALSE(store_.Stat(name_)->complete);
+  EXPECT_TRUE(store_.Stat(Sha256Hex(linked))->complete);
+  EXPECT_EQ(store_.Stat(Sha256Hex(half))->received_bytes, 500) << "under way";
+  { const auto given_up = std::move(upload); }
+  EXPECT_EQ(store_.RemoveUnused(absl::Now() + absl::Hours(1)), 500);
+}
+
 TEST_F(InputStoreTest, SendingItAgainIsHarmless) {
   Put(content_);
   Put(content_);

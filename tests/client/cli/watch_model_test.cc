@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 
 #include <algorithm>
+#include <map>
 
 namespace itwin::cli {
 namespace {
@@ -40,7 +41,7 @@ v1::JobUpdate Running() {
   rmse->set_series("test/rmse");
   rmse->add_values(0.2373);
   v1::PointBlock* cpu = update.add_blocks();
-  cpu->set_series("node/cpu_percent");
+  cpu->set_series("node/n1/cpu_percent");
   cpu->add_values(87.2);
   return update;
 }
@@ -53,6 +54,19 @@ TEST(WatchModel, DrawsThePictureOfTheDesign) {
               ElementsAre("job 7f3c0a1b  wind  QUEUED → RUNNING on vega (8 ranks)",
                           "epoch 12/40 ━━━━━━━━╸─────────────────── 31 %  ETA 2m10s  412 samples/s",
                           "train/loss 0.0521 █▄▂▁  test/rmse 0.2373  cpu 87 %"));
+}
+
+TEST(WatchModel, AddsTheNodesUp) {
+  WatchModel model;
+  v1::JobUpdate update = Running();
+  for (const auto& [series, value] : std::map<std::string, double>{
+           {"node/n2/cpu_percent", 12.8}, {"node/n1/memory_bytes", 1073741824.0}, {"node/n2/memory_bytes", 3221225472.0}}) {
+    v1::PointBlock* block = update.add_blocks();
+    block->set_series(series);
+    block->add_values(value);
+  }
+  model.Add(update);
+  EXPECT_THAT(model.Lines(140, Glyphs{true}).back(), ::testing::HasSubstr("cpu 50 %  memory 4.0 GiB  of 2 nodes"));
 }
 
 TEST(WatchModel, FitsAnyWidth) {

@@ -13,6 +13,7 @@
 #include "server/store/sqlite_job_store.h"
 #include "tests/fakes/fake_agent.h"
 #include "tests/testing/fake_clock.h"
+#include "tests/testing/server_fixture.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/temp_directory.h"
 #include "tests/testing/wait.h"
@@ -44,12 +45,8 @@ int64_t Count(const std::vector<std::string>& words, const std::string& word) {
 class SiteDispatcherTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    auto store = SqliteJobStore::Open({.path = directory_ / "gateway.db"});
-    ASSERT_OK(store);
-    store_ = *std::move(store);
-    auto blobs = BlobStore::Open({.directory = directory_.path(), .min_free_bytes = 0});
-    ASSERT_OK(blobs);
-    blobs_ = *std::move(blobs);
+    store_ = testing::OpenStore(directory_ / "gateway.db");
+    blobs_ = testing::OpenBlobs(directory_.path());
     Restart();
   }
   void TearDown() override {
@@ -136,7 +133,7 @@ class SiteDispatcherTest : public ::testing::Test {
     ASSERT_OK(store_->AppendEvent(id, event));
   }
 
-  testing::TempDirectory directory_;
+  itwin::testing::TempDirectory directory_;
   FakeClock clock_{absl::Now()};
   FakeSite site_;
   SiteBoard board_{{"local"}};
@@ -171,6 +168,41 @@ TEST_F(SiteDispatcherTest, ALostAnswerIsLookedUpAndNothingStartsTwice) {
   ASSERT_TRUE(Reaches(id, JobState::kPending));
   EXPECT_EQ(site_.attempts().at(Key(id)).starts, 1);
   EXPECT_EQ(Row(id).record.attempt, 1);
+}
+
+// A mount that is missing shows an empty directory under the same path, where every attempt is absent.
+TEST_F(SiteDispatcherTest, AnotherSpoolUnderTheSameNamePausesTheSiteAndConcludesNothing) {
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  site_.Run(Key(id));
+  ASSERT_TRUE(Reaches(id, JobState::kRunning));
+  site_.SetReachable(false);
+  site_.spool_id = "spool-2";
+  site_.SetReachable(true);
+  for (int i = 0; i < 20; ++i) Advance(absl::Minutes(1));
+  EXPECT_EQ(State(id), JobState::kRunning);
+  const v1::Site shown = board_.ListSites().at(0);
+  EXPECT_EQ(shown.state(), v1::SITE_STATE_PAUSED);
+  EXPECT_THAT(shown.reason(), AllOf(HasSubstr("/spool is another spool than before"), HasSubstr("accept-spool local")));
+  // Also for a gateway that has been started meanwhile.
+  Restart();
+  for (int i = 0; i < 20; ++i) Advance(absl::Minutes(1));
+  EXPECT_EQ(State(id), JobState::kRunning);
+  // Mounted again.
+  site_.spool_id = "spool-1";
+  for (int i = 0; i < 5; ++i) Advance(absl::Minutes(1));
+  EXPECT_EQ(board_.ListSites().at(0).state(), v1::SITE_STATE_READY);
+  site_.Exit(Key(id), 0);
+  EXPECT_TRUE(Reaches(id, JobState::kSucceeded));
+  // Or given up.
+  site_.SetReachable(false);
+  site_.spool_id = "spool-3";
+  site_.SetReachable(true);
+  for (int i = 0; i < 5; ++i) Advance(absl::Minutes(1));
+  EXPECT_EQ(board_.ListSites().at(0).state(), v1::SITE_STATE_PAUSED);
+  ASSERT_OK(store_->ForgetSpool("local"));
+  for (int i = 0; i < 5; ++i) Advance(absl::Minutes(1));
+  EXPECT_EQ(board_.ListSites().at(0).state(), v1::SITE_STATE_READY);
 }
 
 TEST_F(SiteDispatcherTest, RestartsAtEveryStateGoOn) {

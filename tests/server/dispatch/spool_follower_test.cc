@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "server/store/sqlite_job_store.h"
+#include "tests/testing/server_fixture.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/temp_directory.h"
 #include "tests/testing/wait.h"
@@ -65,9 +66,7 @@ class ScriptedStream : public FollowStream {
 class SpoolFollowerTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    auto store = SqliteJobStore::Open({.path = directory_ / "gateway.db"});
-    ASSERT_OK(store);
-    store_ = *std::move(store);
+    store_ = testing::OpenStore(directory_ / "gateway.db");
     NewJob job;
     job.owner = "alice";
     job.request_id = "r";
@@ -80,6 +79,12 @@ class SpoolFollowerTest : public ::testing::Test {
     placed.site = "local";
     ASSERT_OK(store_->AppendEvent(submitted->job.id, placed));
     key_ = AttemptKey(submitted->job.id, 1);
+    Connect({});
+  }
+  // A new stream that goes on from `cursor`.
+  void Connect(const agent::v1::SpoolCursor& cursor) {
+    follower_.reset();
+    script_ = std::make_shared<ScriptedStream::Script>();
     follower_ = std::make_unique<SpoolFollower>(
         std::make_unique<ScriptedStream>(script_), store_.get(), &clock_,
         SpoolFollower::Callbacks{
@@ -91,7 +96,7 @@ class SpoolFollowerTest : public ::testing::Test {
                   complaints_.push_back(std::move(complaint));
                 },
             .on_end = [this](absl::Status) { Count(&ends_); }});
-    ASSERT_TRUE(follower_->Add(key_, {}));
+    ASSERT_TRUE(follower_->Add(key_, cursor));
   }
   void TearDown() override { follower_.reset(); }
 
@@ -143,10 +148,10 @@ class SpoolFollowerTest : public ::testing::Test {
     return script_->requests;
   }
 
-  testing::TempDirectory directory_;
+  itwin::testing::TempDirectory directory_;
   SystemClock clock_;
   std::unique_ptr<SqliteJobStore> store_;
-  std::shared_ptr<ScriptedStream::Script> script_ = std::make_shared<ScriptedStream::Script>();
+  std::shared_ptr<ScriptedStream::Script> script_;
   AttemptKey key_;
   absl::Mutex mu_;
   int drained_ ABSL_GUARDED_BY(mu_) = 0;
@@ -209,6 +214,24 @@ TEST_F(SpoolFollowerTest, OneComplaintPerAttempt) {
   EXPECT_EQ(store_->GetAttempt(key_)->bad_lines, 2);
   absl::MutexLock lock(&mu_);
   EXPECT_THAT(complaints_, ElementsAre(HasSubstr("bad")));
+}
+
+TEST_F(SpoolFollowerTest, TheLimitOfSeriesIsTheJobsAndOutlivesTheConnection) {
+  std::string data;
+  for (int i = 0; i < kMaxSeriesPerJob + 5; ++i) absl::StrAppend(&data, "{\"metrics\":{\"s", i, "\":1}}\n");
+  absl::StrAppend(&data, "{\"metrics\":{\"s0\":2}}\n");  // those known go on
+  Send({Chunk(0, data)});
+  Settle();
+  EXPECT_THAT(Steps(), SizeIs(kMaxSeriesPerJob + 1));
+  EXPECT_EQ(store_->GetAttempt(key_)->bad_lines, 5);
+  Connect(store_->GetAttempt(key_)->cursor);
+  Send({Chunk(static_cast<int64_t>(data.size()), "{\"metrics\":{\"new\":1,\"s0\":3}}\n")});
+  Settle();
+  EXPECT_THAT(Steps(), SizeIs(kMaxSeriesPerJob + 2));
+  EXPECT_EQ(store_->GetAttempt(key_)->bad_lines, 6);
+  absl::MutexLock lock(&mu_);
+  EXPECT_THAT(complaints_, ElementsAre(HasSubstr("5 points in metrics.jsonl belong to series beyond the limit of 10000"),
+                                       HasSubstr("1 points")));
 }
 
 TEST_F(SpoolFollowerTest, SaysWhenTheLastByteIsStored) {

@@ -153,15 +153,31 @@ TEST_F(SpoolIngest, NamesAtTheEdge) {
   EXPECT_EQ(Parse("{\"metrics\":{\"größe/Ω\":1}}\n").points, 1);
 }
 
-TEST_F(SpoolIngest, SeriesBeyondTheLimitAreCountedAndLeftOut) {
-  std::string data;
-  for (int i = 0; i < kMaxSeriesPerJob + 5; ++i) absl::StrAppend(&data, "{\"metrics\":{\"s", i, "\":1}}\n");
-  absl::StrAppend(&data, "{\"metrics\":{\"s0\":2}}\n");  // those known go on
-  const ParsedChunk parsed = Parse(data);
-  EXPECT_EQ(parsed.points, kMaxSeriesPerJob + 1);
-  EXPECT_EQ(parsed.excess_points, 5);
-  EXPECT_EQ(parsed.batch.points.size(), static_cast<size_t>(kMaxSeriesPerJob));
-  EXPECT_THAT(parsed.complaint, HasSubstr("limit of 10000"));
+TEST_F(SpoolIngest, EachNodeHasSeriesOfItsOwn) {
+  const std::string line = "{\"t\":1,\"host\":\"n1\",\"metrics\":{\"node/cpu_percent\":50,\"own\":1}}\n";
+  agent::v1::SpoolChunk chunk;
+  chunk.set_file(agent::v1::SPOOL_FILE_NODE);
+  chunk.set_data(line);
+  for (const std::string host : {"n1", "n2", "n1"}) {
+    chunk.set_host(host);
+    const ParsedChunk parsed = parser_.Parse(key_, chunk, kNow, &names_);
+    ASSERT_EQ(parsed.batch.points.size(), 2u);
+    EXPECT_EQ(parsed.batch.points[0].series, "node/" + host + "/cpu_percent");
+    EXPECT_EQ(parsed.batch.points[1].series, "own");
+  }
+  // In the program's own file a name is a name.
+  EXPECT_EQ(Parse(line).batch.points[0].series, "node/cpu_percent");
+}
+
+TEST_F(SpoolIngest, RemembersABoundedNumberOfNames) {
+  for (int round = 0; round < 5; ++round) {
+    std::string data;
+    for (int i = 0; i < 10'000; ++i) absl::StrAppend(&data, "{\"metrics\":{\"s", round, "/", i, "\":1}}\n");
+    const ParsedChunk parsed = Parse(data);
+    EXPECT_EQ(parsed.batch.points.size(), 10'000u);
+    EXPECT_EQ(parsed.batch.points[9'999].series, absl::StrCat("s", round, "/9999"));
+    EXPECT_LE(names_.size(), 30'000u);
+  }
 }
 
 TEST_F(SpoolIngest, LogsStayBytes) {

@@ -4,7 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "tests/server/jobs/fixed_sites.h"
-#include "tests/server/store/store_fixture.h"
+#include "tests/testing/server_fixture.h"
 
 namespace itwin::server {
 namespace {
@@ -13,20 +13,12 @@ using itwin::testing::StatusIs;
 using itwin::testing::TempDirectory;
 using testing::Event;
 using testing::FixedSites;
+using testing::OpenBlobs;
 using testing::OpenStore;
 using testing::RunningJob;
 using ::testing::_;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
-
-std::unique_ptr<BlobStore> OpenBlobs(const std::string& directory) {
-  BlobStore::Options options;
-  options.directory = directory;
-  options.min_free_bytes = 0;
-  auto blobs = BlobStore::Open(options);
-  ITWIN_CHECK(blobs.ok());
-  return *std::move(blobs);
-}
 
 class JobServiceTest : public ::testing::Test {
  protected:

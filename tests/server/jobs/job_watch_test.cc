@@ -8,7 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
-#include "tests/server/store/store_fixture.h"
+#include "tests/testing/server_fixture.h"
 
 namespace itwin::server {
 namespace {
@@ -32,7 +32,9 @@ struct Told {
   int updates = 0;
   bool finished = false;
 
-  void Add(const v1::JobUpdate& update) {
+  void Add(const std::string& encoded) {
+    v1::JobUpdate update;
+    ASSERT_TRUE(update.ParseFromString(encoded));
     ++updates;
     if (update.has_job()) job = update.job();
     for (const auto& event : update.events()) events.push_back(event.sequence());
@@ -80,7 +82,8 @@ class JobWatchTest : public ::testing::Test {
 
   TempDirectory directory_;
   std::unique_ptr<SqliteJobStore> store_ = OpenStore(directory_ / "itwin.db");
-  EventHub hub_{100};
+  SystemClock clock_;
+  EventHub hub_{{.max_watchers = 100}, &clock_};
   std::map<int, int64_t> metrics_, out_;
   int64_t next_value_ = 0;
 };
@@ -125,7 +128,7 @@ TEST_F(JobWatchTest, GoesOnFromEveryCursorWithoutRepeatsOrGaps) {
   for (int i = 0; i < 60; ++i) Emit(job, 1, 1000, std::string(9'000, static_cast<char>('a' + i % 26)));
   ASSERT_OK(store_->AppendEvent(job.id, Event(EventKind::kEnded, 1)));
   ASSERT_OK(store_->AppendEvent(job.id, Event(EventKind::kSucceeded, 1)));
-  std::vector<v1::JobUpdate> updates;
+  std::vector<std::string> updates;
   {
     auto watch = Open(job.id);
     while (true) {
@@ -217,7 +220,7 @@ TEST_F(JobWatchTest, WatchersWhoReadWhileOthersWriteMissNothing) {
 
 TEST_F(JobWatchTest, ClosingAndLimitsAreSaid) {
   const JobRow job = RunningJob(*store_, "r");
-  EventHub small(1);
+  EventHub small({.max_watchers = 1}, &clock_);
   auto first = JobWatch::Open(store_.get(), &small, {.job = job.id, .cursor = {}}, [] {});
   ASSERT_OK(first);
   EXPECT_THAT(JobWatch::Open(store_.get(), &small, {.job = job.id, .cursor = {}}, [] {}).status(),

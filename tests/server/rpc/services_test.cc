@@ -16,7 +16,7 @@
 #include "server/rpc/limits.h"
 #include "server/rpc/sites_rpc.h"
 #include "tests/server/jobs/fixed_sites.h"
-#include "tests/server/store/store_fixture.h"
+#include "tests/testing/server_fixture.h"
 #include "tests/testing/wait.h"
 
 namespace itwin::server {
@@ -28,20 +28,12 @@ using testing::Event;
 using testing::FixedSites;
 using testing::LogBatch;
 using testing::MetricsBatch;
+using testing::OpenBlobs;
 using testing::OpenStore;
 using testing::RunningJob;
 using ::testing::HasSubstr;
 
 constexpr char kToken[] = "token-of-ada";
-
-std::unique_ptr<BlobStore> OpenBlobs(const std::string& directory) {
-  BlobStore::Options options;
-  options.directory = directory;
-  options.min_free_bytes = 0;
-  auto blobs = BlobStore::Open(options);
-  ITWIN_CHECK(blobs.ok());
-  return *std::move(blobs);
-}
 
 class ServicesTest : public ::testing::Test {
  protected:
@@ -125,7 +117,8 @@ class ServicesTest : public ::testing::Test {
   std::unique_ptr<SqliteJobStore> store_ = OpenStore(directory_ / "itwin.db");
   std::unique_ptr<BlobStore> blobs_ = OpenBlobs(directory_.path());
   FixedSites sites_{{"local", "vega"}};
-  EventHub hub_{kMaxWatchers};
+  SystemClock clock_;
+  EventHub hub_{{.max_watchers = kMaxWatchers}, &clock_};
   JobService service_{store_.get(), blobs_.get(), &sites_};
   TokenAuthenticator authenticator_{store_.get(), absl::ZeroDuration()};
   TaskPool feeders_{2}, files_{2};

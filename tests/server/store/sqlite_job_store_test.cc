@@ -9,7 +9,7 @@
 #include <thread>
 
 #include "absl/strings/str_cat.h"
-#include "tests/server/store/store_fixture.h"
+#include "tests/testing/server_fixture.h"
 
 namespace itwin::server {
 namespace {

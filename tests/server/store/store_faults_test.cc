@@ -17,7 +17,7 @@
 #include "absl/strings/str_split.h"
 #include "common/files.h"
 #include "common/subprocess.h"
-#include "tests/server/store/store_fixture.h"
+#include "tests/testing/server_fixture.h"
 
 namespace itwin::server {
 namespace {

@@ -5,7 +5,7 @@
 #include <random>
 
 #include "absl/strings/str_cat.h"
-#include "tests/server/store/store_fixture.h"
+#include "tests/testing/server_fixture.h"
 
 namespace itwin::server {
 namespace {

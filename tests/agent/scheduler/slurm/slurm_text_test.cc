@@ -210,7 +210,7 @@ TEST(SlurmEnds, TellAKillAsAKill) {
   EXPECT_EQ(CauseOfState(SlurmState::kCancelled, false), v1::END_CAUSE_CANCELLED_EXTERNALLY);
   EXPECT_EQ(CauseOfState(SlurmState::kCancelled, true), v1::END_CAUSE_CANCELLED);
   EXPECT_EQ(CauseOfState(SlurmState::kTimeout, false), v1::END_CAUSE_TIME_LIMIT);
-  EXPECT_EQ(CauseOfState(SlurmState::kDeadline, false), v1::END_CAUSE_CANCELLED_EXTERNALLY) << "never goes on";
+  EXPECT_EQ(CauseOfState(SlurmState::kDeadline, false), v1::END_CAUSE_DEADLINE) << "never goes on";
   EXPECT_EQ(ParseSlurmState("CANCELLED by 1000"), SlurmState::kCancelled);
   EXPECT_EQ(ParseSlurmState("CANCELLED+"), SlurmState::kCancelled);
 }

@@ -7,6 +7,7 @@
 #include "common/check.h"
 #include "common/ids.h"
 #include "common/job_state.h"
+#include "server/artifacts/blob_store.h"
 #include "server/store/sqlite_job_store.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/temp_directory.h"
@@ -20,6 +21,13 @@ inline std::unique_ptr<SqliteJobStore> OpenStore(const std::string& path, Sqlite
   if (!store.ok()) ADD_FAILURE() << store.status();
   ITWIN_CHECK(store.ok());
   return *std::move(store);
+}
+
+inline std::unique_ptr<BlobStore> OpenBlobs(const std::string& directory) {
+  absl::StatusOr<std::unique_ptr<BlobStore>> blobs = BlobStore::Open({.directory = directory, .min_free_bytes = 0});
+  if (!blobs.ok()) ADD_FAILURE() << blobs.status();
+  ITWIN_CHECK(blobs.ok());
+  return *std::move(blobs);
 }
 
 inline NewJob MakeJob(const std::string& request_id, const std::string& owner = "ada", const std::string& name = "job") {
