@@ -46,26 +46,37 @@ SiteDispatcher::SiteDispatcher(SiteOptions options, Dependencies dependencies)
       connect_(std::move(dependencies.connect)),
       gateway_id_(std::move(dependencies.gateway_id)),
       gateway_version_(std::move(dependencies.gateway_version)),
+      renew_(std::move(dependencies.renew)),
+      credentials_expire_(std::move(dependencies.credentials_expire)),
       random_(options_.seed),
+      adopts_strays_(options_.adopts_strays),
+      paused_(options_.paused),
       calls_(std::move(dependencies.calls)),
       transfers_(std::move(dependencies.transfers)) {
   site_.set_name(options_.name);
   site_.set_state(v1::SITE_STATE_CONNECTING);
   site_.set_reason("connecting for the first time");
+  site_.set_scheduler(options_.settings.scheduler);
+  site_.set_address(options_.address);
 }
 
 SiteDispatcher::~SiteDispatcher() { Stop(); }
 
 absl::Status SiteDispatcher::Open() {
   store_->AddListener(this);  // first: what happens meanwhile is then read twice rather than never
+  ITWIN_RETURN_IF_ERROR(LoadLive());
+  PublishSite();
+  if (placed_ > 0) log::Info("site {}: {} live jobs are there from before", options_.name, placed_);
+  return absl::OkStatus();
+}
+
+absl::Status SiteDispatcher::LoadLive() {
   ITWIN_ASSIGN_OR_RETURN(const std::vector<JobRow> rows, store_->ListLive());
   for (const JobRow& row : rows) {
     if (!Mine(row)) continue;
     SetRow(row);
     Wake(row.id);
   }
-  PublishSite();
-  if (placed_ > 0) log::Info("site {}: {} live jobs are there from before", options_.name, placed_);
   return absl::OkStatus();
 }
 
@@ -106,6 +117,35 @@ void SiteDispatcher::Stop() {
 void SiteDispatcher::Post(std::function<void()> mail) {
   absl::MutexLock lock(&mu_);
   mail_.push_back(std::move(mail));
+}
+
+void SiteDispatcher::Pause(const std::string& reason) {
+  absl::MutexLock lock(&mu_);
+  paused_ = reason;
+  mail_.push_back([] {});  // so that the board is told
+}
+
+void SiteDispatcher::Resume() {
+  absl::MutexLock lock(&mu_);
+  paused_.reset();
+  mail_.push_back([this] { place_ = true; });
+}
+
+void SiteDispatcher::AdoptStrays() {
+  Post([this] {
+    adopts_strays_ = true;
+    if (const absl::Status status = LoadLive(); !status.ok()) {
+      log::Error("site {}: live jobs cannot be read: {}", options_.name, std::string(status.message()));
+    }
+  });
+}
+
+void SiteDispatcher::Reconnect() {
+  Post([this] {
+    next_connect_ = absl::InfinitePast();
+    if (client_) Disconnect(absl::UnavailableError("asked to connect anew"));
+    next_connect_ = absl::InfinitePast();
+  });
 }
 
 void SiteDispatcher::OnCommit(absl::Span<const JobChange> changes) {
@@ -171,36 +211,54 @@ absl::Time SiteDispatcher::RunOnce() {
 void SiteDispatcher::Connect() {
   connecting_ = true;
   calls_->Submit([this] {
-    const absl::Time deadline = absl::Now() + options_.connect_timeout;
-    absl::StatusOr<std::unique_ptr<AgentClient>> made = connect_(deadline);
-    if (!made.ok()) {
-      Post([this, status = made.status()] { OnConnected(status, nullptr); });
+    // A second round after the agent was replaced by another version.
+    for (const bool may_renew : {true, false}) {
+      const absl::Time deadline = absl::Now() + options_.connect_timeout;
+      absl::StatusOr<std::unique_ptr<AgentClient>> made = connect_(deadline);
+      if (!made.ok()) {
+        Post([this, status = made.status()] { OnConnected(status, nullptr); });
+        return;
+      }
+      const std::shared_ptr<AgentClient> client = *std::move(made);
+      {
+        absl::MutexLock lock(&mu_);
+        if (stopping_) return;
+        open_client_ = client;
+      }
+      agent::v1::HelloRequest request;
+      request.set_protocol(kProtocol);
+      request.set_gateway_version(gateway_version_);
+      request.set_gateway_id(gateway_id_);
+      request.set_scheduler(options_.settings.scheduler);
+      if (options_.query_interval > absl::ZeroDuration()) {
+        absl::Duration rest = options_.query_interval;
+        request.mutable_query_interval()->set_seconds(absl::IDivDuration(rest, absl::Seconds(1), &rest));
+        request.mutable_query_interval()->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(rest)));
+      }
+      absl::StatusOr<agent::v1::HelloResponse> hello = client->Hello(request, deadline);
+      if (hello.ok() && hello->protocol() != kProtocol) {
+        hello = absl::FailedPreconditionError(
+            absl::StrCat("the agent speaks protocol ", hello->protocol(), ", this gateway ", kProtocol, "; update the ",
+                         hello->protocol() < kProtocol ? "agent" : "gateway"));
+      }
+      if (hello.ok() && renew_ && may_renew) {
+        const absl::StatusOr<bool> renewed = renew_(client.get(), *hello);
+        if (!renewed.ok()) log::Warn("site {}: its agent was not renewed: {}", options_.name, std::string(renewed.status().message()));
+        if (renewed.ok() && *renewed) {
+          client->Close();
+          continue;
+        }
+      }
+      if (!hello.ok()) {
+        client->Close();
+        const std::string words = client->Diagnostics();
+        if (!words.empty()) {
+          hello = absl::Status(hello.status().code(), absl::StrCat(hello.status().message(), "; the far side says: ", words));
+        }
+      }
+      Post([this, client, hello = std::move(hello)] { OnConnected(hello, client); });
       return;
     }
-    const std::shared_ptr<AgentClient> client = *std::move(made);
-    {
-      absl::MutexLock lock(&mu_);
-      if (stopping_) return;
-      open_client_ = client;
-    }
-    agent::v1::HelloRequest request;
-    request.set_protocol(kProtocol);
-    request.set_gateway_version(gateway_version_);
-    request.set_gateway_id(gateway_id_);
-    absl::StatusOr<agent::v1::HelloResponse> hello = client->Hello(request, deadline);
-    if (hello.ok() && hello->protocol() != kProtocol) {
-      hello = absl::FailedPreconditionError(
-          absl::StrCat("the agent speaks protocol ", hello->protocol(), ", this gateway ", kProtocol, "; update the ",
-                       hello->protocol() < kProtocol ? "agent" : "gateway"));
-    }
-    if (!hello.ok()) {
-      client->Close();
-      const std::string words = client->Diagnostics();
-      if (!words.empty()) {
-        hello = absl::Status(hello.status().code(), absl::StrCat(hello.status().message(), "; the far side says: ", words));
-      }
-    }
-    Post([this, client, hello = std::move(hello)] { OnConnected(hello, client); });
   });
 }
 
@@ -270,6 +328,8 @@ void SiteDispatcher::OnConnected(absl::StatusOr<agent::v1::HelloResponse> hello,
   site_.set_agent_version(hello_.agent_version());
   site_.set_host(hello_.host());
   site_.set_connected_us(absl::ToUnixMicros(now));
+  site_.clear_partitions();
+  for (const agent::v1::Partition& partition : hello_.slurm().partitions()) site_.add_partitions(partition.name());
   log::Info("site {}: connected to agent {} of {}@{}, scheduler {}, {} slots", options_.name, hello_.agent_version(),
             hello_.user(), hello_.host(), hello_.scheduler(), hello_.slots());
   next_list_ = now;
@@ -378,6 +438,10 @@ void SiteDispatcher::CleanSpools() {
 void SiteDispatcher::PublishSite() {
   site_.set_slots_in_use(ranks_running_);
   site_.set_live_jobs(placed_);
+  if (credentials_expire_) {
+    const absl::Time end = credentials_expire_();
+    site_.set_credentials_expire_us(end == absl::InfiniteFuture() ? 0 : absl::ToUnixMicros(end));
+  }
   SiteOffer offer;
   offer.name = options_.name;
   offer.ready = client_ != nullptr;
@@ -386,7 +450,24 @@ void SiteDispatcher::PublishSite() {
   offer.free_slots = hello_.slots() - ranks_placed_;
   offer.trains = std::find(hello_.capabilities().begin(), hello_.capabilities().end(), "train") !=
                  hello_.capabilities().end();
-  board_->Update(site_, offer);
+  offer.waiting = waiting_;
+  if (hello_.has_slurm()) offer.slurm = hello_.slurm();
+  offer.settings = options_.settings;
+  std::optional<std::string> paused;
+  {
+    absl::MutexLock lock(&mu_);
+    paused = paused_;
+  }
+  if (!paused) {
+    board_->Update(site_, offer);
+    return;
+  }
+  offer.ready = false;
+  v1::Site shown = site_;
+  shown.set_state(v1::SITE_STATE_PAUSED);
+  shown.set_reason(absl::StrCat(*paused, client_ ? "" : absl::StrCat("; besides: ", site_.reason()),
+                                "; go on with: itwin site resume ", options_.name));
+  board_->Update(shown, offer);
 }
 
 // ---- jobs ----
@@ -395,7 +476,7 @@ bool SiteDispatcher::Mine(const JobRow& row) const {
   if (IsFinal(row.record.state)) return false;
   if (row.record.state != JobState::kQueued) return row.record.site == options_.name;
   const std::string& site = row.requested_site;
-  return site.empty() || site == "any" || site == options_.name || (options_.adopts_strays && !board_->Exists(site));
+  return site.empty() || site == "any" || site == options_.name || (adopts_strays_ && !board_->Exists(site));
 }
 
 void SiteDispatcher::Count(const JobRow& row, int sign) {
@@ -425,6 +506,7 @@ void SiteDispatcher::SetRow(const JobRow& row) {
       fresh->spec_read = job->spec_read;
       fresh->train = job->train;
       fresh->retry = job->retry;
+      fresh->resources = job->resources;
       fresh->queued = job->queued;
       fresh->queue_owner = job->queue_owner;
       fresh->wake_at = job->wake_at;
@@ -732,11 +814,14 @@ void SiteDispatcher::RunErrand(LiveJob* job, const Action& action) {
     });
   } else if (std::holds_alternative<StartTheAttempt>(action)) {
     job->start.under_way = true;
-    calls_->Submit([this, key, client = client_] {
+    const auto slurm = hello_.has_slurm() ? std::make_shared<const agent::v1::SlurmFacts>(hello_.slurm()) : nullptr;
+    calls_->Submit([this, key, slurm, client = client_] {
       absl::StatusOr<agent::v1::AttemptStatus> status;
-      auto request = MakeStartRequest(store_, key, options_.log_limit_bytes);
+      auto request = MakeStartRequest(store_, key, options_.log_limit_bytes, {options_.name, &options_.settings, slurm.get()});
       if (request.ok()) {
         status = client->StartAttempt(*request, absl::Now() + options_.call_timeout);
+      } else if (request.status().code() == absl::StatusCode::kFailedPrecondition) {
+        status = request.status();  // the site's rules changed since it was placed: the same as its refusal
       } else {
         // Our own trouble says nothing about the site.
         status = absl::UnavailableError(request.status().message());
@@ -805,18 +890,24 @@ std::optional<PlacementRequest> SiteDispatcher::RequestOf(LiveJob* job) {
     }
     job->train = spec->has_train();
     job->retry = spec->retry();
+    job->resources = spec->resources();
     job->spec_read = true;
   }
   PlacementRequest request;
   request.site = job->row.requested_site;
   request.ranks = job->row.ranks;
   request.train = job->train;
+  request.resources = job->resources;
   return request;
 }
 
 void SiteDispatcher::Place() {
   place_ = false;
   next_place_ = absl::InfiniteFuture();
+  {
+    absl::MutexLock lock(&mu_);
+    if (paused_) return;
+  }
   int looks = 0;
   absl::flat_hash_set<JobId> passed;  // not for us, or not now
   std::vector<SiteOffer> offers = board_->Offers();
@@ -861,7 +952,9 @@ void SiteDispatcher::Place() {
       }
     }
     for (SiteOffer& offer : offers) {
-      if (offer.name == options_.name) offer.free_slots = hello_.slots() - ranks_placed_;
+      if (offer.name != options_.name) continue;
+      offer.free_slots = hello_.slots() - ranks_placed_;
+      offer.waiting = waiting_;
     }
     JobEvent event;
     event.time = clock_->Now();

@@ -41,10 +41,18 @@ struct SiteOptions {
   absl::Duration spool_retention = absl::Hours(24 * 7);  // after the end of a job; zero: for ever
   int64_t log_limit_bytes = 0;                            // of stdout and stderr at the site; 0: the agent's default
   uint64_t seed = std::random_device{}();                 // of jitter
+  absl::Duration query_interval = absl::ZeroDuration();   // the site's call budget; zero: the agent's own
+  SiteSettings settings;                                  // what its file says about jobs
+  std::string address;                                    // where it is, for people
+  std::optional<std::string> paused;                      // by an admin, from the start: the reason
 };
 
 // Makes a connection: a tunnel's stream with a client in it. Called on a worker's thread.
 using ConnectFunction = std::function<absl::StatusOr<std::unique_ptr<AgentClient>>(absl::Time deadline)>;
+
+// Called on a worker's thread after each Hello, with the connection: true when the agent was replaced by another version and
+// the connection is to be made anew.
+using RenewFunction = std::function<absl::StatusOr<bool>(AgentClient*, const agent::v1::HelloResponse&)>;
 
 // The loop of one site: it alone acts there. Records events (Reconcile decides which), runs errands on its
 // workers, keeps the connection. The loop never waits for the site.
@@ -61,6 +69,8 @@ class SiteDispatcher : public CommitListener {
     std::string gateway_version;
     std::unique_ptr<Executor> calls;      // short: start, cancel, list, connect
     std::unique_ptr<Executor> transfers;  // long: inputs up, outputs down
+    RenewFunction renew = nullptr;        // may be empty
+    std::function<absl::Time()> credentials_expire = nullptr;  // InfiniteFuture: never, or not known
   };
 
   SiteDispatcher(SiteOptions options, Dependencies dependencies);
@@ -72,6 +82,14 @@ class SiteDispatcher : public CommitListener {
   void Start();
   // Ends the connection and all threads. Jobs go on at the site. Idempotent.
   void Stop();
+
+  // From any thread. Paused: nothing new is placed here; what runs goes on. Holds once the call returns.
+  void Pause(const std::string& reason);
+  void Resume();
+  // Answers also for queued jobs that name a site nobody has, from now on; looks for those that are there already.
+  void AdoptStrays();
+  // Forgets the connection and makes a new one at once.
+  void Reconnect();
 
   // All that is due now; returns when it wants to be called again without mail.
   absl::Time RunOnce();
@@ -99,6 +117,7 @@ class SiteDispatcher : public CommitListener {
   void PublishSite();
 
   // -- jobs --
+  absl::Status LoadLive();
   bool Mine(const JobRow& row) const;
   void Refresh(const JobId& id);
   void SetRow(const JobRow& row);
@@ -131,6 +150,8 @@ class SiteDispatcher : public CommitListener {
   const ConnectFunction connect_;
   const std::string gateway_id_;
   const std::string gateway_version_;
+  const RenewFunction renew_;
+  const std::function<absl::Time()> credentials_expire_;
   SendingInputs sending_;  // own synchronisation
 
   // The loop's.
@@ -139,6 +160,7 @@ class SiteDispatcher : public CommitListener {
     bool spec_read = false;
     bool train = false;
     v1::RetryPolicy retry;
+    v1::Resources resources;
     bool attempts_read = false;
     int64_t max_step = 0;
     int64_t max_step_before = 0;
@@ -184,9 +206,11 @@ class SiteDispatcher : public CommitListener {
   agent::v1::HelloResponse hello_;
   bool known_ = false;
   v1::Site site_;
+  bool adopts_strays_ = false;
 
   // Guarded by mu_.
   absl::Mutex mu_;
+  std::optional<std::string> paused_ ABSL_GUARDED_BY(mu_);
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
   std::vector<std::function<void()>> mail_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_set<JobId> changed_ ABSL_GUARDED_BY(mu_);
