@@ -118,6 +118,14 @@ def files(tmp_path_factory):
     return tmp_path_factory.mktemp("sites")
 
 
+def test_the_login_node_forwards_nothing(cluster):
+    """What all the rest of this file has to live with."""
+    node = cluster.status["nodes"]["n1"]["address"]
+    forward = subprocess.run(["ssh", "-F", cluster.status["ssh_config"], "-W", f"{node}:6818", "login"], capture_output=True, text=True,
+                             check=False, stdin=subprocess.DEVNULL)
+    assert forward.returncode != 0 and "forwarding failed" in forward.stderr
+
+
 def test_an_unknown_host_key_is_shown_and_nothing_is_kept(cluster, gateway, files):
     path = cluster.site_file(files / "alpha.yaml", "alpha")
     fingerprint = cluster.ssh()["fingerprint"]
@@ -258,6 +266,23 @@ def test_a_second_cluster_is_a_second_site(cluster, gateway, files):
     assert gateway.run_at("any", "hostname").site == "alpha"
     gateway.itwin("site", "remove", "beta")
     assert gateway.site("beta") is None
+
+
+def test_a_worker_bundle_is_unpacked_there(cluster, gateway, files):
+    # What deploy/make-worker-bundle.sh makes, without its weight (tests/e2e/worker_bundle_test.py has the real one).
+    inside = files / "bundle"
+    inside.mkdir()
+    (inside / "itwin-worker").write_text(f"#!/bin/sh\nexec {BIN}/itwin-worker \"$@\"\n")
+    (inside / "itwin-worker").chmod(0o755)
+    subprocess.run(["tar", "-czf", files / "bundle.tar.gz", "-C", inside, "."], check=True)
+    path = cluster.site_file(files / "bundled.yaml", "bundled", pinned=True, more=f"worker: {{bundle: {files}/bundle.tar.gz}}")
+    gateway.itwin("site", "add", path, "--without-jobs")
+    gateway.wait_site("bundled")
+    releases = pathlib.Path(gateway_root(gateway, "bundled")) / "releases"
+    digest = hashlib.sha256((files / "bundle.tar.gz").read_bytes()).hexdigest()
+    assert (releases / "current" / "itwin-worker").resolve() == (releases / f"worker-{digest[:8]}" / "itwin-worker").resolve()
+    assert sorted(os.listdir(releases / f"worker-{digest[:8]}")) == ["itwin-worker"]
+    gateway.itwin("site", "remove", "bundled")
 
 
 def test_the_sites_are_there_after_a_restart(gateway):
