@@ -25,7 +25,7 @@ namespace itwin::server {
 namespace {
 
 constexpr size_t kMaxSites = 100;
-constexpr int64_t kMaxReasonBytes = 4096;
+constexpr int64_t kMaxPauseReasonBytes = 4096;
 constexpr absl::Duration kSshConnectTimeout = absl::Seconds(60);  // several login nodes, and the start of the agent there
 
 }  // namespace
@@ -55,7 +55,7 @@ absl::StatusOr<std::unique_ptr<SiteRegistry::LiveSite>> SiteRegistry::Make(SiteF
   site.settings = live->file.settings;
   site.address = tunnel->description();
   if (live->file.ssh) site.connect_timeout = kSshConnectTimeout;
-  if (absl::StatusOr<std::string> paused = ReadFile(FileOf(site.name, ".paused"), kMaxReasonBytes); paused.ok()) {
+  if (absl::StatusOr<std::string> paused = ReadFile(FileOf(site.name, ".paused"), kMaxPauseReasonBytes); paused.ok()) {
     site.paused = std::string(absl::StripAsciiWhitespace(*paused));
   }
   dependencies_.board->Add(site.name);
@@ -312,7 +312,7 @@ absl::Status SiteRegistry::DoctorSite(const v1::DoctorSiteRequest& request, cons
 absl::StatusOr<v1::Site> SiteRegistry::PauseSite(const std::string& name, const std::string& actor, const std::string& reason) {
   absl::MutexLock lock(&mu_);
   ITWIN_ASSIGN_OR_RETURN(const LiveSite* live, Find(name));
-  const std::string words = absl::StrCat("paused by ", actor, reason.empty() ? "" : ": ", reason.substr(0, kMaxReasonBytes / 2));
+  const std::string words = absl::StrCat("paused by ", actor, reason.empty() ? "" : ": ", reason.substr(0, kMaxPauseReasonBytes / 2));
   ITWIN_RETURN_IF_ERROR(WriteFileAtomically(FileOf(name, ".paused"), words + "\n"));
   live->dispatcher->Pause(words);
   log::Info("site {}: {}", name, words);

@@ -24,7 +24,7 @@ constexpr absl::Duration kSkewWarning = absl::Seconds(5);
 constexpr absl::Duration kSkewError = absl::Minutes(5);
 
 v1::SiteCheck ToSiteCheck(agent::v1::CheckVerdict verdict) {
-  switch (verdict) {
+  switch (static_cast<int>(verdict)) {
     case agent::v1::CHECK_VERDICT_OK: return v1::SITE_CHECK_OK;
     case agent::v1::CHECK_VERDICT_WARNING: return v1::SITE_CHECK_WARNING;
     case agent::v1::CHECK_VERDICT_ERROR: return v1::SITE_CHECK_ERROR;
@@ -214,7 +214,7 @@ absl::Status SiteSurvey::LookAndInstall() {
   int64_t bytes = 0;
   double told = 0;
   const absl::StatusOr<Installed> installed =
-      InstallOverSsh(ssh_, options_.site, *node, options_.programs, deadline_, [&](int64_t sent, int64_t total) {
+      InstallOverSsh(ssh_, options_.site, *node, options_.programs, deadline_, [&](int64_t sent, int64_t total) -> bool {
         bytes = total;
         const double fraction = total > 0 ? static_cast<double>(sent) / static_cast<double>(total) : 1;
         if (fraction < told + 0.01) return listening_;

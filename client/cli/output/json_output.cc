@@ -100,13 +100,6 @@ Json ErrorJson(const absl::Status& status) {
   return {{"code", absl::StatusCodeToString(status.code())}, {"message", std::string(status.message())}};
 }
 
-template <typename List>
-Json ListJson(const List& list) {
-  Json out = Json::array();
-  for (const auto& item : list) out.push_back(ToJson(item));
-  return out;
-}
-
 Json ToJson(const v1::Site& site) {
   Json partitions = Json::array();
   for (const std::string& partition : site.partitions()) partitions.push_back(partition);
@@ -116,6 +109,13 @@ Json ToJson(const v1::Site& site) {
           {"connected_us", site.connected_us()}, {"address", site.address()},
           {"credentials_expire_us", site.credentials_expire_us()}, {"partitions", std::move(partitions)},
           {"calls_per_minute", site.calls_per_minute()}};
+}
+
+template <typename List>
+Json ListJson(const List& list) {
+  Json out = Json::array();
+  for (const auto& item : list) out.push_back(ToJson(item));
+  return out;
 }
 
 // One line per step.
