@@ -9,6 +9,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
+#include "agent/scheduler/launch.h"
+#include "agent/scheduler/slurm/batch_script.h"
 #include "common/files.h"
 #include "server/dispatch/errands.h"
 #include "server/sites/site_file.h"
@@ -35,6 +37,24 @@ v1::JobSpec Job(bool gpus) {
   return spec;
 }
 
+// The request as the site's agent hands it to SLURM, and the command line of the ranks.
+std::string BatchText(const agent::v1::StartAttemptRequest& request) {
+  const agent::AttemptDirectory directory("/scratch/itwin", *AttemptKey::Parse(request.attempt()));
+  agent::Submission submission{.directory = directory};
+  submission.nodes = request.nodes();
+  submission.ranks_per_node = request.ranks_per_node();
+  submission.cpus_per_rank = request.cpus_per_rank();
+  submission.gpus_per_node = request.gpus_per_node();
+  submission.memory_mib_per_node = request.memory_mib_per_node();
+  submission.time = absl::Seconds(request.time().seconds());
+  submission.slurm = request.slurm();
+  const auto options = agent::SbatchOptions(submission, "itwin-" + request.attempt());
+  EXPECT_OK(options);
+  const auto command = agent::LaunchCommand(directory, request, {.worker = "/scratch/itwin/releases/current/itwin-worker"});
+  EXPECT_OK(command);
+  return absl::StrCat(absl::StrJoin(*options, "\n"), "\n\n", agent::RenderBatchScript(submission, {}), "\n", absl::StrJoin(*command, " "), "\n");
+}
+
 std::string Rendered(const SiteFile& site) {
   std::string out = absl::StrCat("# reached by\n", site.address(), "\n");
   if (site.ssh) {
@@ -54,7 +74,7 @@ std::string Rendered(const SiteFile& site) {
     shown.clear_spec_json();
     std::string text;
     google::protobuf::TextFormat::PrintToString(shown, &text);
-    absl::StrAppend(&out, text);
+    absl::StrAppend(&out, text, "\n# what the agent makes of it\n", BatchText(*request));
   }
   return out;
 }
