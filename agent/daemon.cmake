@@ -11,7 +11,7 @@ add_library(itwin_agent_lib STATIC
   scheduler/slurm/slurm_commands.cc scheduler/slurm/slurm_scheduler.cc scheduler/slurm/slurm_state.cc
   scheduler/slurm/slurm_text.cc
   spool/attempt_directory.cc spool/fault_point.cc spool/input_store.cc spool/lifecycle.cc spool/mailbox.cc
-  spool/spool_files.cc spool/tail.cc spool/work_pool.cc)
+  spool/release.cc spool/spool_files.cc spool/tail.cc spool/work_pool.cc)
 add_library(itwin::agent ALIAS itwin_agent_lib)
 target_link_libraries(itwin_agent_lib
   PRIVATE itwin::warnings nlohmann_json::nlohmann_json

@@ -1,19 +1,23 @@
 #!/usr/bin/env bash
 # From a clone to a trained model: installs what is missing, builds, starts a gateway with the embedded site `local`,
 # trains the wind-downscaling example on two MPI ranks, shows it live, and puts the model into your hands.
-#   deploy/quickstart.sh [--keep] [--data DIR]
-#     --keep      leave the gateway running afterwards
-#     --data DIR  where the gateway keeps its data (default ~/.local/share/itwin)
+#   deploy/quickstart.sh [--slurm] [--keep] [--data DIR]
+#     --slurm     the real path: starts a SLURM cluster of two nodes on this machine (deploy/testcluster; needs root), adds it as a
+#                 site over SSH, and trains on one rank of each node; afterwards all of it is taken down
+#     --keep      leave the gateway (and the cluster) running afterwards
+#     --data DIR  where the gateway keeps its data (default ~/.local/share/itwin; with --slurm: itwin-slurm beside it)
 # Can be run again: what is built, installed or running is used as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source deploy/common.sh
 
 keep=0
-data=${XDG_DATA_HOME:-$HOME/.local/share}/itwin
+slurm=0
+data=
 while (($#)); do
   case "$1" in
     --keep) keep=1 ;;
+    --slurm) slurm=1 ;;
     --data) data=${2:?--data needs a directory}; shift ;;
     -h | --help) usage_of "$0"; exit 0 ;;
     *) echo "quickstart.sh: unknown option '$1'; see deploy/quickstart.sh --help" >&2; exit 2 ;;
@@ -21,9 +25,16 @@ while (($#)); do
   shift
 done
 bin=$PWD/build/bin
+: "${data:=${XDG_DATA_HOME:-$HOME/.local/share}/itwin$( ((slurm)) && echo -slurm || true)}"
+if ((slurm && EUID != 0)); then
+  echo "quickstart.sh: --slurm starts a cluster in network namespaces and needs root; run it with sudo, or leave --slurm out" >&2
+  exit 2
+fi
 
 step "1/5 packages"
-deploy/install-packages.sh build
+purposes=(build)
+if ((slurm)); then purposes+=(cluster); fi
+deploy/install-packages.sh "${purposes[@]}"
 prepare_compiler_cache
 
 step "2/5 build (the first time takes several minutes)"
@@ -32,21 +43,23 @@ run_logged "configure" cmake --preset dev
 build_targets build itwin itwin-gateway itwin-agent itwin-worker
 build_seconds=$((SECONDS - build_started))
 
-step "3/5 gateway"
+if ((slurm)); then step "3/5 gateway and cluster"; else step "3/5 gateway"; fi
 mkdir -p "$data"
 data=$(cd "$data" && pwd)
 [[ -e $data/gateway.db ]] || "$bin/itwin-gateway" init --data "$data"
 export ITWIN_CONFIG=$data/client/config.yaml
 started_here=0
+gateway_flags=()
+if ((slurm)); then gateway_flags=(--no-local --listen 127.0.0.1:0); fi
 if "$bin/itwin" version --timeout 5s >/dev/null 2>&1; then
   echo "a gateway on $data is already running at $(cat "$data/run/endpoint"); using it"
 else
-  "$bin/itwin-gateway" serve --data "$data" >>"$data/gateway.log" 2>&1 &
+  "$bin/itwin-gateway" serve --data "$data" "${gateway_flags[@]}" >>"$data/gateway.log" 2>&1 &
   gateway=$!
   started_here=1
   stop_gateway() {
     kill "$gateway" 2>/dev/null && wait "$gateway" 2>/dev/null
-    "$bin/itwin-agent" stop --root "$data/sites/local" >/dev/null 2>&1 || true
+    if ((!slurm)); then "$bin/itwin-agent" stop --root "$data/sites/local" >/dev/null 2>&1 || true; fi
   }
   trap 'stop_gateway' EXIT
   trap 'exit 130' INT TERM
@@ -61,12 +74,60 @@ else
   done
   echo "gateway running at $(cat "$data/run/endpoint") (log: $data/gateway.log)"
 fi
+
+if ((slurm)); then
+  # Unix users of the cluster read the programs and write their spool: its directory cannot be inside a private one.
+  cluster=${ITWIN_TESTCLUSTER:-/var/tmp/itwin-quickstart}
+  take_down() {
+    trap '' INT TERM
+    echo "taking the cluster down"
+    # A job that still runs would otherwise wait for a site that never comes back.
+    if [[ -e $data/quickstart.job ]] && "$bin/itwin" cancel "$(cat "$data/quickstart.job")" --reason "quickstart was ended" >/dev/null 2>&1; then
+      timeout 30 "$bin/itwin" watch "$(cat "$data/quickstart.job")" >/dev/null 2>&1 || true
+    fi
+    "$bin/itwin" site remove testcluster >/dev/null 2>&1 || true
+    deploy/testcluster down --dir "$cluster" >/dev/null || true
+    if ((started_here)); then stop_gateway; fi
+  }
+  trap 'take_down' EXIT
+  trap 'exit 130' INT TERM
+  rm -f "$data/quickstart.job"
+  deploy/testcluster up --dir "$cluster" --nodes 2 --json >"$data/cluster.json"
+  site=$data/testcluster.yaml
+  # What an administrator of a real cluster writes by hand (docs/sites.md).
+  /usr/bin/python3 - "$data/cluster.json" >"$site" <<'PY'
+import json, sys
+status = json.load(open(sys.argv[1]))
+ssh = status["nodes"]["login"]["ssh"]
+print(f"""# The cluster of deploy/testcluster, through its WAN.
+name: testcluster
+ssh:
+  hosts: [{ssh['wan_host']}]
+  port: {ssh['wan_port']}
+  user: ada
+  key: {status['keys']['ada']}
+  fingerprint: {ssh['fingerprint']}
+root: {status['sites']['alpha']['shared']}/$USER/itwin
+scheduler: slurm
+launcher: srun --mpi=pmix -n {{ranks}}
+query_interval: 1s""")
+PY
+  echo "a SLURM cluster of two nodes is up; this is its site file ($site):"
+  sed 's/^/    /' "$site"
+  "$bin/itwin" site add "$site" --replace
+fi
 "$bin/itwin" sites
 
-step "4/5 train: monthly winds, reconstructed from 4× coarser ones, on two ranks"
+train_flags=()
+if ((slurm)); then
+  train_flags=(--set site=testcluster --set resources.nodes=2 --set resources.ranks_per_node=1)
+  step "4/5 train: monthly winds, reconstructed from 4× coarser ones, by SLURM on two nodes"
+else
+  step "4/5 train: monthly winds, reconstructed from 4× coarser ones, on two ranks"
+fi
 winds=$(dpkg -L ferret-datasets | grep '/monthly_navy_winds.cdf$')
 status=0
-"$bin/itwin" submit deploy/examples/wind-downscaling/job.yaml --set "train.data.netcdf=$winds" --watch \
+"$bin/itwin" submit deploy/examples/wind-downscaling/job.yaml --set "train.data.netcdf=$winds" "${train_flags[@]}" --watch \
   --id-file "$data/quickstart.job" || status=$?
 job=$(cat "$data/quickstart.job")
 if ((status != 0)); then
@@ -123,14 +184,25 @@ cat <<TEXT
 To submit the next job:
   export ITWIN_CONFIG=$ITWIN_CONFIG PATH=$bin:\$PATH
 TEXT
-if ((started_here && !keep)); then
+if ((slurm && !keep)); then
+  echo "  sudo deploy/quickstart.sh --slurm --keep      # leaves both running"
+elif ((started_here && !keep)); then
   echo "  itwin-gateway serve --data $data &      # it is stopped now; --keep leaves it running"
 fi
 cat <<TEXT
   itwin submit my-job.yaml --watch         # deploy/examples/ has more to start from
   itwin jobs                               # and: itwin --help
 TEXT
-if ((started_here && keep)); then
+if ((slurm && keep)); then
+  trap - EXIT
+  if ((started_here)); then disown "$gateway"; fi
+  echo "Gateway and cluster are left running. To stop them:"
+  echo "  itwin-gateway stop --data $data; deploy/testcluster down --dir $cluster"
+elif ((slurm)); then
+  trap - EXIT
+  take_down
+  echo "The cluster and the gateway are gone; jobs and models stay in $data."
+elif ((started_here && keep)); then
   trap - EXIT
   disown "$gateway"
   echo "The gateway is left running. To stop it: itwin-gateway stop --data $data"

@@ -8,6 +8,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "server/sites/site_file.h"
 
 // What a gateway is told: built-in defaults, then the file `<data>/gateway.yaml`, then the environment, then flags.
 //
@@ -22,19 +23,11 @@
 //     enabled: true
 //     slots: 4                       # ranks at once; default: the cores of this machine
 //     launcher: mpirun -n {ranks}    # default: the agent's
-//   sites:                           # further ones, reached by a command line
+//   sites:                           # further ones, each with the keys of a site file (docs/sites.md)
 //     - name: vega
 //       command: [ssh, -T, login.vega.example, itwin-agent, connect, --root, /scratch/itwin]
-//       max_waiting: 200             # attempts handed over that have not started yet
-//       spool_retention: 168h        # after the end of a job; 0: for ever
+//       max_waiting: 200
 namespace itwin::server {
-
-struct SiteConfig {
-  std::string name;
-  std::vector<std::string> command;
-  int max_waiting = 64;
-  absl::Duration spool_retention = absl::Hours(24 * 7);
-};
 
 struct LocalSiteConfig {
   bool enabled = true;
@@ -52,7 +45,7 @@ struct GatewayConfig {
   int log_mirror_mib = 16;
   absl::Duration job_retention = absl::ZeroDuration();  // after the end of a job; zero: for ever
   LocalSiteConfig local;
-  std::vector<SiteConfig> sites;
+  std::vector<SiteFile> sites;  // beside those that `itwin site add` has put into <data>/sites/
 };
 
 // What flags and environment say; unset: nothing.
@@ -68,7 +61,7 @@ absl::StatusOr<GatewayConfig> ParseConfig(absl::string_view text, absl::string_v
 // The defaults when there is no such file.
 absl::StatusOr<GatewayConfig> ReadConfig(const std::string& path);
 void Apply(const ConfigOverrides& overrides, GatewayConfig* config);
-// Ranges, names, and that something is left to run jobs on. kInvalidArgument as above.
+// Ranges and names. kInvalidArgument as above.
 absl::Status CheckConfig(const GatewayConfig& config);
 
 // "127.0.0.1:7443", "[::1]:7443", "gateway.example:7443" taken apart. kInvalidArgument.

@@ -26,7 +26,6 @@
 #include "common/version.h"
 #include "server/artifacts/blob_store.h"
 #include "server/dispatch/site_board.h"
-#include "server/dispatch/site_dispatcher.h"
 #include "server/init.h"
 #include "server/jobs/event_hub.h"
 #include "server/jobs/housekeeper.h"
@@ -37,8 +36,8 @@
 #include "server/rpc/limits.h"
 #include "server/rpc/sites_rpc.h"
 #include "server/rpc/task_pool.h"
+#include "server/sites/site_registry.h"
 #include "server/store/sqlite_job_store.h"
-#include "server/tunnel/process_tunnel.h"
 
 namespace itwin::server {
 namespace {
@@ -47,8 +46,7 @@ constexpr absl::Duration kShutdownLimit = absl::Seconds(5);  // for calls under 
 constexpr int kCompletionQueues = 2;
 constexpr int kFeederThreads = 4;
 constexpr int kFileThreads = 4;
-constexpr int kCallThreads = 4;      // per site
-constexpr int kTransferThreads = 3;  // per site
+constexpr int kSiteThreads = 4;  // sites that are being added or examined at once
 constexpr int kKeepaliveMs = 60'000;
 constexpr int kMinPingIntervalMs = 5'000;
 
@@ -106,13 +104,14 @@ struct Gateway::Parts {
   std::unique_ptr<BlobStore> blobs;
   std::unique_ptr<EventHub> hub;
   std::unique_ptr<SiteBoard> board;
-  std::vector<std::unique_ptr<Tunnel>> tunnels;
-  std::vector<std::unique_ptr<SiteDispatcher>> dispatchers;
+  std::unique_ptr<GatewayPrograms> programs;
+  std::unique_ptr<SiteRegistry> sites;
   std::unique_ptr<JobService> jobs;
   std::unique_ptr<Housekeeper> housekeeper;
   std::unique_ptr<TokenAuthenticator> authenticator;
   std::unique_ptr<TaskPool> feeders;
   std::unique_ptr<TaskPool> files;
+  std::unique_ptr<TaskPool> surveys;
   std::unique_ptr<JobsRpc> jobs_rpc;
   std::unique_ptr<ArtifactsRpc> artifacts_rpc;
   std::unique_ptr<SitesRpc> sites_rpc;
@@ -147,7 +146,7 @@ absl::Status Gateway::Parts::Open(const Options& options) {
   ITWIN_RETURN_IF_ERROR(OpenSites(options));
   jobs = std::make_unique<JobService>(store.get(), blobs.get(), board.get());
   ITWIN_RETURN_IF_ERROR(Serve(config));
-  for (const auto& dispatcher : dispatchers) dispatcher->Start();
+  sites->Start();
   housekeeper = std::make_unique<Housekeeper>(Housekeeper::Options{.job_retention = config.job_retention}, store.get(), &clock);
   housekeeper->Start();
 
@@ -159,16 +158,26 @@ absl::Status Gateway::Parts::Open(const Options& options) {
 
 absl::Status Gateway::Parts::OpenSites(const Options& options) {
   const GatewayConfig& config = options.config;
-  std::vector<SiteConfig> sites;
+  // Without an agent to give, sites that bring their own still work.
+  std::string agent = options.agent_program;
+  if (agent.empty()) {
+    absl::StatusOr<std::string> found = FindAgentProgram();
+    if (found.ok()) {
+      agent = *std::move(found);
+    } else if (config.local.enabled) {
+      return found.status();
+    }
+  }
+  const std::string worker = agent.empty() ? "" : (std::filesystem::path(agent).parent_path() / "itwin-worker").string();
+  programs = std::make_unique<GatewayPrograms>(agent, access(worker.c_str(), X_OK) == 0 ? worker : "");
+  std::vector<SiteFile> configured;
+  ITWIN_RETURN_IF_ERROR(MakeDirectories(data.sites(), 0700));
   if (config.local.enabled) {
-    SiteConfig local;
+    SiteFile& local = configured.emplace_back();
     local.name = "local";
+    local.settings.scheduler = "process";
     local.max_waiting = config.local.max_waiting;
     local.spool_retention = config.local.spool_retention;
-    std::string agent = options.agent_program;
-    if (agent.empty()) {
-      ITWIN_ASSIGN_OR_RETURN(agent, FindAgentProgram());
-    }
     ITWIN_RETURN_IF_ERROR(MakeDirectories(data.site("local"), 0700));
     local.command = {agent, "connect", "--root", data.site("local"), "--log-level", config.log_level};
     if (config.local.slots > 0) {
@@ -177,43 +186,15 @@ absl::Status Gateway::Parts::OpenSites(const Options& options) {
     if (!config.local.launcher.empty()) {
       local.command.insert(local.command.end(), {"--launcher", config.local.launcher});
     }
-    sites.push_back(std::move(local));
   }
-  sites.insert(sites.end(), config.sites.begin(), config.sites.end());
-
-  std::vector<std::string> names;
-  for (const SiteConfig& site : sites) names.push_back(site.name);
-  board = std::make_unique<SiteBoard>(names);
-  for (const SiteConfig& site : sites) {
-    tunnels.push_back(std::make_unique<ProcessTunnel>(ProcessTunnelOptions{.argv = site.command, .env = {}}));
-    Tunnel* const tunnel = tunnels.back().get();
-    SiteOptions site_options;
-    site_options.name = site.name;
-    site_options.adopts_strays = dispatchers.empty();
-    site_options.max_waiting = site.max_waiting;
-    site_options.spool_retention = site.spool_retention;
-    dispatchers.push_back(std::make_unique<SiteDispatcher>(
-        std::move(site_options),
-        SiteDispatcher::Dependencies{
-            .store = store.get(),
-            .blobs = blobs.get(),
-            .board = board.get(),
-            .clock = &clock,
-            .connect = [tunnel](absl::Time deadline) -> absl::StatusOr<std::unique_ptr<AgentClient>> {
-              ITWIN_ASSIGN_OR_RETURN(std::unique_ptr<TunnelStream> stream, tunnel->Open(deadline));
-              return MakeGrpcAgentClient(std::move(stream));
-            },
-            .cancel_connect = [tunnel] { tunnel->Cancel(); },
-            .credentials_expire = [tunnel] { return tunnel->CredentialsExpire(); },
-            .gateway_id = store->gateway_id(),
-            .gateway_version = kVersion,
-            .gateway_place = PlaceOf(data),
-            .gateway_label = LabelOf(data),
-            .calls = std::make_unique<WorkerPool>(kCallThreads),
-            .transfers = std::make_unique<WorkerPool>(kTransferThreads)}));
-    ITWIN_RETURN_IF_ERROR(Annotate(dispatchers.back()->Open(), absl::StrCat("site ", site.name)));
-  }
-  return absl::OkStatus();
+  configured.insert(configured.end(), config.sites.begin(), config.sites.end());
+  board = std::make_unique<SiteBoard>();
+  sites = std::make_unique<SiteRegistry>(
+      SiteRegistry::Options{.directory = data.sites(), .gateway_id = store->gateway_id(),
+                            .gateway_place = PlaceOf(data),
+                            .gateway_label = LabelOf(data)},
+      SiteRegistry::Dependencies{store.get(), blobs.get(), board.get(), &clock, programs.get()});
+  return sites->Open(std::move(configured));
 }
 
 absl::Status Gateway::Parts::Serve(const GatewayConfig& config) {
@@ -224,7 +205,8 @@ absl::Status Gateway::Parts::Serve(const GatewayConfig& config) {
   jobs_rpc = std::make_unique<JobsRpc>(
       JobsRpc::Parts{jobs.get(), store.get(), hub.get(), authenticator.get(), feeders.get()});
   artifacts_rpc = std::make_unique<ArtifactsRpc>(ArtifactsRpc::Parts{blobs.get(), authenticator.get(), files.get()});
-  sites_rpc = std::make_unique<SitesRpc>(board.get(), authenticator.get(), absl::Now());
+  surveys = std::make_unique<TaskPool>(kSiteThreads);
+  sites_rpc = std::make_unique<SitesRpc>(SitesRpc::Parts{board.get(), sites.get(), authenticator.get(), surveys.get()}, absl::Now());
 
   grpc::SslServerCredentialsOptions tls(GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE);
   grpc::SslServerCredentialsOptions::PemKeyCertPair pair;
@@ -264,16 +246,18 @@ void Gateway::Parts::Stop() {
   stopped = true;
   if (server) ::unlink(data.run("endpoint").c_str());
   if (hub) hub->Close();  // ends the watch streams
+  if (sites) sites->EndSurveys();
   if (server) {
     server->Shutdown(absl::ToChronoTime(absl::Now() + kShutdownLimit));
     server->Wait();
   }
   housekeeper.reset();
-  for (const auto& dispatcher : dispatchers) dispatcher->Stop();
+  if (sites) sites->Stop();
+  surveys.reset();
   feeders.reset();
   files.reset();
   server.reset();
-  dispatchers.clear();
+  sites.reset();
   if (store && hub) store->RemoveListener(hub.get());
   if (lock.valid()) ::unlink(data.run("pid").c_str());
   store.reset();

@@ -12,6 +12,7 @@
 //   tls/{ca.key,ca.pem,server.key,server.pem}
 //   client/{config.yaml,ca.pem,token}   what the first user needs
 //   sites/local/                        root of the embedded site
+//   sites/<name>.yaml, <name>.paused    sites that an administrator added; that one is paused
 //   run/{lock,pid,endpoint}
 namespace itwin::server {
 
@@ -21,6 +22,7 @@ struct DataDirectory {
   std::string config() const { return root + "/gateway.yaml"; }
   std::string tls(const std::string& name) const { return root + "/tls/" + name; }
   std::string client(const std::string& name) const { return root + "/client/" + name; }
+  std::string sites() const { return root + "/sites"; }
   std::string site(const std::string& name) const { return root + "/sites/" + name; }
   std::string run(const std::string& name) const { return root + "/run/" + name; }
 };

@@ -23,6 +23,7 @@ SERVER = {
     "tunnel": [],
     "dispatch": ["jobs", "store", "artifacts", "tunnel"],
     "rpc": ["jobs", "store", "artifacts"],
+    "sites": ["jobs", "store", "artifacts", "tunnel", "dispatch"],
 }
 GRPC_PLACES = re.compile(r"(/rpc/|^client/src/|agent_client\.|^common/grpc_status\.|^server/gateway\.cc|^agent/agent\.cc)")
 # A foreign header and where alone it may be included.
@@ -32,7 +33,7 @@ FOREIGN = [
     (r"<(torch|ATen|c10|caffe2)/", r"^agent/worker/"),
     (r"<mpi\.h>", r"^agent/worker/dist/"),
     (r"<netcdf\.h>", r"^agent/worker/data/netcdf\."),
-    (r"<yaml-cpp/", r"^(common/spec/|server/config|client/src/)"),
+    (r"<yaml-cpp/", r"^(common/spec/|server/sites/site_file|client/src/)"),
     (r"<CLI/", r"^(server/(main|config)|client/cli/|agent/main)"),
 ]
 WORDS = [  # a pattern of code and where alone it may stand

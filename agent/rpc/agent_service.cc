@@ -5,18 +5,21 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <thread>
 
 #include "absl/cleanup/cleanup.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "agent/rpc/follow_reactor.h"
 #include "agent/rpc/host_checks.h"
 #include "agent/scheduler/process_tree.h"
+#include "agent/spool/release.h"
 #include "agent/spool/spool_files.h"
 #include "common/files.h"
 #include "common/grpc_status.h"
@@ -38,6 +41,20 @@ constexpr absl::Duration kHelloWait = absl::Seconds(4);
 
 absl::Time DeadlineOf(const grpc::ServerContext& context) {
   return std::min(absl::FromChrono(context.deadline()), absl::Now() + kLongestWait);
+}
+
+// Of this program's file; the gateway compares it with its own agent's. Read once: it does not change while we run.
+const std::string& OwnSha256() {
+  static const std::string* const hash = new std::string(Sha256OfFile("/proc/self/exe").value_or(""));
+  return *hash;
+}
+
+std::string OwnProgram() {
+  std::error_code error;
+  std::string path = std::filesystem::read_symlink("/proc/self/exe", error).string();
+  constexpr absl::string_view kDeleted = " (deleted)";  // replaced by another file since we started
+  if (absl::EndsWith(path, kDeleted)) path.resize(path.size() - kDeleted.size());
+  return path;
 }
 
 // Runs `task` in the loop and waits for what it returns. The task runs to its end even when nobody waits any more.
@@ -119,6 +136,8 @@ grpc::Status AgentService::Hello(grpc::ServerContext* context, const v1::HelloRe
       });
   response->set_protocol(kAgentProtocol);
   response->set_agent_version(kVersion);
+  response->set_agent_sha256(OwnSha256());
+  response->set_agent_program(OwnProgram());
   response->set_host(HostName());
   const char* user = getenv("USER");
   response->set_user(user != nullptr ? user : absl::StrCat(getuid()));
@@ -136,6 +155,15 @@ grpc::Status AgentService::Hello(grpc::ServerContext* context, const v1::HelloRe
   response->add_capabilities("command");
   if (options_.can_train) response->add_capabilities("train");
   log::Debug("gateway {} ({}) says hello", request->gateway_id(), request->gateway_version());
+  return grpc::Status::OK;
+}
+
+grpc::Status AgentService::InstallRelease(grpc::ServerContext*, const v1::InstallReleaseRequest* request,
+                                          v1::InstallReleaseResponse* response) {
+  absl::StatusOr<std::string> directory = itwin::agent::InstallRelease(options_.root, *request, inputs_);
+  if (!directory.ok()) return ToGrpc(directory.status());
+  log::Info("release {} is installed", *directory);
+  response->set_directory(*std::move(directory));
   return grpc::Status::OK;
 }
 

@@ -43,6 +43,7 @@ class AgentService final : public v1::Agent::WithCallbackMethod_Follow<v1::Agent
   grpc::Status RemoveAttempt(grpc::ServerContext*, const v1::RemoveAttemptRequest*, v1::RemoveAttemptResponse*) override;
   grpc::Status Diagnose(grpc::ServerContext*, const v1::DiagnoseRequest*, grpc::ServerWriter<v1::CheckResult>*) override;
   grpc::Status Retire(grpc::ServerContext*, const v1::RetireRequest*, v1::RetireResponse*) override;
+  grpc::Status InstallRelease(grpc::ServerContext*, const v1::InstallReleaseRequest*, v1::InstallReleaseResponse*) override;
   grpc::Status ListFiles(grpc::ServerContext*, const v1::ListFilesRequest*, v1::ListFilesResponse*) override;
   grpc::Status ReadFile(grpc::ServerContext*, const v1::ReadFileRequest*,
                         grpc::ServerWriter<v1::ReadFileResponse>*) override;

@@ -67,7 +67,8 @@ class CommandLine {
     AddCancel();
     AddRetry();
     AddGet();
-    AddVerb("sites", "The clusters the gateway can run jobs on", [](Session& s) { return Sites(s); });
+    AddVerb("sites", "The clusters the gateway can run jobs on; the same as: site list", [](Session& s) { return Sites(s); });
+    AddSite();
     AddVerb("version", "Versions of this program and of the gateway", [](Session& s) { return Version(s); });
     AddCompletion();
   }
@@ -80,8 +81,18 @@ class CommandLine {
     std::vector<VerbWords> out;
     for (const CLI::App* verb : app_.get_subcommands({})) {
       VerbWords words{.name = verb->get_name(), .description = verb->get_description(), .options = {}};
+      for (const CLI::App* part : verb->get_subcommands({})) {
+        words.parts.push_back(part->get_name());
+        for (const CLI::Option* option : part->get_options()) {
+          for (const std::string& name : option->get_lnames()) {
+            if (std::find(words.options.begin(), words.options.end(), "--" + name) == words.options.end()) words.options.push_back("--" + name);
+          }
+        }
+      }
       for (const CLI::Option* option : verb->get_options()) {
-        for (const std::string& name : option->get_lnames()) words.options.push_back("--" + name);
+        for (const std::string& name : option->get_lnames()) {
+          if (std::find(words.options.begin(), words.options.end(), "--" + name) == words.options.end()) words.options.push_back("--" + name);
+        }
         words.takes_job |= option->get_positional() && absl::StartsWith(option->get_name(true), "JOB");
         words.takes_file |= option->get_positional() && option->get_name(true) == "FILE" && verb->get_name() != "get";
       }
@@ -182,6 +193,34 @@ class CommandLine {
     verb->add_option("DIR", get_.directory, "Where to put them (default: a directory named by the job's id)");
     verb->add_option("FILE", get_.files, "Only these outputs (default: all)");
   }
+  void AddSite() {
+    CLI::App* site = app_.add_subcommand("site", "Add, examine, pause and remove clusters (administrators)");
+    site->require_subcommand(1);
+    using Verb = absl::StatusOr<int> (*)(Session&, const SiteArguments&);
+    const auto part = [&](const std::string& name, const std::string& description, Verb run) {
+      CLI::App* verb = site->add_subcommand(name, description);
+      verb->callback([this, run] { chosen_ = [this, run](Session& s) { return run(s, site_); }; });
+      return verb;
+    };
+    const auto named = [&](CLI::App* verb) {
+      verb->add_option("NAME", site_.name, "Name of the site")->required();
+      return verb;
+    };
+    CLI::App* add = part("add", "Reach a new site, install what it lacks, examine it, and keep it", &cli::AddSite);
+    add->add_option("FILE", site_.file, "Site file (docs/sites.md); - for standard input")->required();
+    add->add_option("--accept-host-key", site_.fingerprint, "SHA256:... of a host key that you have compared; several with commas");
+    add->add_flag("--replace", site_.replace, "Change a site that is there");
+    add->add_flag("--without-jobs", site_.without_jobs, "Without the check that runs on compute nodes");
+    CLI::App* doctor = named(part("doctor", "Examine a site: login, agent, scheduler, MPI, worker, scratch; exit code 1 if a check fails", &cli::DoctorSite));
+    doctor->add_flag("--without-jobs", site_.without_jobs, "Without the check that runs on compute nodes");
+    CLI::App* list = site->add_subcommand("list", "The clusters the gateway can run jobs on");
+    list->callback([this] { chosen_ = [](Session& s) { return Sites(s); }; });
+    named(part("show", "One site, with its file", &cli::ShowSite));
+    CLI::App* pause = named(part("pause", "Place no new jobs there; what runs goes on. Kept over restarts", &cli::PauseSite));
+    pause->add_option("--reason", site_.reason, "Why, for everybody who looks");
+    named(part("resume", "Place jobs there again", &cli::ResumeSite));
+    named(part("remove", "Forget a site without jobs; what is installed there stays", &cli::RemoveSite));
+  }
   void AddCompletion() {
     CLI::App* verb = AddVerb("completion", "Print a completion script", [this](Session& s) -> absl::StatusOr<int> {
       absl::StatusOr<std::string> script = CompletionScript(shell_, Words(), GlobalWords());
@@ -196,6 +235,7 @@ class CommandLine {
   GlobalArguments global_;
   Run chosen_;
   std::string job_;
+  SiteArguments site_;
   std::string shell_;
   SubmitArguments submit_;
   ValidateArguments validate_;
@@ -232,8 +272,13 @@ int RunCommandLine(const std::vector<std::string>& arguments, const Terminal& te
   try {
     line.app().parse(std::vector<std::string>(arguments.rbegin(), arguments.rend()));
   } catch (const CLI::CallForHelp&) {
-    const std::vector<CLI::App*> verbs = line.app().get_subcommands();
-    *terminal.out << (verbs.empty() ? line.app().help() : verbs.back()->help("itwin")) << std::flush;
+    const CLI::App* deepest = &line.app();
+    std::string before;
+    while (!deepest->get_subcommands().empty()) {
+      absl::StrAppend(&before, before.empty() ? "" : " ", deepest->get_name());
+      deepest = deepest->get_subcommands().back();
+    }
+    *terminal.out << (before.empty() ? line.app().help() : deepest->help(before)) << std::flush;
     return kOk;
   } catch (const CLI::CallForVersion& version) {
     *terminal.out << version.what() << std::endl;

@@ -20,6 +20,15 @@ std::string Names(const std::vector<VerbWords>& verbs, bool VerbWords::* which) 
   return absl::StrJoin(out, "|");
 }
 
+// "  site) compgen add doctor ...": one line per verb with second words.
+std::string Parts(const std::vector<VerbWords>& verbs, absl::string_view indent, absl::string_view before, absl::string_view after) {
+  std::string out;
+  for (const VerbWords& verb : verbs) {
+    if (!verb.parts.empty()) absl::StrAppend(&out, indent, verb.name, ") ", before, absl::StrJoin(verb.parts, " "), after, "\n");
+  }
+  return out;
+}
+
 std::string Bash(const std::vector<VerbWords>& verbs, const std::vector<std::string>& global) {
   std::vector<std::string> names;
   for (const VerbWords& verb : verbs) names.push_back(verb.name);
@@ -48,7 +57,9 @@ std::string Bash(const std::vector<VerbWords>& verbs, const std::vector<std::str
       "    '') COMPREPLY=($(compgen -W '", absl::StrJoin(names, " "), "' -- \"$word\")) ;;\n"
       "    ", Names(verbs, &VerbWords::takes_job), ") COMPREPLY=($(compgen -W \"$(", kListJobs, ")\" -- \"$word\")) ;;\n"
       "    ", Names(verbs, &VerbWords::takes_file), ") COMPREPLY=($(compgen -f -- \"$word\")) ;;\n"
-      "    completion) COMPREPLY=($(compgen -W 'bash zsh fish' -- \"$word\")) ;;\n"
+      "    completion) COMPREPLY=($(compgen -W 'bash zsh fish' -- \"$word\")) ;;\n",
+      // After the second word: a file, or a site.
+      Parts(verbs, "    ", "if [[ ${COMP_WORDS[COMP_CWORD-1]} == add ]]; then COMPREPLY=($(compgen -f -- \"$word\")); else COMPREPLY=($(compgen -W '", "' -- \"$word\")); fi ;;"),
       "  esac\n"
       "}\n"
       "complete -o filenames -F _itwin itwin\n");
@@ -81,7 +92,8 @@ std::string Zsh(const std::vector<VerbWords>& verbs, const std::vector<std::stri
       "    '') _describe 'command' verbs ;;\n"
       "    ", Names(verbs, &VerbWords::takes_job), ") compadd -- $(", kListJobs, ") ;;\n"
       "    ", Names(verbs, &VerbWords::takes_file), ") _files ;;\n"
-      "    completion) compadd bash zsh fish ;;\n"
+      "    completion) compadd bash zsh fish ;;\n",
+      Parts(verbs, "    ", "if [[ ${words[CURRENT-1]} == add ]]; then _files; else compadd ", "; fi ;;"),
       "  esac\n"
       "}\n"
       "(( $+functions[compdef] )) && compdef _itwin itwin\n");
@@ -96,6 +108,10 @@ std::string Fish(const std::vector<VerbWords>& verbs, const std::vector<std::str
       if (absl::StartsWith(option, "--")) absl::StrAppend(&out, "complete -c itwin -n ", seen, " -l ", option.substr(2), "\n");
     }
     if (verb.takes_job) absl::StrAppend(&out, "complete -c itwin -n ", seen, " -a '(", kListJobs, ")'\n");
+    if (!verb.parts.empty()) {
+      absl::StrAppend(&out, "complete -c itwin -n ", seen, " -a '", absl::StrJoin(verb.parts, " "), "'\n",
+                      "complete -c itwin -n '__fish_seen_subcommand_from add' -F\n");
+    }
     if (verb.takes_file) absl::StrAppend(&out, "complete -c itwin -n ", seen, " -F\n");
   }
   for (const std::string& option : global) {

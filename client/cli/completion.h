@@ -12,6 +12,7 @@ struct VerbWords {
   std::string name;
   std::string description;
   std::vector<std::string> options;  // "--watch"
+  std::vector<std::string> parts = {};  // second words: "add", "doctor"
   bool takes_job = false;
   bool takes_file = false;
 };

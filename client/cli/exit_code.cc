@@ -17,6 +17,6 @@ int ExitCodeOf(const absl::Status& status) {
   }
 }
 
-int ExitCodeOf(v1::JobState state) { return state == v1::JOB_STATE_SUCCEEDED ? kOk : kJobUnsuccessful; }
+int ExitCodeOf(v1::JobState state) { return state == v1::JOB_STATE_SUCCEEDED ? kOk : kUnsuccessful; }
 
 }  // namespace itwin::cli

@@ -8,7 +8,7 @@ namespace itwin::cli {
 
 enum ExitCode : int {
   kOk = 0,
-  kJobUnsuccessful = 1,  // watch and submit --watch: the job failed or was cancelled
+  kUnsuccessful = 1,     // watch and submit --watch: the job failed or was cancelled; site doctor: a check failed
   kUsage = 2,            // wrong arguments or a wrong job document
   kNotFound = 3,
   kNotAllowed = 4,   // no or bad token, or somebody else's job

@@ -179,6 +179,17 @@ std::string StateText(v1::SiteState state) {
   return std::string(absl::StripPrefix(v1::SiteState_Name(state), "SITE_STATE_"));
 }
 
+std::string SiteCheckText(v1::SiteCheck verdict) {
+  switch (static_cast<int>(verdict)) {
+    case v1::SITE_CHECK_UNSPECIFIED: return "";
+    case v1::SITE_CHECK_OK: return "ok";
+    case v1::SITE_CHECK_WARNING: return "warning";
+    case v1::SITE_CHECK_ERROR: return "ERROR";
+    case v1::SITE_CHECK_SKIPPED: return "skipped";
+    default: return absl::StrCat("verdict ", static_cast<int>(verdict));
+  }
+}
+
 std::string FailureText(v1::FailureClass failure) {
   if (failure == v1::FAILURE_CLASS_UNSPECIFIED) return "";
   if (!v1::FailureClass_IsValid(failure)) return absl::StrCat("class ", static_cast<int>(failure));

@@ -35,6 +35,7 @@ std::string BytesText(int64_t bytes);           // "12.3 MiB"
 std::string TimeText(int64_t micros);           // local; "-" for 0
 std::string StateText(v1::JobState state);      // "RUNNING"
 std::string StateText(v1::SiteState state);     // "READY"
+std::string SiteCheckText(v1::SiteCheck verdict);   // "ok", "warning", "ERROR", "skipped"; "" while under way
 std::string FailureText(v1::FailureClass failure);  // "infra"; empty for none
 
 // The shortest prefixes that tell these ids apart, at least eight digits.

@@ -228,6 +228,43 @@ absl::StatusOr<std::vector<v1::Site>> Client::Sites() {
   return std::vector<v1::Site>(response.sites().begin(), response.sites().end());
 }
 
+absl::StatusOr<v1::Site> Client::Site(const std::string& name) {
+  v1::GetSiteRequest request;
+  request.set_name(name);
+  return connection_->GetSite(request);
+}
+
+absl::Status Client::AddSite(const v1::AddSiteRequest& request, const std::function<bool(const v1::SiteProgress&)>& on_progress) {
+  return connection_->AddSite(request, on_progress);
+}
+
+absl::Status Client::DoctorSite(const std::string& name, bool without_jobs,
+                                const std::function<bool(const v1::SiteProgress&)>& on_progress) {
+  v1::DoctorSiteRequest request;
+  request.set_name(name);
+  request.set_without_jobs(without_jobs);
+  return connection_->DoctorSite(request, on_progress);
+}
+
+absl::StatusOr<v1::Site> Client::PauseSite(const std::string& name, const std::string& reason) {
+  v1::PauseSiteRequest request;
+  request.set_name(name);
+  request.set_reason(reason);
+  return connection_->PauseSite(request);
+}
+
+absl::StatusOr<v1::Site> Client::ResumeSite(const std::string& name) {
+  v1::ResumeSiteRequest request;
+  request.set_name(name);
+  return connection_->ResumeSite(request);
+}
+
+absl::Status Client::RemoveSite(const std::string& name) {
+  v1::RemoveSiteRequest request;
+  request.set_name(name);
+  return connection_->RemoveSite(request).status();
+}
+
 absl::StatusOr<v1::GetVersionResponse> Client::Version() { return connection_->GetVersion({}); }
 
 }  // namespace itwin::client

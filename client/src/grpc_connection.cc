@@ -27,6 +27,7 @@ constexpr int kHandshakeLimitMs = 10'000;  // gRPC takes its "minimum reconnect 
 // A stream is opened anew after this, from its cursor or offset: so a dead peer is noticed.
 constexpr absl::Duration kWatchStreamLimit = absl::Minutes(2);
 constexpr absl::Duration kTransferStreamLimit = absl::Minutes(10);
+constexpr absl::Duration kSurveyStreamLimit = absl::Minutes(30);  // adding a site sends it programs and runs a job there
 
 bool IsLocal(absl::string_view endpoint) {
   for (absl::string_view prefix : {"unix:", "localhost:", "127.", "[::1]:"}) {
@@ -82,6 +83,29 @@ class GrpcConnection : public Connection {
   }
   absl::StatusOr<v1::ListSitesResponse> ListSites(const v1::ListSitesRequest& request) override {
     return Unary<v1::ListSitesResponse>(sites_.get(), &v1::Sites::Stub::ListSites, request);
+  }
+  absl::StatusOr<v1::Site> GetSite(const v1::GetSiteRequest& request) override {
+    return Unary<v1::Site>(sites_.get(), &v1::Sites::Stub::GetSite, request);
+  }
+  absl::StatusOr<v1::Site> PauseSite(const v1::PauseSiteRequest& request) override {
+    return Unary<v1::Site>(sites_.get(), &v1::Sites::Stub::PauseSite, request);
+  }
+  absl::StatusOr<v1::Site> ResumeSite(const v1::ResumeSiteRequest& request) override {
+    return Unary<v1::Site>(sites_.get(), &v1::Sites::Stub::ResumeSite, request);
+  }
+  absl::StatusOr<v1::RemoveSiteResponse> RemoveSite(const v1::RemoveSiteRequest& request) override {
+    return Unary<v1::RemoveSiteResponse>(sites_.get(), &v1::Sites::Stub::RemoveSite, request, Idempotency::kNotIdempotent);
+  }
+  absl::Status AddSite(const v1::AddSiteRequest& request, const std::function<bool(const v1::SiteProgress&)>& on_progress) override {
+    grpc::ClientContext context;
+    Prepare(&context, kSurveyStreamLimit);
+    return ReadProgress(&context, sites_->AddSite(&context, request), on_progress);
+  }
+  absl::Status DoctorSite(const v1::DoctorSiteRequest& request,
+                          const std::function<bool(const v1::SiteProgress&)>& on_progress) override {
+    grpc::ClientContext context;
+    Prepare(&context, kSurveyStreamLimit);
+    return ReadProgress(&context, sites_->DoctorSite(&context, request), on_progress);
   }
   absl::StatusOr<v1::GetVersionResponse> GetVersion(const v1::GetVersionRequest& request) override {
     return Unary<v1::GetVersionResponse>(sites_.get(), &v1::Sites::Stub::GetVersion, request);
@@ -145,6 +169,21 @@ class GrpcConnection : public Connection {
   }
 
  private:
+  absl::Status ReadProgress(grpc::ClientContext* context, std::unique_ptr<grpc::ClientReader<v1::SiteProgress>> reader,
+                            const std::function<bool(const v1::SiteProgress&)>& on_progress) const {
+    v1::SiteProgress progress;
+    bool stopped = false;
+    while (reader->Read(&progress)) {
+      if (!stopped && !on_progress(progress)) {
+        stopped = true;
+        context->TryCancel();
+      }
+      progress.Clear();
+    }
+    const absl::Status status = Explained(FromGrpc(reader->Finish()));
+    return stopped ? absl::CancelledError("stopped") : status;
+  }
+
   template <typename Request>
   static Idempotency HasId(const Request& request) {
     return request.request_id().empty() ? Idempotency::kNotIdempotent : Idempotency::kIdempotent;

@@ -45,6 +45,10 @@ constexpr int64_t kMaxWallSeconds = int64_t{30} * 24 * 3600;
 constexpr int64_t kMaxNodes = 100'000;
 constexpr int64_t kMaxPerNode = 4'096;
 constexpr int64_t kMaxMemoryMib = int64_t{1} << 30;
+constexpr size_t kMaxSchedulerName = 256;
+constexpr int kMaxExcludedNodes = 1'000;
+constexpr int kMaxSchedulerOptions = 16;
+constexpr size_t kMaxSchedulerOptionBytes = 512;
 constexpr int64_t kMaxRetries = 1'000'000;
 constexpr int kMaxArguments = 4'096;
 constexpr size_t kMaxArgumentBytes = size_t{128} << 10;  // Linux's limit of one argument
@@ -235,6 +239,73 @@ class Checker {
                                       : absl::StrCat(time.seconds(), "s");
         Report("resources.time", absl::StrCat(shown, " is out of range; use 1s to 720h (30 days)"));
       }
+    }
+    CheckSchedulerNames(resources);
+  }
+
+  // What goes to sbatch by name. The script quotes all of it; this is about mistakes that are seen here already.
+  void CheckSchedulerNames(const v1::Resources& resources) {
+    const auto word = [&](const std::string& field, const std::string& value, absl::string_view more) {
+      if (value.empty()) return;
+      const bool good = value.size() <= kMaxSchedulerName && value[0] != '-' && std::all_of(value.begin(), value.end(), [&](char c) {
+        return absl::ascii_isalnum(static_cast<unsigned char>(c)) || absl::StrContains(more, absl::string_view(&c, 1));
+      });
+      if (!good) {
+        Report(field, absl::StrCat(Quoted(value), " is no name of SLURM's; use at most ", kMaxSchedulerName,
+                                   " letters, digits and ", more, ", and begin with none of '-'"));
+      }
+    };
+    word("resources.partition", resources.partition(), "_.-,");
+    word("resources.account", resources.account(), "_.-");
+    word("resources.qos", resources.qos(), "_.-");
+    word("resources.reservation", resources.reservation(), "_.-,");
+    word("resources.constraint", resources.constraint(), "_.-&|[]()*:=,");
+    word("resources.gpu_type", resources.gpu_type(), "_.-");
+    if (!resources.gpu_type().empty() && resources.gpus_per_node() == 0) {
+      Report("resources.gpu_type", absl::StrCat(Quoted(resources.gpu_type()), " is given without gpus_per_node"));
+    }
+    if (resources.exclude_nodes_size() > kMaxExcludedNodes) {
+      Report("resources.exclude_nodes", absl::StrCat("has ", resources.exclude_nodes_size(), " entries; use at most ", kMaxExcludedNodes));
+      return;
+    }
+    for (int i = 0; i < resources.exclude_nodes_size(); ++i) {
+      if (resources.exclude_nodes(i).empty()) Report(absl::StrCat("resources.exclude_nodes[", i, "]"), "is empty");
+      word(absl::StrCat("resources.exclude_nodes[", i, "]"), resources.exclude_nodes(i), "_.-[],");
+    }
+    if (resources.scheduler_options_size() > kMaxSchedulerOptions) {
+      Report("resources.scheduler_options", absl::StrCat("has ", resources.scheduler_options_size(), " entries; use at most ",
+                                                         kMaxSchedulerOptions));
+      return;
+    }
+    for (int i = 0; i < resources.scheduler_options_size(); ++i) {
+      CheckSchedulerOption(absl::StrCat("resources.scheduler_options[", i, "]"), resources.scheduler_options(i));
+    }
+  }
+
+  void CheckSchedulerOption(const std::string& field, const std::string& option) {
+    const std::string name = option.substr(0, option.find('='));
+    const bool shaped = absl::StartsWith(name, "--") && name.size() > 3 && option.size() <= kMaxSchedulerOptionBytes &&
+                        std::all_of(name.begin() + 2, name.end(), [](char c) { return absl::ascii_islower(static_cast<unsigned char>(c)) || c == '-'; });
+    if (!shaped) {
+      return Report(field, absl::StrCat(Quoted(option), " is no option; write the long form with its value, such as --licenses=matlab:1"));
+    }
+    // Ours to say: the key, the exactly-once rules and the files rest on them.
+    static constexpr struct {
+      const char* option;
+      const char* instead;
+    } kOwned[] = {{"--job-name", "name"}, {"--nodes", "resources.nodes"}, {"--ntasks", "resources.ranks_per_node"},
+                  {"--ntasks-per-node", "resources.ranks_per_node"}, {"--cpus-per-task", "resources.cpus_per_rank"},
+                  {"--time", "resources.time"}, {"--mem", "resources.memory_mib_per_node"}, {"--partition", "resources.partition"},
+                  {"--account", "resources.account"}, {"--qos", "resources.qos"}, {"--reservation", "resources.reservation"},
+                  {"--constraint", "resources.constraint"}, {"--exclusive", "resources.exclusive"},
+                  {"--exclude", "resources.exclude_nodes"}, {"--export", "env"}, {"--gpus-per-node", "resources.gpus_per_node"}};
+    for (const auto& owned : kOwned) {
+      if (name == owned.option) return Report(field, absl::StrCat(name, " is written as `", owned.instead, "`"));
+    }
+    for (const char* owned : {"--output", "--error", "--input", "--open-mode", "--chdir", "--requeue", "--no-requeue", "--array",
+                              "--dependency", "--parsable", "--wrap", "--wait", "--test-only", "--signal", "--comment", "--uid", "--gid",
+                              "--hold", "--clusters", "--export-file", "--get-user-env", "--propagate", "--deadline", "--kill-on-invalid-dep"}) {
+      if (name == owned) return Report(field, absl::StrCat(name, " is the gateway's own; a job cannot set it"));
     }
   }
 

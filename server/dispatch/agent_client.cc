@@ -296,6 +296,27 @@ class GrpcAgentClient : public AgentClient {
     return Closed(status);
   }
 
+  absl::Status Diagnose(const agent::v1::DiagnoseRequest& request,
+                        const std::function<void(const agent::v1::CheckResult&)>& on_check, absl::Time deadline) override {
+    Call call(calls_.get());
+    if (!call.open()) return ClosedError();
+    call.context()->set_deadline(absl::ToChronoTime(deadline));
+    auto reader = stub_->Diagnose(call.context(), request);
+    agent::v1::CheckResult check;
+    while (reader->Read(&check)) on_check(check);
+    return Closed(FromGrpc(reader->Finish()));
+  }
+
+  absl::StatusOr<std::string> InstallRelease(const agent::v1::InstallReleaseRequest& request, absl::Time deadline) override {
+    auto response = Unary<agent::v1::InstallReleaseResponse>(deadline, request, &agent::v1::Agent::Stub::InstallRelease);
+    if (!response.ok()) return response.status();
+    return response->directory();
+  }
+
+  absl::Status Retire(absl::Time deadline) override {
+    return Unary<agent::v1::RetireResponse>(deadline, agent::v1::RetireRequest(), &agent::v1::Agent::Stub::Retire).status();
+  }
+
   void Close() override {
     calls_->Close();
     tunnel_->Close();

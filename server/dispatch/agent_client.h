@@ -60,6 +60,14 @@ class AgentClient {
                                 int64_t offset, const std::function<absl::Status(absl::string_view)>& sink,
                                 absl::Duration stall) = 0;
 
+  // Gives each check to `on_check` as it is done.
+  virtual absl::Status Diagnose(const agent::v1::DiagnoseRequest& request,
+                                const std::function<void(const agent::v1::CheckResult&)>& on_check, absl::Time deadline) = 0;
+  // Returns the directory at the site. kUnimplemented: the agent is too old to be renewed over its own connection.
+  virtual absl::StatusOr<std::string> InstallRelease(const agent::v1::InstallReleaseRequest& request, absl::Time deadline) = 0;
+  // The daemon ends after its answer.
+  virtual absl::Status Retire(absl::Time deadline) = 0;
+
   // Ends every call under way with kUnavailable, and refuses new ones. Idempotent.
   virtual void Close() = 0;
   // What the far side had to say, for people; "" when nothing.

@@ -20,7 +20,7 @@ namespace itwin::server {
 namespace {
 
 constexpr size_t kStatBatch = 1000;
-constexpr int64_t kDefaultTimeSeconds = 3600;
+constexpr absl::Duration kDefaultTime = absl::Hours(1);
 constexpr int kStderrTailBytes = 4000;
 constexpr absl::Duration kHashingTime = absl::Minutes(10);  // the agent hashes every output before it lists them
 
@@ -91,9 +91,15 @@ absl::Status SendInputs(const ErrandContext& context, const JobId& job, SendingI
 }
 
 absl::StatusOr<agent::v1::StartAttemptRequest> MakeStartRequest(JobStore* store, const AttemptKey& attempt,
-                                                                int64_t log_limit_bytes) {
+                                                                int64_t log_limit_bytes, const StartSite& site) {
   ITWIN_ASSIGN_OR_RETURN(const v1::JobSpec spec, store->GetSpec(attempt.job()));
   ITWIN_ASSIGN_OR_RETURN(const AttemptRow row, store->GetAttempt(attempt));
+  return StartRequestOf(spec, attempt, row.resume_attempt, log_limit_bytes, site);
+}
+
+absl::StatusOr<agent::v1::StartAttemptRequest> StartRequestOf(const v1::JobSpec& spec, const AttemptKey& attempt,
+                                                              const std::string& resume_attempt, int64_t log_limit_bytes,
+                                                              const StartSite& site) {
   agent::v1::StartAttemptRequest request;
   request.set_attempt(attempt.text());
   request.set_spec_json(SpecToJson(spec));
@@ -103,11 +109,19 @@ absl::StatusOr<agent::v1::StartAttemptRequest> MakeStartRequest(JobStore* store,
   request.set_cpus_per_rank(resources.cpus_per_rank());
   request.set_gpus_per_node(resources.gpus_per_node());
   request.set_memory_mib_per_node(resources.memory_mib_per_node());
-  *request.mutable_time() = resources.time();
-  if (!resources.has_time() || resources.time().seconds() + resources.time().nanos() <= 0) {
-    request.mutable_time()->set_seconds(kDefaultTimeSeconds);
-    request.mutable_time()->set_nanos(0);
+  absl::Duration time = absl::Seconds(resources.time().seconds()) + absl::Nanoseconds(resources.time().nanos());
+  if (time <= absl::ZeroDuration()) time = site.settings->default_time;
+  if (time <= absl::ZeroDuration()) time = kDefaultTime;
+  if (site.slurm != nullptr || site.settings->scheduler == "slurm") {
+    ITWIN_ASSIGN_OR_RETURN(SlurmPlan plan, PlanForSlurm(site.name, *site.settings, site.slurm, resources));
+    *request.mutable_slurm() = std::move(plan.slurm);
+    request.set_memory_mib_per_node(plan.memory_mib_per_node);
+    time = plan.time;
   }
+  const int64_t seconds = absl::IDivDuration(time, absl::Seconds(1), &time);
+  request.mutable_time()->set_seconds(seconds);
+  request.mutable_time()->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(time)));
+  *request.mutable_launch() = site.settings->launch;
   for (const v1::InputFile& input : spec.inputs()) {
     agent::v1::StagedInput* staged = request.add_inputs();
     staged->set_path(input.path());
@@ -122,7 +136,7 @@ absl::StatusOr<agent::v1::StartAttemptRequest> MakeStartRequest(JobStore* store,
     request.set_mpi(true);
   }
   *request.mutable_env() = spec.env();
-  request.set_resume_attempt(row.resume_attempt);
+  request.set_resume_attempt(resume_attempt);
   request.set_log_limit_bytes(log_limit_bytes);
   return request;
 }

@@ -13,6 +13,7 @@
 #include "server/artifacts/blob_store.h"
 #include "server/dispatch/agent_client.h"
 #include "server/dispatch/reconciler.h"
+#include "server/dispatch/site_settings.h"
 #include "server/store/job_store.h"
 
 // What is done at a site on behalf of a job: straight-line code for a worker's thread. Each may be repeated at any
@@ -46,9 +47,20 @@ struct ErrandContext {
 // room at the site.
 absl::Status SendInputs(const ErrandContext& context, const JobId& job, SendingInputs* sending);
 
-// The request is the same each time: all of it comes from stored rows.
+// What the site adds to a request: its name and file, and what it said of its SLURM (null: it has none).
+struct StartSite {
+  std::string name;
+  const SiteSettings* settings;
+  const agent::v1::SlurmFacts* slurm;
+};
+
+// All of it comes from stored rows and the site's file. kFailedPrecondition: the site's rules or limits are against it now.
 absl::StatusOr<agent::v1::StartAttemptRequest> MakeStartRequest(JobStore* store, const AttemptKey& attempt,
-                                                                int64_t log_limit_bytes);
+                                                                int64_t log_limit_bytes, const StartSite& site);
+// The pure part: what a job's spec becomes at a site. `resume_attempt`: "" for a fresh start.
+absl::StatusOr<agent::v1::StartAttemptRequest> StartRequestOf(const v1::JobSpec& spec, const AttemptKey& attempt,
+                                                              const std::string& resume_attempt, int64_t log_limit_bytes,
+                                                              const StartSite& site);
 
 // Keeps the attempt away from nodes that failed earlier ones at its site (failure_signs.h), as far as the partition it
 // asks for has others.

@@ -5,9 +5,13 @@
 #include <vector>
 
 #include "absl/types/span.h"
+#include "itwin/agent/v1/agent.pb.h"
+#include "itwin/v1/spec.pb.h"
+#include "server/dispatch/site_settings.h"
 
 // Where a job goes: pure. A site that is named, or the one that left the checkpoint to go on from, is the only
-// choice; otherwise the ready site with the most free slots that can run the job at all.
+// choice; otherwise, of the ready sites that can run the job at all (slots, partition limits, GPUs, what the site allows), one
+// that has room at once before one where it would wait, then the one with the fewest jobs waiting, then the one with the most room.
 namespace itwin::server {
 
 // A site as placement sees it.
@@ -18,6 +22,9 @@ struct SiteOffer {
   int slots = 0;        // 0: the site's scheduler decides
   int free_slots = 0;   // may be negative: work ahead of it
   bool trains = false;  // a worker is installed
+  int waiting = 0;      // attempts of ours that are with its scheduler and have not started
+  std::optional<agent::v1::SlurmFacts> slurm = {};  // of a site with SLURM
+  SiteSettings settings = {};
 };
 
 struct PlacementRequest {
@@ -25,6 +32,7 @@ struct PlacementRequest {
   std::string bound_site;  // holds what it goes on from; "" for none
   int ranks = 1;
   bool train = false;
+  v1::Resources resources = {};
 };
 
 // Index into `offers`; nothing when no fitting site is ready now.

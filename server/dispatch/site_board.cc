@@ -5,13 +5,25 @@
 namespace itwin::server {
 
 SiteBoard::SiteBoard(const std::vector<std::string>& names) {
-  for (const std::string& name : names) {
-    Entry& entry = entries_.emplace_back();
-    entry.site.set_name(name);
-    entry.site.set_state(v1::SITE_STATE_CONNECTING);
-    entry.site.set_reason("not connected yet");
-    entry.offer.name = name;
+  for (const std::string& name : names) Add(name);
+}
+
+void SiteBoard::Add(const std::string& name) {
+  absl::MutexLock lock(&mu_);
+  for (const Entry& entry : entries_) {
+    if (entry.offer.name == name) return;
   }
+  Entry& entry = entries_.emplace_back();
+  entry.site.set_name(name);
+  entry.site.set_state(v1::SITE_STATE_CONNECTING);
+  entry.site.set_reason("not connected yet");
+  entry.offer.name = name;
+}
+
+void SiteBoard::Remove(absl::string_view name) {
+  absl::MutexLock lock(&mu_);
+  entries_.erase(std::remove_if(entries_.begin(), entries_.end(), [&](const Entry& entry) { return entry.offer.name == name; }),
+                 entries_.end());
 }
 
 std::vector<v1::Site> SiteBoard::ListSites() const {
@@ -34,6 +46,7 @@ std::string SiteBoard::WhyImpossible(const v1::JobSpec& spec) const {
   request.site = spec.site();
   request.ranks = std::max(1, spec.resources().nodes()) * std::max(1, spec.resources().ranks_per_node());
   request.train = spec.has_train();
+  request.resources = spec.resources();
   return itwin::server::WhyImpossible(request, Offers());
 }
 

@@ -10,18 +10,23 @@
 
 namespace itwin::server {
 
-// How every configured site is: written by the sites' loops, read by users' calls and by placement. Thread-safe.
+// How every site is: written by the sites' loops, read by users' calls and by placement. Sites come and go while the
+// gateway runs. Thread-safe.
 class SiteBoard : public SiteDirectory {
  public:
-  // In the order of the configuration; all of them CONNECTING.
-  explicit SiteBoard(const std::vector<std::string>& names);
+  // In this order; all of them CONNECTING.
+  explicit SiteBoard(const std::vector<std::string>& names = {});
+
+  // The newest stands last. A name that is there is left as it is.
+  void Add(const std::string& name);
+  void Remove(absl::string_view name);
 
   std::vector<v1::Site> ListSites() const override;
   bool Exists(absl::string_view name) const override;
   std::string WhyImpossible(const v1::JobSpec& spec) const override;
   std::vector<SiteOffer> Offers() const;
 
-  // Replaces what is known of `site.name()`. `offer.name` must be the same.
+  // Replaces what is known of `site.name()`; a site that was removed stays away. `offer.name` must be the same.
   void Update(const v1::Site& site, const SiteOffer& offer);
 
  private:

@@ -65,26 +65,36 @@ SiteDispatcher::SiteDispatcher(SiteOptions options, Dependencies dependencies)
       gateway_version_(std::move(dependencies.gateway_version)),
       gateway_place_(std::move(dependencies.gateway_place)),
       gateway_label_(std::move(dependencies.gateway_label)),
+      renew_(std::move(dependencies.renew)),
       random_(options_.seed),
+      adopts_strays_(options_.adopts_strays),
+      paused_(options_.paused),
       calls_(std::move(dependencies.calls)),
       transfers_(std::move(dependencies.transfers)) {
   site_.set_name(options_.name);
   site_.set_state(v1::SITE_STATE_CONNECTING);
   site_.set_reason("connecting for the first time");
+  site_.set_scheduler(options_.settings.scheduler);
+  site_.set_address(options_.address);
 }
 
 SiteDispatcher::~SiteDispatcher() { Stop(); }
 
 absl::Status SiteDispatcher::Open() {
   store_->AddListener(this);  // first: what happens meanwhile is then read twice rather than never
+  ITWIN_RETURN_IF_ERROR(LoadLive());
+  PublishSite();
+  if (placed_ > 0) log::Info("site {}: {} live jobs are there from before", options_.name, placed_);
+  return absl::OkStatus();
+}
+
+absl::Status SiteDispatcher::LoadLive() {
   ITWIN_ASSIGN_OR_RETURN(const std::vector<JobRow> rows, store_->ListLive());
   for (const JobRow& row : rows) {
     if (!Mine(row)) continue;
     SetRow(row);
     Wake(row.id);
   }
-  PublishSite();
-  if (placed_ > 0) log::Info("site {}: {} live jobs are there from before", options_.name, placed_);
   return absl::OkStatus();
 }
 
@@ -126,6 +136,35 @@ void SiteDispatcher::Stop() {
 void SiteDispatcher::Post(std::function<void()> mail) {
   absl::MutexLock lock(&mu_);
   mail_.push_back(std::move(mail));
+}
+
+void SiteDispatcher::Pause(const std::string& reason) {
+  absl::MutexLock lock(&mu_);
+  paused_ = reason;
+  mail_.push_back([] {});  // so that the board is told
+}
+
+void SiteDispatcher::Resume() {
+  absl::MutexLock lock(&mu_);
+  paused_.reset();
+  mail_.push_back([this] { place_ = true; });
+}
+
+void SiteDispatcher::AdoptStrays() {
+  Post([this] {
+    adopts_strays_ = true;
+    if (const absl::Status status = LoadLive(); !status.ok()) {
+      log::Error("site {}: live jobs cannot be read: {}", options_.name, std::string(status.message()));
+    }
+  });
+}
+
+void SiteDispatcher::Reconnect() {
+  Post([this] {
+    next_connect_ = absl::InfinitePast();
+    if (client_) Disconnect(absl::UnavailableError("asked to connect anew"));
+    next_connect_ = absl::InfinitePast();
+  });
 }
 
 void SiteDispatcher::OnCommit(absl::Span<const JobChange> changes) {
@@ -194,28 +233,40 @@ absl::Time SiteDispatcher::RunOnce() {
 void SiteDispatcher::Connect() {
   connecting_ = true;
   calls_->Submit([this] {
-    const absl::Time deadline = absl::Now() + options_.connect_timeout;
-    absl::StatusOr<std::unique_ptr<AgentClient>> made = connect_(deadline);
-    if (!made.ok()) {
-      Post([this, status = made.status()] { OnConnected(status, nullptr); });
+    // A second round after the agent was replaced by another version.
+    for (const bool may_renew : {true, false}) {
+      const absl::Time deadline = absl::Now() + options_.connect_timeout;
+      absl::StatusOr<std::unique_ptr<AgentClient>> made = connect_(deadline);
+      if (!made.ok()) {
+        Post([this, status = made.status()] { OnConnected(status, nullptr); });
+        return;
+      }
+      const std::shared_ptr<AgentClient> client = *std::move(made);
+      {
+        absl::MutexLock lock(&mu_);
+        if (stopping_) return;
+        open_client_ = client;
+      }
+      absl::StatusOr<Greeting> greeting = SayHello(client.get(), deadline);
+      if (greeting.ok() && renew_ && may_renew) {
+        const absl::StatusOr<bool> renewed = renew_(client.get(), greeting->hello);
+        if (!renewed.ok()) log::Warn("site {}: its agent was not renewed: {}", options_.name, std::string(renewed.status().message()));
+        if (renewed.ok() && *renewed) {
+          client->Close();
+          continue;
+        }
+      }
+      if (!greeting.ok()) {
+        client->Close();
+        const std::string words = client->Diagnostics();
+        if (!words.empty()) {
+          greeting = absl::Status(greeting.status().code(),
+                                  absl::StrCat(greeting.status().message(), "; the far side says: ", words));
+        }
+      }
+      Post([this, client, greeting = std::move(greeting)] { OnConnected(greeting, client); });
       return;
     }
-    const std::shared_ptr<AgentClient> client = *std::move(made);
-    {
-      absl::MutexLock lock(&mu_);
-      if (stopping_) return;
-      open_client_ = client;
-    }
-    absl::StatusOr<Greeting> greeting = SayHello(client.get(), deadline);
-    if (!greeting.ok()) {
-      client->Close();
-      const std::string words = client->Diagnostics();
-      if (!words.empty()) {
-        greeting = absl::Status(greeting.status().code(),
-                                absl::StrCat(greeting.status().message(), "; the far side says: ", words));
-      }
-    }
-    Post([this, client, greeting = std::move(greeting)] { OnConnected(greeting, client); });
   });
 }
 
@@ -226,6 +277,12 @@ absl::StatusOr<SiteDispatcher::Greeting> SiteDispatcher::SayHello(AgentClient* c
   request.set_gateway_id(gateway_id_);
   request.set_gateway_place(gateway_place_);
   request.set_gateway_label(gateway_label_);
+  request.set_scheduler(options_.settings.scheduler);
+  if (options_.query_interval > absl::ZeroDuration()) {
+    absl::Duration rest = options_.query_interval;
+    request.mutable_query_interval()->set_seconds(absl::IDivDuration(rest, absl::Seconds(1), &rest));
+    request.mutable_query_interval()->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(rest)));
+  }
   Greeting out;
   const absl::Time asked = clock_->Now();
   ITWIN_ASSIGN_OR_RETURN(out.hello, client->Hello(request, deadline));
@@ -330,6 +387,8 @@ void SiteDispatcher::OnConnected(absl::StatusOr<Greeting> greeting, std::shared_
   site_.set_agent_version(hello_.agent_version());
   site_.set_host(hello_.host());
   site_.set_connected_us(absl::ToUnixMicros(now));
+  site_.clear_partitions();
+  for (const agent::v1::Partition& partition : hello_.slurm().partitions()) site_.add_partitions(partition.name());
   log::Info("site {}: connected to agent {} of {}@{}, scheduler {}, {} slots", options_.name, hello_.agent_version(),
             hello_.user(), hello_.host(), hello_.scheduler(), hello_.slots());
   next_list_ = now;
@@ -462,15 +521,36 @@ void SiteDispatcher::PublishSite() {
   offer.free_slots = hello_.slots() - ranks_placed_;
   offer.trains = std::find(hello_.capabilities().begin(), hello_.capabilities().end(), "train") !=
                  hello_.capabilities().end();
-  board_->Update(site_, offer);
+  offer.waiting = waiting_;
+  if (hello_.has_slurm()) offer.slurm = hello_.slurm();
+  offer.settings = options_.settings;
+  const std::optional<std::string> paused = Paused();
+  if (!paused) {
+    board_->Update(site_, offer);
+    return;
+  }
+  offer.ready = false;
+  v1::Site shown = site_;
+  shown.set_state(v1::SITE_STATE_PAUSED);
+  shown.set_reason(absl::StrCat(*paused, client_ ? "" : absl::StrCat("; besides: ", site_.reason()),
+                                "; go on with: itwin site resume ", options_.name));
+  board_->Update(shown, offer);
 }
 
-std::string SiteDispatcher::OutageWords(absl::Time now) const {
+std::optional<std::string> SiteDispatcher::Paused() {
+  absl::MutexLock lock(&mu_);
+  return paused_;
+}
+
+std::string SiteDispatcher::OutageWords(absl::Time now) {
   const std::string since = absl::FormatTime("%H:%M UTC", std::min(now, outage_since_), absl::UTCTimeZone());
+  if (const std::optional<std::string> paused = Paused()) {
+    return absl::StrCat("site ", options_.name, " is paused by an administrator", paused->empty() ? "" : ": ", *paused,
+                        "; it goes on after `itwin site resume ", options_.name, "`");
+  }
   switch (static_cast<int>(site_.state())) {
     case v1::SITE_STATE_PAUSED:
-      return absl::StrCat("site ", options_.name, " is paused by an administrator", site_.reason().empty() ? "" : ": ",
-                          site_.reason(), "; it goes on after `itwin site resume ", options_.name, "`");
+      return absl::StrCat("site ", options_.name, " is paused since ", since, ": ", site_.reason());
     case v1::SITE_STATE_PAUSED_AUTH:
       return absl::StrCat("site ", options_.name, " does not accept the gateway's credentials since ", since, ": ",
                           site_.reason(), "; renew them, and everything goes on by itself; what runs there is not harmed");
@@ -481,7 +561,8 @@ std::string SiteDispatcher::OutageWords(absl::Time now) const {
 }
 
 bool SiteDispatcher::TellOutage(absl::Time now) {
-  const bool paused = site_.state() == v1::SITE_STATE_PAUSED;
+  const bool by_admin = Paused().has_value();
+  const bool paused = by_admin || site_.state() == v1::SITE_STATE_PAUSED;
   const bool auth = site_.state() == v1::SITE_STATE_PAUSED_AUTH;
   const bool away = paused || auth || site_.state() == v1::SITE_STATE_UNREACHABLE;
   if (away && outage_ == 0) {
@@ -500,7 +581,7 @@ bool SiteDispatcher::TellOutage(absl::Time now) {
     if (job->told_outage == outage_) continue;
     const bool queued = job->row.record.state == JobState::kQueued;
     // A job that may go anywhere does not wait for this site; a pause lets go on what is there.
-    if (outage_ != 0 && (queued ? job->row.requested_site != options_.name : paused)) continue;
+    if (outage_ != 0 && (queued ? job->row.requested_site != options_.name : by_admin)) continue;
     concerned.push_back(id);
     if (concerned.size() == kToldPerTurn) break;
   }
@@ -529,7 +610,7 @@ bool SiteDispatcher::Mine(const JobRow& row) const {
   if (IsFinal(row.record.state)) return false;
   if (row.record.state != JobState::kQueued) return row.record.site == options_.name;
   const std::string& site = row.requested_site;
-  return site.empty() || site == "any" || site == options_.name || (options_.adopts_strays && !board_->Exists(site));
+  return site.empty() || site == "any" || site == options_.name || (adopts_strays_ && !board_->Exists(site));
 }
 
 void SiteDispatcher::Count(const JobRow& row, int sign) {
@@ -560,6 +641,7 @@ void SiteDispatcher::SetRow(const JobRow& row) {
       fresh->spec_read = job->spec_read;
       fresh->train = job->train;
       fresh->retry = job->retry;
+      fresh->resources = job->resources;
       fresh->queued = job->queued;
       fresh->queue_owner = job->queue_owner;
       fresh->wake_at = job->wake_at;
@@ -915,14 +997,15 @@ void SiteDispatcher::RunErrand(LiveJob* job, const Action& action) {
     });
   } else if (std::holds_alternative<StartTheAttempt>(action)) {
     job->start.under_way = true;
-    std::optional<agent::v1::SlurmFacts> slurm;
-    if (hello_.scheduler() == "slurm") slurm = hello_.slurm();
-    calls_->Submit([this, key, client = client_, slurm = std::move(slurm)] {
+    const auto slurm = hello_.has_slurm() ? std::make_shared<const agent::v1::SlurmFacts>(hello_.slurm()) : nullptr;
+    calls_->Submit([this, key, slurm, client = client_] {
       absl::StatusOr<agent::v1::AttemptStatus> status;
-      auto request = MakeStartRequest(store_, key, options_.log_limit_bytes);
+      auto request = MakeStartRequest(store_, key, options_.log_limit_bytes, {options_.name, &options_.settings, slurm.get()});
       if (request.ok() && slurm) AvoidBadNodes(store_, *slurm, &*request);
       if (request.ok()) {
         status = client->StartAttempt(*request, absl::Now() + options_.call_timeout);
+      } else if (request.status().code() == absl::StatusCode::kFailedPrecondition) {
+        status = request.status();  // the site's rules changed since it was placed: the same as its refusal
       } else {
         // Our own trouble says nothing about the site.
         status = absl::UnavailableError(request.status().message());
@@ -991,18 +1074,24 @@ std::optional<PlacementRequest> SiteDispatcher::RequestOf(LiveJob* job) {
     }
     job->train = spec->has_train();
     job->retry = spec->retry();
+    job->resources = spec->resources();
     job->spec_read = true;
   }
   PlacementRequest request;
   request.site = job->row.requested_site;
   request.ranks = job->row.ranks;
   request.train = job->train;
+  request.resources = job->resources;
   return request;
 }
 
 void SiteDispatcher::Place() {
   place_ = false;
   next_place_ = absl::InfiniteFuture();
+  {
+    absl::MutexLock lock(&mu_);
+    if (paused_) return;
+  }
   int looks = 0;
   absl::flat_hash_set<JobId> passed;  // not for us, or not now
   std::vector<SiteOffer> offers = board_->Offers();
@@ -1051,7 +1140,9 @@ void SiteDispatcher::Place() {
       }
     }
     for (SiteOffer& offer : offers) {
-      if (offer.name == options_.name) offer.free_slots = hello_.slots() - ranks_placed_;
+      if (offer.name != options_.name) continue;
+      offer.free_slots = hello_.slots() - ranks_placed_;
+      offer.waiting = waiting_;
     }
     JobEvent event;
     event.time = clock_->Now();

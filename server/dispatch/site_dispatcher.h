@@ -43,10 +43,18 @@ struct SiteOptions {
   absl::Duration hello_interval = absl::Seconds(30);      // agent.proto: says that we are still there
   absl::Duration tell_outage_after = absl::Seconds(20);   // jobs' events tell of an outage that lasts so long
   uint64_t seed = std::random_device{}();                 // of jitter
+  absl::Duration query_interval = absl::ZeroDuration();   // the site's call budget; zero: the agent's own
+  SiteSettings settings;                                  // what its file says about jobs
+  std::string address;                                    // where it is, for people
+  std::optional<std::string> paused;                      // by an admin, from the start: the reason
 };
 
 // Makes a connection: a tunnel's stream with a client in it. Called on a worker's thread.
 using ConnectFunction = std::function<absl::StatusOr<std::unique_ptr<AgentClient>>(absl::Time deadline)>;
+
+// Called on a worker's thread after each Hello, with the connection: true when the agent was replaced by another version and
+// the connection is to be made anew.
+using RenewFunction = std::function<absl::StatusOr<bool>(AgentClient*, const agent::v1::HelloResponse&)>;
 
 // The loop of one site: it alone acts there. Records events (Reconcile decides which), runs errands on its
 // workers, keeps the connection. The loop never waits for the site.
@@ -67,6 +75,7 @@ class SiteDispatcher : public CommitListener {
     std::string gateway_label = {};
     std::unique_ptr<Executor> calls;      // short: start, cancel, list, connect
     std::unique_ptr<Executor> transfers;  // long: inputs up, outputs down
+    RenewFunction renew = nullptr;        // may be empty
   };
 
   SiteDispatcher(SiteOptions options, Dependencies dependencies);
@@ -78,6 +87,14 @@ class SiteDispatcher : public CommitListener {
   void Start();
   // Ends the connection and all threads. Jobs go on at the site. Idempotent.
   void Stop();
+
+  // From any thread. Paused: nothing new is placed here; what runs goes on. Holds once the call returns.
+  void Pause(const std::string& reason);
+  void Resume();
+  // Answers also for queued jobs that name a site nobody has, from now on; looks for those that are there already.
+  void AdoptStrays();
+  // Forgets the connection and makes a new one at once.
+  void Reconnect();
 
   // All that is due now; returns when it wants to be called again without mail.
   absl::Time RunOnce();
@@ -114,9 +131,12 @@ class SiteDispatcher : public CommitListener {
   // Jobs that wait for a site which is away or paused are told so, and told again when it is back: once per outage.
   // Returns whether some are left for the next turn.
   bool TellOutage(absl::Time now);
-  std::string OutageWords(absl::Time now) const;
+  std::string OutageWords(absl::Time now);
+  // By an administrator: the reason.
+  std::optional<std::string> Paused();
 
   // -- jobs --
+  absl::Status LoadLive();
   bool Mine(const JobRow& row) const;
   // Looks at the job as the store has it, or as it was told.
   void Refresh(const JobId& id);
@@ -156,6 +176,7 @@ class SiteDispatcher : public CommitListener {
   const std::string gateway_version_;
   const std::string gateway_place_;
   const std::string gateway_label_;
+  const RenewFunction renew_;
   SendingInputs sending_;  // own synchronisation
 
   // The loop's.
@@ -164,6 +185,7 @@ class SiteDispatcher : public CommitListener {
     bool spec_read = false;
     bool train = false;
     v1::RetryPolicy retry;
+    v1::Resources resources;
     bool attempts_read = false;
     int64_t max_step = 0;
     int64_t max_step_before = 0;
@@ -220,9 +242,11 @@ class SiteDispatcher : public CommitListener {
   bool tell_ = false;        // some jobs may not have been told yet of it, or of its end
   bool known_ = false;
   v1::Site site_;
+  bool adopts_strays_ = false;
 
   // Guarded by mu_.
   absl::Mutex mu_;
+  std::optional<std::string> paused_ ABSL_GUARDED_BY(mu_);
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
   std::vector<std::function<void()>> mail_ ABSL_GUARDED_BY(mu_);
   // The newest that commits told; null: to be read.

@@ -29,6 +29,9 @@ class FakeGateway : public client::Connection {
   std::map<std::string, std::string> artifacts;  // by hash
   std::map<std::string, std::string> partial;    // uploads that broke off
   std::vector<v1::Site> sites;
+  std::vector<v1::SiteProgress> survey;    // what AddSite and DoctorSite tell
+  absl::Status survey_result;              // of AddSite
+  std::vector<v1::AddSiteRequest> added;
   v1::SubmitJobRequest last_submit;
   v1::ListJobsRequest last_list;
   std::vector<v1::WatchJobRequest> watches;
@@ -202,6 +205,54 @@ class FakeGateway : public client::Connection {
     for (const v1::Site& site : sites) *response.add_sites() = site;
     return response;
   }
+  absl::StatusOr<v1::Site> GetSite(const v1::GetSiteRequest& request) override {
+    absl::MutexLock lock(&mu_);
+    if (absl::Status fault = Fault(); !fault.ok()) return fault;
+    return SiteNamed(request.name(), [](v1::Site*) {});
+  }
+  absl::StatusOr<v1::Site> PauseSite(const v1::PauseSiteRequest& request) override {
+    absl::MutexLock lock(&mu_);
+    if (absl::Status fault = Fault(); !fault.ok()) return fault;
+    return SiteNamed(request.name(), [&](v1::Site* site) {
+      site->set_state(v1::SITE_STATE_PAUSED);
+      site->set_reason(request.reason());
+    });
+  }
+  absl::StatusOr<v1::Site> ResumeSite(const v1::ResumeSiteRequest& request) override {
+    absl::MutexLock lock(&mu_);
+    if (absl::Status fault = Fault(); !fault.ok()) return fault;
+    return SiteNamed(request.name(), [](v1::Site* site) { site->set_state(v1::SITE_STATE_READY); });
+  }
+  absl::StatusOr<v1::RemoveSiteResponse> RemoveSite(const v1::RemoveSiteRequest& request) override {
+    absl::MutexLock lock(&mu_);
+    if (absl::Status fault = Fault(); !fault.ok()) return fault;
+    const absl::Status there = SiteNamed(request.name(), [](v1::Site*) {}).status();
+    if (!there.ok()) return there;
+    sites.erase(std::remove_if(sites.begin(), sites.end(), [&](const v1::Site& site) { return site.name() == request.name(); }), sites.end());
+    return v1::RemoveSiteResponse();
+  }
+  absl::Status AddSite(const v1::AddSiteRequest& request, const std::function<bool(const v1::SiteProgress&)>& on_progress) override {
+    {
+      absl::MutexLock lock(&mu_);
+      added.push_back(request);
+    }
+    for (const v1::SiteProgress& progress : survey) {
+      if (!on_progress(progress)) return absl::CancelledError("stopped");
+    }
+    return survey_result;
+  }
+  absl::Status DoctorSite(const v1::DoctorSiteRequest& request,
+                          const std::function<bool(const v1::SiteProgress&)>& on_progress) override {
+    {
+      absl::MutexLock lock(&mu_);
+      const absl::Status there = SiteNamed(request.name(), [](v1::Site*) {}).status();
+      if (!there.ok()) return there;
+    }
+    for (const v1::SiteProgress& progress : survey) {
+      if (!on_progress(progress)) return absl::CancelledError("stopped");
+    }
+    return absl::OkStatus();
+  }
   absl::StatusOr<v1::GetVersionResponse> GetVersion(const v1::GetVersionRequest&) override {
     absl::MutexLock lock(&mu_);
     if (absl::Status fault = Fault(); !fault.ok()) return fault;
@@ -295,6 +346,15 @@ class FakeGateway : public client::Connection {
     const absl::Status fault = faults.front();
     faults.erase(faults.begin());
     return fault;
+  }
+  template <typename Change>
+  absl::StatusOr<v1::Site> SiteNamed(const std::string& name, const Change& change) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    for (v1::Site& site : sites) {
+      if (site.name() != name) continue;
+      change(&site);
+      return site;
+    }
+    return absl::NotFoundError(absl::StrCat("there is no site '", name, "'"));
   }
   int NextCut() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     if (cuts.empty()) return -1;

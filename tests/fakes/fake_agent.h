@@ -286,6 +286,18 @@ class FakeAgentClient : public server::AgentClient {
     }
     return out;
   }
+  absl::Status Diagnose(const agent::v1::DiagnoseRequest&, const std::function<void(const agent::v1::CheckResult&)>& on_check,
+                        absl::Time) override {
+    agent::v1::CheckResult check;
+    check.set_name("scheduler");
+    check.set_verdict(agent::v1::CHECK_VERDICT_OK);
+    on_check(check);
+    return absl::OkStatus();
+  }
+  absl::StatusOr<std::string> InstallRelease(const agent::v1::InstallReleaseRequest&, absl::Time) override {
+    return absl::UnimplementedError("the site in memory has no programs");
+  }
+  absl::Status Retire(absl::Time) override { return absl::OkStatus(); }
   absl::Status RemoveAttempt(const std::string& key, absl::Time) override {
     if (absl::Status gone = Gone(); !gone.ok()) return gone;
     site_.Forget(key);

@@ -369,6 +369,20 @@ class _Sites(sites_pb2_grpc.SitesServicer):
         return sites_pb2.ListSitesResponse(sites=[sites_pb2.Site(
             name="local", state=sites_pb2.SITE_STATE_READY, scheduler="process", slots=2, agent_version="0.1.0")])
 
+    def GetSite(self, request, context):
+        self._gateway.enter("GetSite", request, context)
+        if request.name != "local":
+            context.abort(grpc.StatusCode.NOT_FOUND, f"there is no site '{request.name}'; did you mean 'local'?")
+        return sites_pb2.Site(name="local", state=sites_pb2.SITE_STATE_READY, partitions=["main"], address="here")
+
+    def PauseSite(self, request, context):
+        self._gateway.enter("PauseSite", request, context)
+        return sites_pb2.Site(name=request.name, state=sites_pb2.SITE_STATE_PAUSED, reason=request.reason)
+
+    def ResumeSite(self, request, context):
+        self._gateway.enter("ResumeSite", request, context)
+        return sites_pb2.Site(name=request.name, state=sites_pb2.SITE_STATE_READY)
+
     def GetVersion(self, request, context):
         self._gateway.enter("GetVersion", request, context)
         return sites_pb2.GetVersionResponse(version="0.1.0", api=self._gateway.api, started_us=1_700_000_000_000_000)

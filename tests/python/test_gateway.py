@@ -158,3 +158,14 @@ def test_connects_by_configuration_alone(gateway, monkeypatch, tmp_path):
     monkeypatch.setenv("ITWIN_CONFIG", str(gateway.write_config(tmp_path / "config.yaml")))
     with itwin.connect() as connected:
         assert [site.name for site in connected.sites()] == ["local"] and connected.version().version == itwin.__version__
+
+
+def test_sites_are_looked_at_paused_and_resumed(gateway, monkeypatch, tmp_path):
+    monkeypatch.setenv("ITWIN_CONFIG", str(gateway.write_config(tmp_path / "config.yaml")))
+    with itwin.connect() as connected:
+        assert connected.site("local").partitions == ("main",) and connected.site("local").address == "here"
+        with pytest.raises(itwin.NotFoundError, match="did you mean 'local'"):
+            connected.site("lokal")
+        paused = connected.pause_site("local", "maintenance")
+        assert (paused.state, paused.reason) == ("PAUSED", "maintenance")
+        assert connected.resume_site("local").state == "READY"

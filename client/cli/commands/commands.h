@@ -82,6 +82,21 @@ struct GetArguments {
 absl::StatusOr<int> Get(Session& session, const GetArguments& arguments);
 
 absl::StatusOr<int> Sites(Session& session);
+
+struct SiteArguments {
+  std::string file;             // add
+  std::string fingerprint;      // add
+  bool replace = false;         // add
+  bool without_jobs = false;    // add, doctor
+  std::string name;             // all others
+  std::string reason;           // pause
+};
+absl::StatusOr<int> AddSite(Session& session, const SiteArguments& arguments);
+absl::StatusOr<int> DoctorSite(Session& session, const SiteArguments& arguments);
+absl::StatusOr<int> ShowSite(Session& session, const SiteArguments& arguments);
+absl::StatusOr<int> PauseSite(Session& session, const SiteArguments& arguments);
+absl::StatusOr<int> ResumeSite(Session& session, const SiteArguments& arguments);
+absl::StatusOr<int> RemoveSite(Session& session, const SiteArguments& arguments);
 absl::StatusOr<int> Version(Session& session);
 
 }  // namespace itwin::cli

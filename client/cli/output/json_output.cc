@@ -100,12 +100,37 @@ Json ErrorJson(const absl::Status& status) {
   return {{"code", absl::StatusCodeToString(status.code())}, {"message", std::string(status.message())}};
 }
 
+Json ToJson(const v1::Site& site) {
+  Json partitions = Json::array();
+  for (const std::string& partition : site.partitions()) partitions.push_back(partition);
+  return {{"name", site.name()}, {"state", StateText(site.state())}, {"reason", site.reason()},
+          {"scheduler", site.scheduler()}, {"slots", site.slots()}, {"slots_in_use", site.slots_in_use()},
+          {"live_jobs", site.live_jobs()}, {"agent_version", site.agent_version()}, {"host", site.host()},
+          {"connected_us", site.connected_us()}, {"address", site.address()},
+          {"credentials_expire_us", site.credentials_expire_us()}, {"partitions", std::move(partitions)},
+          {"calls_per_minute", site.calls_per_minute()}};
+}
+
 template <typename List>
 Json ListJson(const List& list) {
   Json out = Json::array();
   for (const auto& item : list) out.push_back(ToJson(item));
   return out;
 }
+
+// One line per step.
+class JsonSiteView : public SiteView {
+ public:
+  explicit JsonSiteView(const Terminal& terminal) : out_(*terminal.out) {}
+  void OnProgress(const v1::SiteProgress& progress) override {
+    out_ << Dump({{"step", progress.step()}, {"verdict", SiteCheckText(progress.verdict())}, {"found", progress.found()},
+                  {"advice", progress.advice()}, {"fraction", progress.fraction()}}, -1) << std::endl;
+  }
+  void OnEnd() override {}
+
+ private:
+  std::ostream& out_;
+};
 
 // One line per update.
 class JsonWatch : public WatchView {
@@ -179,15 +204,15 @@ class JsonOutput : public Output {
     Print({{"directory", directory}, {"files", list}});
   }
   void Sites(const std::vector<v1::Site>& sites) override {
-    Json out = Json::array();
-    for (const v1::Site& site : sites) {
-      out.push_back({{"name", site.name()}, {"state", StateText(site.state())}, {"reason", site.reason()},
-                     {"scheduler", site.scheduler()}, {"slots", site.slots()}, {"slots_in_use", site.slots_in_use()},
-                     {"live_jobs", site.live_jobs()}, {"agent_version", site.agent_version()}, {"host", site.host()},
-                     {"connected_us", site.connected_us()}});
-    }
+    Print(ListJson(sites));
+  }
+  void Site(const v1::Site& site) override {
+    Json out = ToJson(site);
+    out["document"] = site.document();
     Print(out);
   }
+  void SiteRemoved(const std::string& name) override { Print({{"removed", name}}); }
+  std::unique_ptr<SiteView> SiteChecks() override { return std::make_unique<JsonSiteView>(terminal_); }
   void Version(const v1::GetVersionResponse& gateway) override {
     Print({{"client", kVersion}, {"gateway", gateway.version()}, {"api", gateway.api()}, {"started_us", gateway.started_us()}});
   }

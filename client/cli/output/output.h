@@ -41,6 +41,14 @@ class PointSink {
   virtual void OnEnd() = 0;
 };
 
+// The steps of a survey of a site as they happen.
+class SiteView {
+ public:
+  virtual ~SiteView() = default;
+  virtual void OnProgress(const v1::SiteProgress& progress) = 0;
+  virtual void OnEnd() = 0;
+};
+
 class Output {
  public:
   virtual ~Output() = default;
@@ -53,6 +61,9 @@ class Output {
   virtual void Series(const std::vector<v1::SeriesBuckets>& series) = 0;
   virtual void Downloaded(const std::vector<DownloadedFile>& files, const std::string& directory) = 0;
   virtual void Sites(const std::vector<v1::Site>& sites) = 0;
+  virtual void Site(const v1::Site& site) = 0;
+  virtual void SiteRemoved(const std::string& name) = 0;
+  virtual std::unique_ptr<SiteView> SiteChecks() = 0;
   virtual void Version(const v1::GetVersionResponse& gateway) = 0;
   virtual void Error(const absl::Status& status) = 0;
   virtual std::unique_ptr<WatchView> Watch() = 0;

@@ -39,6 +39,52 @@ std::string ProgressCell(const v1::Job& job) {
   return progress.step() > 0 ? absl::StrCat("step ", progress.step()) : "-";
 }
 
+// One line per step: as it goes on a terminal, its verdict alone elsewhere.
+class TableSiteView : public SiteView {
+ public:
+  explicit TableSiteView(const Terminal& terminal) : terminal_(terminal), out_(*terminal.out) {}
+  ~TableSiteView() override { Clear(); }
+
+  void OnProgress(const v1::SiteProgress& progress) override {
+    const std::string step = absl::StrFormat("%-*s", kStepWidth, Printable(progress.step()));
+    if (progress.verdict() == v1::SITE_CHECK_UNSPECIFIED) {
+      if (!terminal_.out_is_terminal) return;
+      const Glyphs glyphs{terminal_.unicode};
+      const std::string bar = progress.fraction() > 0 ? absl::StrCat(" ", Bar(progress.fraction(), kBarWidth, glyphs), " ",
+                                                                     static_cast<int>(100 * progress.fraction()), " %") : "";
+      const std::string line = absl::StrCat(terminal_.unicode ? "\u2026" : ".", "        ", step, " ", Printable(progress.found()), bar);
+      out_ << "\r\x1b[K" << Truncated(line, std::max(1, terminal_.width() - 1), glyphs) << std::flush;
+      drawn_ = true;
+      return;
+    }
+    Clear();
+    out_ << Verdict(progress.verdict()) << " " << step << " " << Printable(progress.found()) << "\n";
+    if (!progress.advice().empty()) out_ << std::string(static_cast<size_t>(kVerdictWidth + kStepWidth + 2), ' ') << "-> " << Printable(progress.advice()) << "\n";
+    out_.flush();
+  }
+  void OnEnd() override { Clear(); }
+
+ private:
+  static constexpr int kVerdictWidth = 8;
+  static constexpr int kStepWidth = 12;
+  static constexpr int kBarWidth = 24;
+
+  std::string Verdict(v1::SiteCheck verdict) const {
+    const std::string word = absl::StrFormat("%-*s", kVerdictWidth, SiteCheckText(verdict));
+    if (!terminal_.color) return word;
+    const char* color = verdict == v1::SITE_CHECK_OK ? "32" : verdict == v1::SITE_CHECK_WARNING ? "33" : verdict == v1::SITE_CHECK_ERROR ? "31" : "2";
+    return absl::StrCat("\x1b[", color, "m", word, "\x1b[0m");
+  }
+  void Clear() {
+    if (drawn_) out_ << "\r\x1b[K" << std::flush;
+    drawn_ = false;
+  }
+
+  const Terminal& terminal_;
+  std::ostream& out_;
+  bool drawn_ = false;
+};
+
 class TableOutput : public Output {
  public:
   explicit TableOutput(const Terminal& terminal) : terminal_(terminal), out_(*terminal.out) {}
@@ -184,6 +230,36 @@ class TableOutput : public Output {
     }
     Table(rows, /*last_is_long=*/true);
   }
+
+  void Site(const v1::Site& site) override {
+    const auto line = [&](absl::string_view key, const std::string& value) {
+      if (!value.empty()) out_ << absl::StrFormat("%-12s %s\n", key, Printable(value));
+    };
+    line("site", site.name());
+    line("state", StateText(site.state()));
+    line("reason", site.reason());
+    line("address", site.address());
+    line("scheduler", site.scheduler());
+    line("partitions", absl::StrJoin(site.partitions(), ", "));
+    line("login node", site.host());
+    line("agent", site.agent_version());
+    if (site.slots() > 0) line("slots", absl::StrCat(site.slots_in_use(), " of ", site.slots(), " in use"));
+    line("live jobs", absl::StrCat(site.live_jobs()));
+    if (site.connected_us() != 0) line("connected", absl::StrCat("for ", Age(site.connected_us())));
+    if (site.credentials_expire_us() != 0) line("credentials", absl::StrCat("end ", TimeText(site.credentials_expire_us())));
+    if (site.calls_per_minute() > 0) line("calls", absl::StrFormat("%.1f to the scheduler per minute", site.calls_per_minute()));
+    if (!site.document().empty()) {
+      out_ << "\n";
+      for (const absl::string_view text : absl::StrSplit(site.document(), '\n')) out_ << Printable(std::string(text)) << "\n";
+    }
+    out_.flush();
+  }
+
+  void SiteRemoved(const std::string& name) override {
+    out_ << "site " << Printable(name) << " is removed; what is installed there stays" << std::endl;
+  }
+
+  std::unique_ptr<SiteView> SiteChecks() override { return std::make_unique<TableSiteView>(terminal_); }
 
   void Version(const v1::GetVersionResponse& gateway) override {
     out_ << "itwin " << kVersion << "\ngateway " << Printable(gateway.version()) << ", API " << gateway.api() << ", up "

@@ -115,6 +115,18 @@ class Client {
                                            const OnProgress& progress = {});
 
   absl::StatusOr<std::vector<v1::Site>> Sites();
+  // With the site's file, for administrators. kNotFound names the nearest name.
+  absl::StatusOr<v1::Site> Site(const std::string& name);
+  // For administrators: takes a site file's text, reaches and examines the site, and keeps it when nothing is wrong.
+  // `on_progress` gets each step as it goes; false ends it with kCancelled. kFailedPrecondition: an unknown host key (the message has
+  // its fingerprint), or a check failed; nothing is kept then.
+  absl::Status AddSite(const v1::AddSiteRequest& request, const std::function<bool(const v1::SiteProgress&)>& on_progress);
+  // The same checks of a site that is there. OK also when some failed: count SITE_CHECK_ERROR.
+  absl::Status DoctorSite(const std::string& name, bool without_jobs, const std::function<bool(const v1::SiteProgress&)>& on_progress);
+  absl::StatusOr<v1::Site> PauseSite(const std::string& name, const std::string& reason = "");
+  absl::StatusOr<v1::Site> ResumeSite(const std::string& name);
+  // kFailedPrecondition while jobs are there.
+  absl::Status RemoveSite(const std::string& name);
   absl::StatusOr<v1::GetVersionResponse> Version();
 
  private:

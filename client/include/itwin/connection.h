@@ -34,12 +34,21 @@ class Connection {
   virtual absl::StatusOr<v1::ListOutputsResponse> ListOutputs(const v1::ListOutputsRequest& request) = 0;
   virtual absl::StatusOr<v1::StatArtifactsResponse> StatArtifacts(const v1::StatArtifactsRequest& request) = 0;
   virtual absl::StatusOr<v1::ListSitesResponse> ListSites(const v1::ListSitesRequest& request) = 0;
+  virtual absl::StatusOr<v1::Site> GetSite(const v1::GetSiteRequest& request) = 0;
+  virtual absl::StatusOr<v1::Site> PauseSite(const v1::PauseSiteRequest& request) = 0;
+  virtual absl::StatusOr<v1::Site> ResumeSite(const v1::ResumeSiteRequest& request) = 0;
+  virtual absl::StatusOr<v1::RemoveSiteResponse> RemoveSite(const v1::RemoveSiteRequest& request) = 0;
   virtual absl::StatusOr<v1::GetVersionResponse> GetVersion(const v1::GetVersionRequest& request) = 0;
 
   // Streams: one try each; Client goes on from where they broke off.
   // `on_update` returning false ends the stream with OK, as does `stop` with kCancelled.
   virtual absl::Status WatchJob(const v1::WatchJobRequest& request, const std::stop_token& stop,
                                 const std::function<bool(const v1::JobUpdate&)>& on_update) = 0;
+  // `on_progress` returning false ends the stream with kCancelled.
+  virtual absl::Status AddSite(const v1::AddSiteRequest& request,
+                               const std::function<bool(const v1::SiteProgress&)>& on_progress) = 0;
+  virtual absl::Status DoctorSite(const v1::DoctorSiteRequest& request,
+                                  const std::function<bool(const v1::SiteProgress&)>& on_progress) = 0;
   // `next` gives the messages in order and nothing at the end; its error ends the stream and is returned.
   virtual absl::StatusOr<v1::UploadArtifactResponse> UploadArtifact(
       const std::function<absl::StatusOr<std::optional<v1::UploadArtifactRequest>>()>& next) = 0;

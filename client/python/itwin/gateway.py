@@ -37,6 +37,8 @@ class Site(typing.NamedTuple):
     live_jobs: int
     agent_version: str
     host: str
+    partitions: tuple = ()
+    address: str = ""
 
 
 def connect(endpoint=None, token=None, ca=None, insecure=False):
@@ -221,10 +223,21 @@ class Gateway:
     def sites(self):
         """The clusters this gateway can run jobs on."""
         response = self._connection.call("Sites", "ListSites", sites_pb2.ListSitesRequest(), "list the sites")
-        return render.Records([
-            Site(site.name, _site_state(site.state), site.reason, site.scheduler, site.slots, site.slots_in_use, site.live_jobs,
-                 site.agent_version, site.host) for site in response.sites],
-            {field: (lambda site, field=field: getattr(site, field)) for field in Site._fields})
+        return render.Records([_site(site) for site in response.sites],
+                              {field: (lambda site, field=field: getattr(site, field)) for field in Site._fields})
+
+    def site(self, name):
+        """One cluster; NotFound names the nearest name."""
+        return _site(self._connection.call("Sites", "GetSite", sites_pb2.GetSiteRequest(name=name), f"look at site {name}"))
+
+    def pause_site(self, name, reason=""):
+        """For administrators: no new jobs there; what runs goes on."""
+        return _site(self._connection.call("Sites", "PauseSite", sites_pb2.PauseSiteRequest(name=name, reason=reason),
+                                           f"pause site {name}"))
+
+    def resume_site(self, name):
+        """For administrators: jobs are placed there again."""
+        return _site(self._connection.call("Sites", "ResumeSite", sites_pb2.ResumeSiteRequest(name=name), f"resume site {name}"))
 
     def version(self, patience=60.0):
         """Version and contract of the gateway, and since when it runs."""
@@ -234,6 +247,11 @@ class Gateway:
 
 def _list(value):
     return [value] if isinstance(value, str) else list(value)
+
+
+def _site(site):
+    return Site(site.name, _site_state(site.state), site.reason, site.scheduler, site.slots, site.slots_in_use, site.live_jobs,
+                site.agent_version, site.host, tuple(site.partitions), site.address)
 
 
 def _site_state(value):

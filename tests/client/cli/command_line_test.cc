@@ -188,8 +188,8 @@ TEST_F(CommandLineTest, SubmitShowsEveryProblemOfTheFile) {
 
 TEST_F(CommandLineTest, SubmitWatchEndsWithTheJobsOwnCode) {
   const std::string file = WriteJob("command: {argv: [a]}");
-  for (const auto& [state, code] : {std::pair(v1::JOB_STATE_SUCCEEDED, kOk), std::pair(v1::JOB_STATE_FAILED, kJobUnsuccessful),
-                                    std::pair(v1::JOB_STATE_CANCELLED, kJobUnsuccessful)}) {
+  for (const auto& [state, code] : {std::pair(v1::JOB_STATE_SUCCEEDED, kOk), std::pair(v1::JOB_STATE_FAILED, kUnsuccessful),
+                                    std::pair(v1::JOB_STATE_CANCELLED, kUnsuccessful)}) {
     gateway_ = std::make_shared<FakeGateway>();
     const std::string id = "5ab3177ed0000100";
     gateway_->AddJob(id, v1::JOB_STATE_QUEUED);
@@ -203,7 +203,7 @@ TEST_F(CommandLineTest, WatchPrintsPlainLinesWithoutATerminal) {
   gateway_->AddJob(kJob, v1::JOB_STATE_QUEUED);
   ScriptEnd(kJob, v1::JOB_STATE_FAILED);
   gateway_->cuts = {1};
-  EXPECT_EQ(Run({"watch", "0123"}), kJobUnsuccessful);
+  EXPECT_EQ(Run({"watch", "0123"}), kUnsuccessful);
   EXPECT_THAT(out_.str(), AllOf(HasSubstr("QUEUED: submitted by alice\n"), HasSubstr("RUNNING\n"),
                                 HasSubstr("epoch 1/4  train/loss 0.5\n"), HasSubstr("FAILED after 1m32s\n"),
                                 HasSubstr("rank 1 ran out of memory; ask for more"), HasSubstr("test/rmse 0.25"),
@@ -418,6 +418,85 @@ TEST_F(CommandLineTest, GetFetchesOutputs) {
   gateway_->AddJob("fedcba9876543210");
   EXPECT_EQ(Run({"get", "fedc", directory_ / "t"}), kOther);
   EXPECT_THAT(err_.str(), HasSubstr("is RUNNING; outputs come when it has ended"));
+}
+
+TEST_F(CommandLineTest, ASurveyShowsEachVerdictWithWhatToDo) {
+  const auto tell = [&](const char* step, v1::SiteCheck verdict, const char* found, const char* advice = "") {
+    v1::SiteProgress& progress = gateway_->survey.emplace_back();
+    progress.set_step(step);
+    progress.set_verdict(verdict);
+    progress.set_found(found);
+    progress.set_advice(advice);
+  };
+  tell("install", v1::SITE_CHECK_UNSPECIFIED, "sending 18 MB");
+  gateway_->survey.back().set_fraction(0.5);
+  tell("install", v1::SITE_CHECK_OK, "0.1.0-1a2b3c4d");
+  tell("quota", v1::SITE_CHECK_WARNING, "91 % of the home is used", "remove old spools");
+  gateway_->sites.emplace_back().set_name("vega");
+  // Plain lines: nothing that is drawn over.
+  EXPECT_EQ(Run({"site", "doctor", "vega"}), kOk) << err_.str();
+  EXPECT_EQ(out_.str(), "ok       install      0.1.0-1a2b3c4d\nwarning  quota        91 % of the home is used\n"
+                        "                      -> remove old spools\n");
+  // A terminal also sees what is under way, in colours.
+  terminal_.out_is_terminal = terminal_.color = true;
+  EXPECT_EQ(Run({"site", "doctor", "vega"}), kOk);
+  EXPECT_THAT(out_.str(), AllOf(HasSubstr("sending 18 MB"), HasSubstr("50 %"), HasSubstr("\x1b[33mwarning"), HasSubstr("\x1b[32mok")));
+  terminal_.out_is_terminal = terminal_.color = false;
+
+  tell("scheduler", v1::SITE_CHECK_ERROR, "sbatch is not in PATH");
+  EXPECT_EQ(Run({"site", "doctor", "vega"}), kUnsuccessful);
+  EXPECT_THAT(out_.str(), HasSubstr("ERROR    scheduler    sbatch is not in PATH"));
+  EXPECT_EQ(Run({"site", "doctor", "vega", "--output", "json"}), kUnsuccessful);
+  EXPECT_THAT(out_.str(), HasSubstr(R"({"step":"scheduler","verdict":"ERROR","found":"sbatch is not in PATH")"));
+  EXPECT_EQ(Run({"site", "doctor", "vegas"}), kNotFound);
+}
+
+TEST_F(CommandLineTest, AddingASiteSendsItsFileAndGivesTheExactCommandToAcceptAKey) {
+  ASSERT_OK(WriteFileAtomically(directory_ / "my site.yaml", "name: vega\n"));
+  const std::string file = directory_ / "my site.yaml";
+  EXPECT_EQ(Run({"site", "add", file, "--without-jobs", "--accept-host-key", "SHA256:x"}), kOk) << err_.str();
+  ASSERT_EQ(gateway_->added.size(), 1u);
+  EXPECT_EQ(gateway_->added[0].document(), "name: vega\n");
+  EXPECT_EQ(gateway_->added[0].accept_fingerprint(), "SHA256:x");
+  EXPECT_TRUE(gateway_->added[0].without_jobs());
+  EXPECT_FALSE(gateway_->added[0].replace());
+
+  gateway_->survey_result = absl::FailedPreconditionError("unknown key. If it is the same: itwin site add FILE --accept-host-key SHA256:abc");
+  EXPECT_EQ(Run({"site", "add", file, "--replace"}), kOther);
+  EXPECT_THAT(err_.str(), HasSubstr(absl::StrCat("itwin site add '", file, "' --replace --accept-host-key SHA256:abc")));
+  gateway_->survey_result = absl::InvalidArgumentError("site file:3: shh: unknown key; did you mean 'ssh'?");
+  EXPECT_EQ(Run({"site", "add", file}), kUsage);
+  EXPECT_THAT(err_.str(), HasSubstr(absl::StrCat(file, ":3: shh: unknown key")));
+  gateway_->survey_result = absl::PermissionDeniedError("an administrator's token");
+  EXPECT_EQ(Run({"site", "add", file}), kNotAllowed);
+  EXPECT_EQ(Run({"site", "add", directory_ / "none.yaml"}), kNotFound);
+}
+
+TEST_F(CommandLineTest, ASiteIsShownPausedResumedAndRemoved) {
+  v1::Site& site = gateway_->sites.emplace_back();
+  site.set_name("vega");
+  site.set_state(v1::SITE_STATE_READY);
+  site.set_address("ssh ada@login.vega.example");
+  site.add_partitions("gpu");
+  site.set_document("name: vega\nssh: {hosts: [login.vega.example]}\n");
+  EXPECT_EQ(Run({"site", "list"}), kOk);
+  EXPECT_THAT(out_.str(), HasSubstr("vega"));
+  EXPECT_EQ(Run({"site", "show", "vega"}), kOk);
+  EXPECT_THAT(out_.str(), AllOf(HasSubstr("address      ssh ada@login.vega.example"), HasSubstr("partitions   gpu"),
+                                HasSubstr("ssh: {hosts: [login.vega.example]}")));
+  EXPECT_EQ(Run({"site", "show", "vega", "--output", "json"}), kOk);
+  EXPECT_EQ(Json()["partitions"][0], "gpu");
+  EXPECT_EQ(Run({"site", "pause", "vega", "--reason", "maintenance"}), kOk);
+  EXPECT_THAT(out_.str(), AllOf(HasSubstr("PAUSED"), HasSubstr("maintenance")));
+  EXPECT_EQ(Run({"site", "resume", "vega"}), kOk);
+  EXPECT_THAT(out_.str(), HasSubstr("READY"));
+  EXPECT_EQ(Run({"site", "remove", "vega"}), kOk);
+  EXPECT_EQ(Run({"site", "remove", "vega"}), kNotFound);
+  EXPECT_EQ(Run({"site", "remvoe", "vega"}), kUsage);
+  EXPECT_EQ(Run({"site", "add", "--help"}), kOk);
+  EXPECT_THAT(out_.str(), AllOf(HasSubstr("itwin site add"), HasSubstr("--accept-host-key")));
+  EXPECT_EQ(Run({"completion", "bash"}), kOk);
+  EXPECT_THAT(out_.str(), AllOf(HasSubstr("--accept-host-key"), HasSubstr("add doctor list show pause resume remove")));
 }
 
 TEST_F(CommandLineTest, SitesShowWhyOneIsAway) {

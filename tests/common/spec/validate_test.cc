@@ -40,6 +40,9 @@ TEST(ValidateSpec, AcceptsGoodSpecs) {
   EXPECT_OK(Check(kTrain, {"train.data={synthetic: {samples: 10, input_shape: [4], classes: 3}}"}));
   EXPECT_OK(Check(kTrain, {"train.data.netcdf='site:/data/w.cdf'", "site=vega"}));
   EXPECT_OK(Check(kTrain, {"resources.time=720h"}));
+  EXPECT_OK(Check(kTrain, {"resources.partition=booster,devel", "resources.account=hpc-1", "resources.constraint=[a&b]",
+                           "resources.exclude_nodes=[\"n[1-3]\"]", "resources.scheduler_options=[\"--licenses=matlab:1\"]",
+                           "resources.gpus_per_node=4", "resources.gpu_type=a100", "resources.exclusive=true"}));
   EXPECT_OK(Check(kTrain, {"train.data.transforms=[standardize, {scale: {add: 1}}, {coarsen: {factor: 4}}, "
                            "{window: {length: 3, horizon: 1}}, {reshape: {array: input, shape: [1, 28]}}]"}));
   for (const std::string& name : BuiltinModels()) {
@@ -57,6 +60,15 @@ TEST(ValidateSpec, NamesTheFieldWhatWasWrongAndWhatWouldBeRight) {
       {"name=\"a\\nb\"", "name: has a control character"},
       {"site=a b", "site: 'a b' is no site's name"},
       {"resources.nodes=-1", "resources.nodes: -1 is out of range; use a whole number from 0 to 100000"},
+      {"resources.partition=a b", "resources.partition: 'a b' is no name of SLURM's"},
+      {"resources.account=-x", "resources.account: '-x' is no name of SLURM's"},
+      {"resources.qos=\"a;b\"", "resources.qos: 'a;b'"},
+      {"resources.constraint=$(x)", "resources.constraint: '$(x)'"},
+      {"resources.gpu_type=a100", "resources.gpu_type: 'a100' is given without gpus_per_node"},
+      {"resources.exclude_nodes=[n1, \"n 2\"]", "resources.exclude_nodes[1]: 'n 2'"},
+      {"resources.scheduler_options=[-J x]", "resources.scheduler_options[0]: '-J x' is no option; write the long form"},
+      {"resources.scheduler_options=[\"--time=1\"]", "--time is written as `resources.time`"},
+      {"resources.scheduler_options=[\"--requeue\"]", "--requeue is the gateway's own"},
       {"resources.ranks_per_node=9999", "resources.ranks_per_node: 9999 is out of range"},
       {"resources.cpus_per_rank=-2", "resources.cpus_per_rank: -2 is out of range"},
       {"resources.gpus_per_node=-2", "resources.gpus_per_node: -2 is out of range"},

@@ -46,5 +46,111 @@ TEST(PlanPlacement, SiteThatHasNotAnsweredYetMayFit) {
   EXPECT_EQ(WhyImpossible({.site = "any", .bound_site = "", .ranks = 5}, {Site("local", 4, 4), silent}), "");
 }
 
+// ---- sites with SLURM ----
+
+SiteOffer Cluster(const char* name, int waiting = 0) {
+  SiteOffer out = Site(name, 0, 0);
+  out.waiting = waiting;
+  out.settings.scheduler = "slurm";
+  agent::v1::SlurmFacts facts;
+  const auto partition = [&](const char* called, bool is_default, int hours, int nodes, int cpus, int gpus) {
+    agent::v1::Partition* one = facts.add_partitions();
+    one->set_name(called);
+    one->set_is_default(is_default);
+    one->set_up(true);
+    if (hours > 0) one->mutable_max_time()->set_seconds(hours * 3600);
+    one->set_nodes(nodes);
+    one->set_cpus_per_node(cpus);
+    one->set_memory_mib_per_node(64'000);
+    one->set_gpus_per_node(gpus);
+  };
+  partition("main", true, 24, 10, 16, 0);
+  partition("gpu", false, 6, 4, 32, 4);
+  out.slurm = facts;
+  return out;
+}
+v1::Resources Asks(int nodes, int ranks_per_node, int gpus = 0, int hours = 0) {
+  v1::Resources out;
+  out.set_nodes(nodes);
+  out.set_ranks_per_node(ranks_per_node);
+  out.set_gpus_per_node(gpus);
+  if (hours > 0) out.mutable_time()->set_seconds(hours * 3600);
+  return out;
+}
+PlacementRequest Any(const v1::Resources& resources) {
+  return {.site = "any", .bound_site = "", .ranks = std::max(1, resources.nodes()) * std::max(1, resources.ranks_per_node()), .resources = resources};
+}
+
+TEST(PlanPlacement, EveryLimitIsNamedWithTheNextStep) {
+  const std::vector<SiteOffer> offers = {Cluster("vega")};
+  EXPECT_EQ(WhyImpossible(Any(Asks(10, 16)), offers), "");
+  EXPECT_THAT(WhyImpossible(Any(Asks(11, 1)), offers), AllOf(HasSubstr("partition main of site vega"), HasSubstr("at most 10 nodes"), HasSubstr("resources.nodes is 11")));
+  EXPECT_THAT(WhyImpossible(Any(Asks(1, 64)), offers), AllOf(HasSubstr("16 CPUs"), HasSubstr("is 64")));
+  EXPECT_THAT(WhyImpossible(Any(Asks(1, 1, 8)), offers), AllOf(HasSubstr("no GPUs"), HasSubstr("resources.gpus_per_node is 8")));
+  EXPECT_THAT(WhyImpossible(Any(Asks(1, 1, 0, 48)), offers), AllOf(HasSubstr("its limit is 24h"), HasSubstr("resources.time is 48h"), HasSubstr("continued")));
+  v1::Resources memory = Asks(1, 1);
+  memory.set_memory_mib_per_node(100'000);
+  EXPECT_THAT(WhyImpossible(Any(memory), offers), AllOf(HasSubstr("64000 MiB"), HasSubstr("100000 MiB")));
+  v1::Resources named = Asks(1, 1);
+  named.set_partition("gpus");
+  EXPECT_THAT(WhyImpossible(Any(named), offers), HasSubstr("site vega has no partition 'gpus'; did you mean 'gpu'?"));
+  // What only SLURM understands is not dropped in silence elsewhere.
+  named.set_partition("gpu");
+  EXPECT_THAT(WhyImpossible(Any(named), {Site("local", 4, 4)}), HasSubstr("site local has no SLURM, so resources.partition means nothing there"));
+  EXPECT_EQ(WhyImpossible(Any(named), {Site("local", 4, 4), Cluster("vega")}), "");
+}
+
+TEST(PlanPlacement, ThePartitionThatFitsIsTaken) {
+  const SiteOffer offer = Cluster("vega");
+  const auto partition = [&](const v1::Resources& resources) { return PlanForSlurm("vega", offer.settings, &*offer.slurm, resources)->slurm.partition(); };
+  EXPECT_EQ(partition(Asks(1, 1)), "main");
+  EXPECT_EQ(partition(Asks(1, 1, 2)), "gpu");
+  EXPECT_EQ(partition(Asks(1, 20)), "gpu");
+  SiteSettings settings = offer.settings;
+  settings.partitions = {{.name = "gpu"}, {.name = "main", .max_time = absl::Minutes(30)}};
+  EXPECT_EQ(PlanForSlurm("vega", settings, &*offer.slurm, Asks(1, 1))->slurm.partition(), "gpu");  // the file's order
+  // Without a time of its own a job gets what the partition gives at most.
+  settings.slurm.set_partition("main");
+  EXPECT_EQ(PlanForSlurm("vega", settings, &*offer.slurm, Asks(1, 1))->time, absl::Minutes(30));
+  EXPECT_FALSE(PlanForSlurm("vega", settings, &*offer.slurm, Asks(1, 1, 0, 1)).ok());
+  // Several named: SLURM takes the one that starts first, if one of them can.
+  v1::Resources several = Asks(1, 20);
+  several.set_partition("main,gpu");
+  EXPECT_EQ(PlanForSlurm("vega", settings, &*offer.slurm, several)->slurm.partition(), "main,gpu");
+}
+
+TEST(PlanPlacement, ASiteAllowsWhatItsFileSays) {
+  SiteOffer offer = Cluster("vega");
+  offer.settings.allowed_accounts = {{"hpc1"}};
+  offer.settings.allowed_qos.emplace();
+  offer.settings.allowed_options = {"--licenses"};
+  offer.settings.slurm.set_account("hpc1");
+  v1::Resources resources = Asks(1, 1);
+  resources.add_scheduler_options("--licenses=matlab:1");
+  const auto plan = PlanForSlurm("vega", offer.settings, &*offer.slurm, resources);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(plan->slurm.account(), "hpc1");
+  EXPECT_EQ(plan->slurm.options(0), "--licenses=matlab:1");
+  resources.set_account("hpc2");
+  EXPECT_THAT(WhyImpossible(Any(resources), {offer}), AllOf(HasSubstr("does not allow account 'hpc2' (resources.account)"), HasSubstr("hpc1")));
+  resources.set_account("hpc1");
+  resources.set_qos("high");
+  EXPECT_THAT(WhyImpossible(Any(resources), {offer}), HasSubstr("lets no job choose its QOS; leave resources.qos out"));
+  resources.clear_qos();
+  resources.set_scheduler_options(0, "--nice=0");
+  EXPECT_THAT(WhyImpossible(Any(resources), {offer}), AllOf(HasSubstr("--nice"), HasSubstr("it allows --licenses")));
+  // Also before the site has answered.
+  offer.known = offer.ready = false;
+  offer.slurm.reset();
+  EXPECT_THAT(WhyImpossible(Any(resources), {offer}), HasSubstr("--nice"));
+}
+
+TEST(PlanPlacement, TheShorterQueueIsTaken) {
+  EXPECT_EQ(ChooseSite(Any(Asks(1, 1)), {Cluster("busy", 9), Cluster("calm", 2)}), 1u);
+  EXPECT_EQ(ChooseSite(Any(Asks(1, 2)), {Cluster("busy", 1), Site("local", 4, 3)}), 1u);  // at once
+  EXPECT_EQ(ChooseSite(Any(Asks(1, 2)), {Cluster("idle", 0), Site("local", 4, 1)}), 0u);
+  EXPECT_EQ(ChooseSite(Any(Asks(1, 1, 4)), {Site("local", 4, 4), Cluster("vega", 3)}), 1u) << "only it has GPUs";
+}
+
 }  // namespace
 }  // namespace itwin::server

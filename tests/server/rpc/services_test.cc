@@ -35,6 +35,42 @@ using ::testing::HasSubstr;
 
 constexpr char kToken[] = "token-of-ada";
 
+// Tells three steps, then ends as it is told to; a survey waits for `go` after its first step.
+class FakeSiteAdmin : public SiteAdmin {
+ public:
+  absl::StatusOr<v1::Site> GetSite(const std::string& name) override {
+    v1::Site site;
+    site.set_name(name);
+    site.set_document("name: vega");
+    return site;
+  }
+  absl::Status AddSite(const v1::AddSiteRequest& request, const OnProgress& on_progress) override {
+    ++surveys;
+    for (int i = 0; i < 3; ++i) {
+      v1::SiteProgress progress;
+      progress.set_step(absl::StrCat("step ", i));
+      if (!on_progress(progress)) {
+        gone.Notify();
+        return absl::CancelledError("nobody listens");
+      }
+      if (i == 0) go.WaitForNotificationWithTimeout(absl::Seconds(30));
+    }
+    return absl::FailedPreconditionError(absl::StrCat("refused: ", request.document()));
+  }
+  absl::Status DoctorSite(const v1::DoctorSiteRequest&, const OnProgress&) override { return absl::OkStatus(); }
+  absl::StatusOr<v1::Site> PauseSite(const std::string& name, const std::string& actor, const std::string& reason) override {
+    v1::Site site;
+    site.set_name(name);
+    site.set_reason(absl::StrCat(actor, ": ", reason));
+    return site;
+  }
+  absl::StatusOr<v1::Site> ResumeSite(const std::string& name) override { return GetSite(name); }
+  absl::Status RemoveSite(const std::string&) override { return absl::FailedPreconditionError("2 jobs"); }
+
+  absl::Notification go, gone;
+  std::atomic<int> surveys{0};
+};
+
 class ServicesTest : public ::testing::Test {
  protected:
   ServicesTest() {
@@ -124,7 +160,9 @@ class ServicesTest : public ::testing::Test {
   TaskPool feeders_{2}, files_{2};
   JobsRpc jobs_rpc_{{&service_, store_.get(), &hub_, &authenticator_, &feeders_}};
   ArtifactsRpc artifacts_rpc_{{blobs_.get(), &authenticator_, &files_}};
-  SitesRpc sites_rpc_{&sites_, &authenticator_, absl::Now()};
+  FakeSiteAdmin site_admin_;
+  TaskPool surveys_{2};
+  SitesRpc sites_rpc_{{&sites_, &site_admin_, &authenticator_, &surveys_}, absl::Now()};
   std::unique_ptr<grpc::Server> server_;
   std::shared_ptr<grpc::Channel> channel_;
   std::unique_ptr<v1::Jobs::Stub> jobs_;
@@ -434,6 +472,66 @@ TEST_F(ServicesTest, AnUploadThatBreaksOffKeepsWhatArrived) {
     return status.error_code() != grpc::StatusCode::ABORTED;
   }));
   EXPECT_TRUE(status.ok()) << status.error_message();
+}
+
+TEST_F(ServicesTest, SitesAreChangedByAdministratorsAlone) {
+  v1::Site site;
+  v1::GetSiteRequest get;
+  get.set_name("vega");
+  EXPECT_TRUE(sites_stub_->GetSite(Context().get(), get, &site).ok());
+  EXPECT_EQ(site.document(), "");  // what lies on the gateway's machine is not for everybody
+  EXPECT_TRUE(sites_stub_->GetSite(Context("token-of-root").get(), get, &site).ok());
+  EXPECT_EQ(site.document(), "name: vega");
+  v1::PauseSiteRequest pause;
+  pause.set_name("vega");
+  pause.set_reason("work on the cooling");
+  const grpc::Status refused = sites_stub_->PauseSite(Context().get(), pause, &site);
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::PERMISSION_DENIED);
+  EXPECT_THAT(refused.error_message(), HasSubstr("itwin-gateway token add"));
+  EXPECT_TRUE(sites_stub_->PauseSite(Context("token-of-root").get(), pause, &site).ok());
+  EXPECT_EQ(site.reason(), "root: work on the cooling");
+  v1::RemoveSiteResponse removed;
+  EXPECT_EQ(sites_stub_->RemoveSite(Context().get(), {}, &removed).error_code(), grpc::StatusCode::PERMISSION_DENIED);
+  EXPECT_EQ(sites_stub_->RemoveSite(Context("token-of-root").get(), {}, &removed).error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_EQ(sites_stub_->ResumeSite(Context().get(), {}, &site).error_code(), grpc::StatusCode::PERMISSION_DENIED);
+  auto context = Context();
+  auto reader = sites_stub_->AddSite(context.get(), {});
+  v1::SiteProgress progress;
+  EXPECT_FALSE(reader->Read(&progress));
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::PERMISSION_DENIED);
+  EXPECT_EQ(site_admin_.surveys, 0);
+}
+
+TEST_F(ServicesTest, ASurveyTellsEachStepAndThenItsEnd) {
+  auto context = Context("token-of-root");
+  v1::AddSiteRequest request;
+  request.set_document("d");
+  auto reader = sites_stub_->AddSite(context.get(), request);
+  v1::SiteProgress progress;
+  ASSERT_TRUE(reader->Read(&progress));  // while the survey goes on
+  EXPECT_EQ(progress.step(), "step 0");
+  site_admin_.go.Notify();
+  ASSERT_TRUE(reader->Read(&progress));
+  ASSERT_TRUE(reader->Read(&progress));
+  EXPECT_EQ(progress.step(), "step 2");
+  EXPECT_FALSE(reader->Read(&progress));
+  const grpc::Status end = reader->Finish();
+  EXPECT_EQ(end.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_EQ(end.error_message(), "refused: d");
+}
+
+TEST_F(ServicesTest, ASurveyEndsWhenItsCallerHasGone) {
+  {
+    auto context = Context("token-of-root");
+    auto reader = sites_stub_->AddSite(context.get(), {});
+    v1::SiteProgress progress;
+    ASSERT_TRUE(reader->Read(&progress));
+    context->TryCancel();
+    EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  }
+  // The server hears of it a moment later than we do: then the next word finds nobody.
+  site_admin_.go.Notify();
+  EXPECT_TRUE(WaitUntil([&] { return site_admin_.gone.HasBeenNotified() || site_admin_.surveys == 1; }));
 }
 
 }  // namespace
