@@ -5,6 +5,7 @@
 // exit code.
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -25,13 +26,16 @@
 #include "agent/worker/dist/mpi_communicator.h"
 #include "agent/worker/dist/self_communicator.h"
 #include "agent/worker/error.h"
+#include "agent/worker/model/archive.h"
 #include "agent/worker/model/model.h"
+#include "agent/worker/model/operators.h"
 #include "agent/worker/monitor/node_monitor.h"
 #include "agent/worker/report/contract.h"
 #include "agent/worker/report/metric_sink.h"
 #include "agent/worker/report/result.h"
 #include "agent/worker/spec/train_spec.h"
 #include "agent/worker/startup.h"
+#include "agent/worker/training/precision.h"
 #include "agent/worker/training/stop_request.h"
 #include "agent/worker/training/strategy.h"
 #include "agent/worker/training/training_loop.h"
@@ -45,7 +49,12 @@ constexpr char kUsage[] =
     "  itwin-worker --spec FILE --spool DIR    train; DIR gets metrics.jsonl, checkpoints/, "
     "outputs/, result.json\n"
     "  itwin-worker --self-test                check MPI, BLAS and LibTorch on this machine\n"
+    "  itwin-worker --operators                the operators a model may use here, as JSON\n"
     "  itwin-worker --version\n"
+    "\n"
+    "  --allow-library FILE                    a shared object whose operators models may use, too; "
+    "may be repeated,\n"
+    "                                          or be in ITWIN_LIBRARIES, separated by colons\n"
     "\n"
     "The variables ITWIN_SPEC, ITWIN_METRICS, ITWIN_OUTPUTS, ITWIN_CHECKPOINTS, ITWIN_RESUME, "
     "ITWIN_STOP,\n"
@@ -61,7 +70,8 @@ constexpr auto kOwnerWrites =
 
 struct Options {
   std::string spec, spool;
-  bool version = false, self_test = false, help = false;
+  std::vector<std::string> libraries;
+  bool version = false, self_test = false, operators = false, help = false;
 };
 
 Options ParseOptions(int argc, char** argv) {
@@ -74,12 +84,24 @@ Options ParseOptions(int argc, char** argv) {
       options.self_test = true;
     } else if (name == "--help" || name == "-h") {
       options.help = true;
+    } else if (name == "--operators") {
+      options.operators = true;
+    } else if (name == "--allow-library") {
+      if (i + 1 == argc) throw UserError(name + " needs a value");
+      options.libraries.push_back(argv[++i]);
     } else if (name == "--spec" || name == "--spool") {
       if (i + 1 == argc) throw UserError(name + " needs a value");
       (name == "--spec" ? options.spec : options.spool) = argv[++i];
     } else {
       throw UserError("unknown option " + name + "; see itwin-worker --help");
     }
+  }
+  // A job's environment cannot have names that begin with ITWIN_, so this is the site's.
+  const char* libraries = std::getenv("ITWIN_LIBRARIES");
+  for (std::string rest = libraries == nullptr ? "" : libraries; !rest.empty();) {
+    const size_t colon = std::min(rest.find(':'), rest.size());
+    if (colon > 0) options.libraries.push_back(rest.substr(0, colon));
+    rest.erase(0, colon + 1);
   }
   return options;
 }
@@ -227,12 +249,16 @@ int Train(World& world, RunState& state) {
     std::printf("%s\n", line.c_str());
     std::fflush(stdout);
   };
-  const nlohmann::json job = ReadSpecFile(contract.spec);
+  const nlohmann::json job = WithArchive(ReadSpecFile(contract.spec), contract.work);
   const TrainSpec spec = ParseSpec(job);
   std::string strategy_note;
   const std::string strategy = ChooseStrategy(spec, world.size(), &strategy_note);
 
-  const Machine machine = SetUpMachine(control, spec.resources.cpus_per_rank);
+  const Machine machine =
+      SetUpMachine(control, spec.deterministic ? std::max(1, spec.resources.cpus_per_rank)
+                                               : spec.resources.cpus_per_rank);
+  if (spec.deterministic) MakeDeterministic();
+  RequirePrecision(spec.precision);
   double gflops = 0;
   if (first) {
     gflops = MeasureBlas();
@@ -298,6 +324,10 @@ int Train(World& world, RunState& state) {
   if (first) {
     if (!outcome.saved) {
       model->Save(contract.outputs);
+      for (const auto& [name, report] : outcome.reports)
+        WriteFileDurably(contract.outputs / name, report.dump(2) + "\n");
+      if (!outcome.best.empty())
+        WriteSafetensors(contract.outputs / "best.safetensors", outcome.best, {{"format", "pt"}});
       result.outputs = ListOutputs(contract.outputs);
     }
     result.metrics = outcome.metrics;
@@ -353,6 +383,11 @@ int Main(int argc, char** argv) {
     }
     if (options.version) {
       std::printf("itwin-worker " ITWIN_VERSION " (LibTorch %s)\n", TorchVersion().c_str());
+      return 0;
+    }
+    for (const std::string& library : options.libraries) LoadOperatorLibrary(library);
+    if (options.operators) {
+      std::printf("%s\n", DescribeOperators().dump().c_str());
       return 0;
     }
     TuneAllocator();

@@ -13,6 +13,7 @@
 #include <set>
 #include <vector>
 
+#include <ATen/Context.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <torch/version.h>
@@ -31,6 +32,8 @@ void TuneAllocator() {
   mallopt(M_TRIM_THRESHOLD, INT_MAX);
   mallopt(M_TOP_PAD, 64 << 20);
 }
+
+void MakeDeterministic() { at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false); }
 
 void TuneTorchScript() { torch::jit::getProfilingMode() = false; }
 

@@ -24,6 +24,10 @@ void TuneAllocator();
 // some versions.
 void TuneTorchScript();
 
+// Only algorithms of LibTorch that give the same bits each time; one that has none throws when it is
+// used.
+void MakeDeterministic();
+
 // Finds host, local ranks and threads, and sets the threads. Threads are `cpus_per_rank` if that is
 // above 0, else this rank's share of the processors that it may run on. Every rank calls it.
 Machine SetUpMachine(Communicator& communicator, int cpus_per_rank);

@@ -16,6 +16,7 @@
 #include "common/spec/validate.h"
 #include "common/status_macros.h"
 #include "server/jobs/job_proto.h"
+#include "server/jobs/model_archive.h"
 
 namespace itwin::server {
 namespace {
@@ -96,6 +97,7 @@ absl::Status JobService::CheckInputs(const v1::JobSpec& spec) const {
 absl::Status JobService::CheckPossible(const v1::JobSpec& spec) const {
   ITWIN_RETURN_IF_ERROR(CheckSite(spec.site()));
   ITWIN_RETURN_IF_ERROR(CheckInputs(spec));
+  ITWIN_RETURN_IF_ERROR(CheckModelArchive(blobs_, spec));
   const std::string why = sites_.WhyImpossible(spec);
   return why.empty() ? absl::OkStatus() : absl::InvalidArgumentError(absl::StrCat("resources: ", why));
 }

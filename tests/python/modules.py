@@ -118,3 +118,138 @@ class ReturnsTwo(Net):
     def forward(self, x):
         y = self.last(self.first(x))
         return y, y
+
+
+# ---- families that are exported and trained at the worker ------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 3))
+
+    def forward(self, x):
+        return self.layers(x.flatten(1))
+
+
+class Residual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return F.relu(x + self.second(F.relu(self.norm(self.first(x)))))
+
+
+class ResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.blocks = nn.Sequential(Residual(6), Residual(6))
+        self.head = nn.Linear(6 * 4 * 4, 5)
+
+    def forward(self, x):
+        y = self.blocks(F.relu(self.norm(self.stem(x)))) + 1
+        y = F.max_pool2d(y, 2)
+        return self.head(y.view(y.size(0), -1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cells = nn.LSTM(3, 8, 2, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        states, _ = self.cells(x)
+        return self.head(states[:, -1])
+
+
+class Transformer(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(1, 6, 16))
+        self.block = nn.TransformerEncoderLayer(16, 4, 32, dropout=dropout, batch_first=True)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x):
+        mask = torch.triu(torch.full((x.shape[1], x.shape[1]), float("-inf")), 1)
+        return self.head(self.block(x + self.place, mask).mean(1))
+
+
+class GraphOnly(nn.Module):
+    """What TorchScript does not take: a comprehension over a dict, and *args."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(3, 4)})
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, *inputs):
+        parts = {name: part(inputs[0]) for name, part in self.parts.items()}
+        return self.head(self.drop(self.norm(sum(parts.values()))))
+
+
+class GraphOnlyStep(GraphOnly):
+    def training_step(self, batch):
+        error = self.forward(batch["input"]) - batch["target"]
+        return (error ** 2).mean(), {"mae": error.abs().mean()}
+
+
+class FixedBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, *inputs):
+        rows = len(inputs[0])
+        return self.head(inputs[0]) + torch.zeros(int(rows), 2)
+
+
+class BranchesByValue(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, *inputs):
+        if inputs[0].sum() > 0:
+            return self.head(inputs[0])
+        return -self.head(inputs[0])
+
+
+class ReadsFiles(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(x) + torch.from_file("/etc/hostname", False, 1).sum()
+
+
+class TwoSteps(nn.Module):
+    """Two parts, each with a step of its own that the other's parameters take part in."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+        self.b = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+    @torch.jit.export
+    def a_step(self, batch: Dict[str, torch.Tensor]) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        return F.mse_loss(self.forward(batch["input"]), batch["target"]), {}
+
+    @torch.jit.export
+    def b_step(self, batch: Dict[str, torch.Tensor]) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        return F.l1_loss(self.forward(batch["input"]), batch["target"]), {}
+
+    @torch.jit.export
+    def evaluation_step(self, batch: Dict[str, torch.Tensor]) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        return F.mse_loss(self.forward(batch["input"]), batch["target"]), {}

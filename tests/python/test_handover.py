@@ -138,7 +138,8 @@ def test_unused_parameters_are_a_warning():
 
 @pytest.mark.parametrize("loss, y", [
     ("mse", Y), ("l1", Y), ("huber", Y), ("bce_logits", Y.sigmoid()), ("cross_entropy", torch.tensor([0, 1, 1, 0])),
-    ("nll", torch.tensor([0, 1, 1, 0]))])
+    ("smooth_l1", Y), ("focal", torch.tensor([0, 1, 1, 0])), ("dice", torch.tensor([0, 1, 1, 0])), ("crps", torch.randn(4, 1)),
+    ("gaussian_nll", torch.randn(4)), ("crps_ensemble", torch.randn(4, 1)), ("kl_div", Y.softmax(1)), ("nll", torch.tensor([0, 1, 1, 0]))])
 def test_every_named_loss_is_tried(loss, y):
     handover.check_step(handover.script(modules.Net(), loss), loss, batch(X, y))
     handover.check_step(handover.script(modules.Net(3, 1), "mse"), "mse", batch(X, torch.randn(4)))  # [n] is [n, 1]

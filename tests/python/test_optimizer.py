@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.optim import lr_scheduler
 
 import modules
-from itwin import optimizer, spec
+from itwin import optimizer, schedule, spec
 from itwin.errors import OptimizerError, SpecError
 
 
@@ -35,20 +36,48 @@ def test_the_learning_rate_of_now_counts():
     assert optimizer.document(adam)["adam"]["lr"] == 5e-4
 
 
-def test_equal_groups_pass_and_different_ones_are_refused():
+def test_groups_travel_by_name():
     module = net()
     groups = [{"params": module.first.parameters()}, {"params": [*module.norm.parameters(), *module.last.parameters()]}]
-    assert optimizer.document(torch.optim.SGD(groups, 0.1), module)["sgd"]["lr"] == 0.1
-    groups = [{"params": module.first.parameters()}, {"params": module.last.parameters(), "lr": 0.5}]
-    with pytest.raises(OptimizerError, match=r"group 1 of SGD has another lr \(0.5\) than group 0 \(0.1\).*not supported yet"):
-        optimizer.document(torch.optim.SGD(groups, 0.1), module)
+    sgd = torch.optim.SGD(groups, 0.1)
+    assert optimizer.document(sgd, module)["sgd"]["lr"] == 0.1 and optimizer.groups(sgd, module) == []
+    sgd.param_groups[1]["lr"] = 0.5
+    assert optimizer.groups(sgd, module) == [
+        {"match": ["norm.weight", "norm.bias", "last.weight", "last.bias"], "lr": 0.5}]
+    sgd.param_groups[1]["momentum"] = 0.5
+    with pytest.raises(OptimizerError, match=r"group 1 of SGD has another momentum \(0.5\) than group 0.*Only lr and weight_decay"):
+        optimizer.document(sgd, module)
+
+
+@pytest.mark.parametrize("make, kind, values, unit", [
+    (lambda o: lr_scheduler.StepLR(o, 3, 0.5), "step", {"every": 3, "gamma": 0.5}, "epoch"),
+    (lambda o: lr_scheduler.MultiStepLR(o, [2, 4], 0.5), "multi_step", {"milestones": [2, 4], "gamma": 0.5}, "epoch"),
+    (lambda o: lr_scheduler.ExponentialLR(o, 0.9), "exponential", {"gamma": 0.9}, "epoch"),
+    (lambda o: lr_scheduler.LinearLR(o, 0.5, 1.0, 4), "linear", {"start": 0.5, "end": 1.0, "length": 4}, "epoch"),
+    (lambda o: lr_scheduler.ReduceLROnPlateau(o, "max", patience=3), "plateau",
+     {"factor": 0.1, "patience": 3, "threshold": 1e-4, "cooldown": 0, "min_factor": 0.0, "direction": "max"}, None),
+])
+def test_schedulers(make, kind, values, unit):
+    document = schedule.document(make(torch.optim.SGD(net().parameters(), 0.1)))
+    assert document[kind] == pytest.approx(values) if kind not in ("multi_step", "plateau") else document[kind] == values
+    assert document.get("unit") == unit
+
+
+def test_one_cycle_counts_steps_from_its_peak():
+    scheduler = lr_scheduler.OneCycleLR(torch.optim.SGD(net().parameters(), 0.1), 0.4, total_steps=50, pct_start=0.4, div_factor=10)
+    document = schedule.document(scheduler)
+    assert document["unit"] == "step" and schedule.peak_rate(scheduler) == 0.4
+    assert document["one_cycle"] == pytest.approx(
+        {"length": 50, "rise": 0.4, "initial_divisor": 10, "final_divisor": 1e4, "linear": False})
+    with pytest.raises(OptimizerError, match="CyclicLR cannot run at the site"):
+        schedule.document(lr_scheduler.CyclicLR(torch.optim.SGD(net().parameters(), 0.1), 0.1, 0.4))
 
 
 @pytest.mark.parametrize("make, message", [
     (lambda p: torch.optim.Adam(p, amsgrad=True), r"amsgrad=True\) is not supported"),
     (lambda p: torch.optim.RMSprop(p, centered=True), "centered=True"),
     (lambda p: torch.optim.SGD(p, 0.1, maximize=True), "maximize=True"),
-    (lambda p: torch.optim.Adagrad(p), "Adagrad cannot run at the site. Known: torch.optim.SGD"),
+    (lambda p: torch.optim.Rprop(p), "Rprop cannot run at the site. Known: torch.optim.SGD"),
     (lambda p: type("Mine", (torch.optim.Adam,), {})(p), "Mine cannot run"),
     (lambda p: 3, "optimizer=int is none"),
 ])
@@ -69,9 +98,11 @@ def test_loss_names():
     assert spec.loss_name("mse") == "mse" and spec.loss_name(None) == ""
     assert spec.loss_name(torch.nn.CrossEntropyLoss()) == "cross_entropy"
     assert spec.loss_name(torch.nn.functional.l1_loss) == "l1" and spec.loss_name(torch.nn.HuberLoss) == "huber"
-    with pytest.raises(SpecError, match="label_smoothing=0.1.*training_step"):
-        spec.loss_name(torch.nn.CrossEntropyLoss(label_smoothing=0.1))
-    with pytest.raises(SpecError, match="weight="):
+    assert spec.loss_options(torch.nn.CrossEntropyLoss(label_smoothing=0.1)) == {"label_smoothing": 0.1}
+    assert spec.loss_options(torch.nn.HuberLoss(), {"delta": 2}) == {"delta": 2}
+    with pytest.raises(SpecError, match="ignore_index=3.*training_step"):
+        spec.loss_name(torch.nn.CrossEntropyLoss(ignore_index=3))
+    with pytest.raises(SpecError, match="weight=.*class_weights"):
         spec.loss_name(torch.nn.CrossEntropyLoss(weight=torch.ones(2)))
     with pytest.raises(SpecError, match="CTCLoss is not known"):
         spec.loss_name(torch.nn.CTCLoss())

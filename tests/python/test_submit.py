@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import modules
-from itwin import spec as specs
+from itwin import archive, safetensors, spec as specs
 from itwin.errors import ConflictError, DamagedError, ModelError, SpecError, UnavailableError
 
 X, Y = np.random.rand(20, 3).astype("float32"), np.random.rand(20, 2).astype("float32")
@@ -26,22 +26,48 @@ def names(fake, method):
     return [name for name, _ in fake.calls].count(method)
 
 
-def test_a_module_with_arrays_arrives_whole(fake, gw):
+def test_a_module_with_arrays_arrives_whole(fake, gw, tmp_path):
     net = modules.Net()
     job = gw.submit(model=net, loss=torch.nn.MSELoss(), metrics="mae", data=(X, Y), split={"train": (0, 15), "test": (15, 20)},
                     optimizer=torch.optim.Adam(net.parameters(), 2e-3), batch=5, epochs=3, ranks=2, time="10m".replace("10m", "600s"),
                     seed=7, name="wind", env={"OMP_NUM_THREADS": 1}, labels={"team": "sea"})
     spec = submitted(fake)
     assert job.state == "QUEUED" and job.name == "wind"
-    assert spec.train.model.torchscript == "model.pt" and spec.train.data.npz == "data.npz"
+    assert spec.train.model.archive == "model.itw" and spec.train.data.npz == "data.npz"
     assert spec.train.loss == "mse" and list(spec.train.metrics) == ["mae"] and spec.train.optimizer.adam.lr == 2e-3
     assert (spec.train.batch, spec.train.epochs, spec.train.seed) == (5, 3, 7)
     assert (spec.resources.nodes, spec.resources.ranks_per_node, spec.resources.time.seconds) == (1, 2, 600)
     assert spec.train.data.split.train == "0..15" and dict(spec.env) == {"OMP_NUM_THREADS": "1"}
     inputs = {entry.path: fake.blobs[entry.sha256] for entry in spec.inputs}
-    with np.load(io.BytesIO(inputs["data.npz"])) as archive:
-        np.testing.assert_array_equal(archive["target"], Y)
-    assert set(torch.jit.load(io.BytesIO(inputs["model.pt"])).state_dict()) == set(net.state_dict())
+    with np.load(io.BytesIO(inputs["data.npz"])) as arrays:
+        np.testing.assert_array_equal(arrays["target"], Y)
+    (tmp_path / "model.itw").write_bytes(inputs["model.itw"])
+    script = safetensors.read(tmp_path / "model.itw")["script"].numpy().tobytes()
+    assert set(torch.jit.load(io.BytesIO(script)).state_dict()) == set(net.state_dict())
+    assert archive.read_manifest(tmp_path / "model.itw")["handshake"]["samples"] == 4
+
+
+def test_a_module_that_torchscript_does_not_take_goes_as_a_graph(fake, gw, tmp_path):
+    gw.submit(model=modules.GraphOnly(), loss="mse", data=(X, Y))
+    spec = submitted(fake)
+    (tmp_path / "model.itw").write_bytes({entry.path: fake.blobs[entry.sha256] for entry in spec.inputs}["model.itw"])
+    assert archive.read_manifest(tmp_path / "model.itw")["kind"] == "graph"
+    with pytest.raises(ModelError, match="cannot be scripted.*with samples at hand"):
+        gw.submit(model=modules.GraphOnly(), loss="mse", data="site:/x.npz")
+
+
+def test_groups_schedulers_and_loss_options_travel_by_name(fake, gw):
+    net = modules.Net()
+    optimizer = torch.optim.AdamW([{"params": [net.first.weight, net.first.bias], "lr": 1e-4},
+                                   {"params": [*net.norm.parameters(), *net.last.parameters()], "weight_decay": 0.0}], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=1e-5)
+    gw.submit(model=net, loss=torch.nn.SmoothL1Loss(beta=0.5), data=(X, Y), optimizer=optimizer, scheduler=scheduler, epochs=40)
+    train = submitted(fake).train
+    assert train.optimizer.adamw.lr == 1e-4 and train.schedule.unit == "epoch" and train.schedule.cosine.length == 40
+    assert train.schedule.cosine.min_factor == pytest.approx(0.1) and train.loss_options.beta == 0.5
+    group = train.parameter_groups[0]
+    assert list(group.match) == ["norm.weight", "norm.bias", "last.weight", "last.bias"]
+    assert group.lr == 1e-3 and group.weight_decay == 0 and group.HasField("weight_decay")
 
 
 def test_what_cannot_train_is_never_sent(fake, gw):

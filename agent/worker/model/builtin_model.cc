@@ -14,6 +14,8 @@
 namespace itwin::worker {
 namespace {
 
+constexpr int64_t kEnsembleMembers = 8;
+
 class BuiltinModel : public Model {
  public:
   BuiltinModel(std::string name, SampleForm form, std::unique_ptr<Network> network, Loss loss,
@@ -30,11 +32,11 @@ class BuiltinModel : public Model {
   std::vector<std::pair<std::string, at::Tensor>> buffers() override { return network_->buffers(); }
 
   StepOutput TrainingStep(const Batch& batch) override {
-    return loss_(Forward(batch.at("input")), batch.at("target"));
+    return loss_(Forward(batch.at("input")), batch.at("target"), /*with_metrics=*/false);
   }
   StepOutput EvaluationStep(const Batch& batch) override {
     const at::NoGradGuard no_grad;
-    return TrainingStep(batch);
+    return loss_(Forward(batch.at("input")), batch.at("target"));
   }
   at::Tensor Predict(const at::Tensor& input) override {
     const at::NoGradGuard no_grad;
@@ -74,10 +76,10 @@ class BuiltinModel : public Model {
   }
 
  private:
-  // The loss nll wants logarithms of probabilities; networks put out scores.
+  // Some losses want logarithms of probabilities; networks put out scores.
   at::Tensor Forward(const at::Tensor& input) {
     const at::Tensor output = network_->Forward(input);
-    return loss_.name() == "nll" ? at::log_softmax(output, 1) : output;
+    return loss_.wants_log_probabilities() ? at::log_softmax(output, 1) : output;
   }
 
   const std::string name_;
@@ -91,10 +93,15 @@ class BuiltinModel : public Model {
 
 std::unique_ptr<Model> MakeBuiltinModel(const TrainSpec& spec, const Dataset& dataset) {
   const auto shapes = dataset.sample_shapes();
-  const Loss loss(spec.loss, spec.metrics);
+  const Loss loss(spec.loss, spec.metrics, spec.loss_options, spec.top_k);
   // Class numbers matter only to losses that read them as such: integers can also be regressed on.
-  const SampleForm form{shapes.at("input"), shapes.at("target"),
-                        loss.classifies() ? dataset.classes() : 0};
+  SampleForm form{shapes.at("input"), shapes.at("target"),
+                  loss.classifies() ? dataset.classes() : 0};
+  if (int64_t parts = loss.outputs_per_target(); parts != 1) {
+    if (parts == 0) parts = kEnsembleMembers;
+    if (form.target.empty()) form.target = {1};
+    form.target[0] *= parts;  // the network puts out that many numbers for each of the target
+  }
   auto network = MakeNetwork(spec.model.builtin, spec.model.options, form, spec.seed);
   return std::make_unique<BuiltinModel>(spec.model.builtin, form, std::move(network), loss,
                                         dataset.preprocessing());

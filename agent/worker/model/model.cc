@@ -4,7 +4,9 @@
 
 #include "agent/worker/data/array.h"
 #include "agent/worker/error.h"
+#include "agent/worker/model/archive.h"
 #include "agent/worker/model/builtin_model.h"
+#include "agent/worker/model/graph_model.h"
 #include "agent/worker/model/torchscript_model.h"
 
 namespace itwin::worker {
@@ -42,8 +44,17 @@ void TrySamples(Model* model, const Dataset& dataset) {
 
 std::unique_ptr<Model> MakeModel(const TrainSpec& spec, const Dataset& dataset,
                                  const std::filesystem::path& work_dir) {
-  auto model = spec.model.torchscript.empty() ? MakeBuiltinModel(spec, dataset)
-                                              : MakeTorchScriptModel(spec, dataset, work_dir);
+  std::unique_ptr<Model> model;
+  if (!spec.model.archive.empty()) {
+    const ModelArchive archive =
+        ReadModelArchive(ResolveFile(spec.model.archive, work_dir, "train.model.archive"));
+    model = archive.script.empty() ? MakeGraphModel(spec, dataset, archive)
+                                   : MakeTorchScriptModel(spec, dataset, archive);
+    ShakeHands(*model, archive);
+  } else {
+    model = spec.model.torchscript.empty() ? MakeBuiltinModel(spec, dataset)
+                                           : MakeTorchScriptModel(spec, dataset, work_dir);
+  }
   TrySamples(model.get(), dataset);
   return model;
 }

@@ -12,6 +12,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "agent/worker/data/dataset.h"
+#include "agent/worker/error.h"
 #include "agent/worker/spec/train_spec.h"
 
 namespace itwin::worker {
@@ -22,6 +23,10 @@ struct StepOutput {
   // square, "mse" or "<name>_mse": the loop averages over all samples and ranks first and takes the
   // root then ("rmse").
   std::map<std::string, at::Tensor> metrics;
+  // Vectors of float64 by name that are added up over all samples and ranks, for values that are no
+  // mean over samples: MetricsOfSums makes values of
+  // them.
+  std::map<std::string, at::Tensor> sums{};
 };
 
 // Used by one thread.
@@ -35,8 +40,14 @@ class Model {
   virtual std::vector<std::pair<std::string, at::Tensor>> parameters() = 0;
   virtual std::vector<std::pair<std::string, at::Tensor>> buffers() = 0;
 
-  // Forward and loss, with gradient recording; metrics are detached. The caller runs backward.
+  // Forward and loss, with gradient recording; metrics may be left out. The caller runs backward.
   virtual StepOutput TrainingStep(const Batch& batch) = 0;
+  // Like TrainingStep, by a method of the user's module: a phase of several optimisers. Throws
+  // UserError for a model without such methods.
+  virtual StepOutput PhaseStep(const std::string& method, const Batch& /*batch*/) {
+    throw UserError("train.phases: " + description() + " has no method " + method +
+                    "; phases are for TorchScript modules");
+  }
   // The same without gradient recording. Train(false) is the caller's to call.
   virtual StepOutput EvaluationStep(const Batch& batch) = 0;
   // The prediction alone, without gradient recording.

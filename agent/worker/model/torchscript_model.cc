@@ -8,12 +8,14 @@
 
 #include <optional>
 #include <set>
+#include <sstream>
 #include <utility>
 
 #include "agent/worker/checkpoint/durable_file.h"
 #include "agent/worker/checkpoint/safetensors.h"
 #include "agent/worker/error.h"
 #include "agent/worker/model/loss.h"
+#include "agent/worker/model/operators.h"
 
 namespace itwin::worker {
 namespace {
@@ -34,10 +36,10 @@ std::string ReasonOf(const std::exception& error) {
   return reason;
 }
 
-torch::jit::Module Load(const std::filesystem::path& path) {
-  const std::string field = "train.model.torchscript: " + path.filename().string();
+template <typename Source>  // a path or a stream
+torch::jit::Module Load(Source&& source, const std::string& field, const std::string& file) {
   try {
-    return torch::jit::load(path.string(), at::kCPU);
+    return torch::jit::load(source, at::kCPU);
   } catch (const std::exception& error) {
     const std::string reason = ReasonOf(error);
     constexpr std::string_view kUnknown = "Unknown builtin op: ";
@@ -53,7 +55,7 @@ torch::jit::Module Load(const std::filesystem::path& path) {
     throw UserError(field +
                     " is not a TorchScript module that can be loaded; write it by "
                     "torch.jit.script(model).save(\"" +
-                    path.filename().string() + "\"). LibTorch says: " + reason);
+                    file + "\"). LibTorch says: " + reason);
   }
 }
 
@@ -150,6 +152,9 @@ class TorchScriptModel : public Model {
   }
 
   StepOutput TrainingStep(const Batch& batch) override { return Step("training_step", batch); }
+  StepOutput PhaseStep(const std::string& method, const Batch& batch) override {
+    return Step(method.c_str(), batch);
+  }
   StepOutput EvaluationStep(const Batch& batch) override {
     const at::NoGradGuard no_grad;
     return Step(module_.find_method("evaluation_step") ? "evaluation_step" : "training_step",
@@ -224,7 +229,10 @@ class TorchScriptModel : public Model {
   }
 
   StepOutput Step(const char* method, const Batch& batch) {
-    if (loss_) return (*loss_)(Forward(batch.at("input")), batch.at("target"));
+    if (loss_) {
+      return (*loss_)(Forward(batch.at("input")), batch.at("target"),
+                      /*with_metrics=*/!at::GradMode::is_enabled());
+    }
     c10::Dict<std::string, at::Tensor> arrays;
     for (const auto& [name, tensor] : batch) arrays.insert(name, tensor);
     const auto result = module_.get_method(method)({arrays}).toTuple();
@@ -277,19 +285,16 @@ class TorchScriptModel : public Model {
 
 }  // namespace
 
-std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset& dataset,
-                                            const std::filesystem::path& work_dir) {
-  // The optimising executor hands all gradients over at the very end of backward, and hangs in some
-  // versions.
-  torch::jit::getProfilingMode() = false;
-  const std::filesystem::path path =
-      ResolveFile(spec.model.torchscript, work_dir, "train.model.torchscript");
-  const std::string field = "train.model.torchscript: " + path.filename().string();
+namespace {
+
+std::unique_ptr<Model> FromModule(const TrainSpec& spec, const Dataset& dataset,
+                                  torch::jit::Module module, const std::string& file,
+                                  const std::string& field) {
   if (spec.model.options.is_object() && !spec.model.options.empty()) {
     throw UserError(
         "train.model.options: are for built-in models; a TorchScript module brings its own");
   }
-  torch::jit::Module module = Load(path);
+  CheckOperators(OperatorsOf(module), field);
   const auto parameters = module.parameters(true);
   if (parameters.size() == 0) {
     throw UserError(
@@ -303,10 +308,22 @@ std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset
     throw UserError(field + ": no parameter requires a gradient, so there is nothing to train");
   }
   std::optional<Loss> loss;
-  if (const auto training_step = module.find_method("training_step")) {
+  if (!spec.phases.empty()) {
+    std::vector<std::string> methods = {"evaluation_step"};
+    for (const PhaseSpec& phase : spec.phases) methods.push_back(phase.method);
+    for (const std::string& name : methods) {
+      const auto method = module.find_method(name);
+      if (!method || !TakesBatchGivesLossAndMetrics(*method)) {
+        throw UserError(field + (method ? ": " + name + " is " + SchemaText(*method) + "; it"
+                                        : " has no method " + name + ", which the phases need; it") +
+                        " must be (self, batch: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, Tensor]], marked with "
+                        "@torch.jit.export");
+      }
+    }
+  } else if (const auto training_step = module.find_method("training_step")) {
     if (!spec.loss.empty() || !spec.metrics.empty()) {
       throw UserError(std::string("train.") + (spec.loss.empty() ? "metrics" : "loss") + ": " +
-                      path.filename().string() +
+                      file +
                       " brings its own loss and metrics by its training_step; leave this out");
     }
     for (const char* name : {"training_step", "evaluation_step"}) {
@@ -329,15 +346,36 @@ std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset
       throw UserError(field + ": forward is " + SchemaText(forward) + "; it must take the input");
     }
     if (spec.loss.empty()) {
-      throw UserError("train.loss: is not given, and " + path.filename().string() +
+      throw UserError("train.loss: is not given, and " + file +
                       " has no training_step of its own; name a loss, or mark training_step with "
                       "@torch.jit.export");
     }
-    loss.emplace(spec.loss, spec.metrics);
+    loss.emplace(spec.loss, spec.metrics, spec.loss_options, spec.top_k);
   }
   RefuseFixedTrainingFlags(module, field);
-  return std::make_unique<TorchScriptModel>(path.filename().string(), std::move(module),
+  return std::make_unique<TorchScriptModel>(file, std::move(module),
                                             std::move(loss), dataset.preprocessing());
+}
+
+}  // namespace
+
+std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset& dataset,
+                                            const std::filesystem::path& work_dir) {
+  // The optimising executor hands all gradients over at the very end of backward, and hangs in some
+  // versions.
+  torch::jit::getProfilingMode() = false;
+  const std::filesystem::path path =
+      ResolveFile(spec.model.torchscript, work_dir, "train.model.torchscript");
+  const std::string file = path.filename().string(), field = "train.model.torchscript: " + file;
+  return FromModule(spec, dataset, Load(path.string(), field, file), file, field);
+}
+
+std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset& dataset,
+                                            const ModelArchive& archive) {
+  torch::jit::getProfilingMode() = false;
+  const std::string field = "train.model.archive: " + archive.file;
+  std::istringstream bytes(archive.script);
+  return FromModule(spec, dataset, Load(bytes, field, archive.file), archive.file, field);
 }
 
 }  // namespace itwin::worker

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <memory>
 
+#include "agent/worker/model/archive.h"
 #include "agent/worker/model/model.h"
 
 namespace itwin::worker {
@@ -15,5 +16,8 @@ namespace itwin::worker {
 // rights of this process.
 std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset& dataset,
                                             const std::filesystem::path& work_dir);
+// The same for the module in an archive.
+std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset& dataset,
+                                            const ModelArchive& archive);
 
 }  // namespace itwin::worker

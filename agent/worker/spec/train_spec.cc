@@ -92,6 +92,8 @@ class Object {
       if constexpr (std::is_same_v<T, std::string>) {
         if (!(*json)[i].is_string()) RefuseType(name, (*json)[i], "a string");
         value = (*json)[i].template get<std::string>();
+      } else if constexpr (std::is_same_v<T, double>) {
+        value = Number(name, (*json)[i]);
       } else {
         value = Integer(name, (*json)[i]);
       }
@@ -221,16 +223,19 @@ Resources ParseResources(const Json& json) {
 ModelSpec ParseModel(const Json& json) {
   Object in(json, "train.model");
   ModelSpec m;
-  const std::string source = in.OneOf({"torchscript", "builtin"});
+  const std::string source = in.OneOf({"torchscript", "archive", "builtin"});
   in.Get("torchscript", m.torchscript);
+  in.Get("archive", m.archive);
   in.Get("builtin", m.builtin);
   if (const Json* options = in.Find("options")) {
     if (!options->is_object()) in.Refuse("options", "must be an object");
     m.options = *options;
   }
   in.Done();
-  if (source.empty() || (m.torchscript.empty() && m.builtin.empty())) {
-    in.Refuse("", "names no model; give `builtin: <name>` or `torchscript: <file>`");
+  if (source == "archive" && !m.options.empty())
+    in.Refuse("options", "are for built-in models; an archive is complete as it is");
+  if (source.empty() || (m.torchscript.empty() && m.archive.empty() && m.builtin.empty())) {
+    in.Refuse("", "names no model; give `builtin: <name>`, `archive: <file>` or `torchscript: <file>`");
   }
   return m;
 }
@@ -442,14 +447,47 @@ AdamLike ParseAdam(Object& in) {
   return o;
 }
 
-OptimizerSpec ParseOptimizer(const Json& json) {
-  Object in(json, "train.optimizer");
-  const std::string kind = in.OneOf({"sgd", "adam", "adamw", "rmsprop"});
+OptimizerSpec ParseOptimizer(const Json& json, const std::string& path = "train.optimizer") {
+  Object in(json, path);
+  const std::string kind =
+      in.OneOf({"sgd", "adam", "adamw", "rmsprop", "adagrad", "lamb", "lars"});
   in.Done();
   if (kind.empty()) return Adam{};
-  Object body(*in.Find(kind), "train.optimizer." + kind);
+  Object body(*in.Find(kind), path + "." + kind);
   if (kind == "adam") return ParseAdam<Adam>(body);
   if (kind == "adamw") return ParseAdam<AdamW>(body);
+  if (kind == "lamb") return ParseAdam<Lamb>(body);
+  if (kind == "lars") {
+    Lars o;
+    body.Get("lr", o.lr);
+    body.Get("momentum", o.momentum);
+    body.Get("weight_decay", o.weight_decay);
+    body.Get("trust", o.trust);
+    body.Get("nesterov", o.nesterov);
+    body.Done();
+    CheckRate(body, o.lr);
+    body.AtLeast("momentum", o.momentum, 0);
+    body.AtLeast("weight_decay", o.weight_decay, 0);
+    if (!(o.trust > 0)) body.Refuse("trust", "must be above 0");
+    if (o.nesterov && o.momentum <= 0) body.Refuse("nesterov", "needs a momentum above 0");
+    return o;
+  }
+  if (kind == "adagrad") {
+    Adagrad o;
+    body.Get("lr", o.lr);
+    body.Get("lr_decay", o.lr_decay);
+    body.Get("weight_decay", o.weight_decay);
+    body.Get("initial_accumulator", o.initial_accumulator);
+    body.Get("eps", o.eps);
+    body.Done();
+    CheckRate(body, o.lr);
+    for (const auto& [key, value] :
+         {std::pair{"lr_decay", o.lr_decay}, std::pair{"weight_decay", o.weight_decay},
+          std::pair{"initial_accumulator", o.initial_accumulator}, std::pair{"eps", o.eps}}) {
+      body.AtLeast(key, value, 0);
+    }
+    return o;
+  }
   if (kind == "sgd") {
     Sgd o;
     body.Get("lr", o.lr);
@@ -507,11 +545,284 @@ CheckpointSpec ParseCheckpoint(const Json& json) {
   return c;
 }
 
+bool ParseDirection(Object& in) {  // true: the larger the better
+  std::string direction;
+  in.Get("direction", direction);
+  if (!direction.empty() && direction != "min" && direction != "max") {
+    in.Refuse("direction", "is \"" + direction + "\"; known: min, max");
+  }
+  return direction == "max";
+}
+
+// metric and direction, of what watches evaluations.
+template <typename Spec>
+void ParseWatched(Object& in, Spec& spec) {
+  in.Get("metric", spec.metric);
+  spec.maximize = ParseDirection(in);
+  if (spec.metric.empty()) spec.metric = Spec{}.metric;
+  if (!spec.metric.starts_with("validation/")) {
+    in.Refuse("metric", "is \"" + spec.metric + "\"; it must be of an evaluation: validation/<name>");
+  }
+}
+
+ScheduleSpec ParseSchedule(const Json& json) {
+  Object in(json, "train.schedule");
+  ScheduleSpec s;
+  const std::string kind = in.OneOf({"constant", "linear", "step", "multi_step", "exponential",
+                                     "cosine", "one_cycle", "polynomial", "plateau"});
+  std::string unit;
+  in.Get("unit", unit);
+  in.Get("warmup_steps", s.warmup_steps);
+  in.Get("warmup_start", s.warmup_start);
+  in.Done();
+  if (!unit.empty() && unit != "step" && unit != "epoch") {
+    in.Refuse("unit", "is \"" + unit + "\"; known: step, epoch");
+  }
+  s.epochs = unit == "epoch";
+  in.AtLeast("warmup_steps", static_cast<double>(s.warmup_steps), 0);
+  in.AtLeast("warmup_start", s.warmup_start, 0);
+  if (kind.empty()) return s;
+  Object body(*in.Find(kind), "train.schedule." + kind);
+  const auto length = [&](int64_t& value) {
+    body.Get("length", value);
+    body.AtLeast("length", static_cast<double>(value), 0);
+  };
+  const auto above = [&](const char* key, double value) {
+    if (!(value > 0)) body.Refuse(key, "is " + Json(value).dump() + "; it must be above 0");
+  };
+  if (kind == "linear") {
+    LinearSchedule o;
+    body.Get("start", o.start);
+    body.Get("end", o.end);
+    length(o.length);
+    body.AtLeast("start", o.start, 0);
+    body.AtLeast("end", o.end, 0);
+    s.kind = o;
+  } else if (kind == "step") {
+    StepSchedule o;
+    body.Get("every", o.every);
+    body.Get("gamma", o.gamma);
+    body.AtLeast("every", static_cast<double>(o.every), 1);
+    above("gamma", o.gamma);
+    s.kind = o;
+  } else if (kind == "multi_step") {
+    MultiStepSchedule o;
+    body.Get("milestones", o.milestones);
+    body.Get("gamma", o.gamma);
+    above("gamma", o.gamma);
+    if (o.milestones.empty()) body.Refuse("milestones", "is missing; such as [30, 60]");
+    for (size_t i = 0; i < o.milestones.size(); ++i) {
+      if (o.milestones[i] < (i == 0 ? 1 : o.milestones[i - 1] + 1))
+        body.Refuse("milestones", "must rise, from 1");
+    }
+    s.kind = o;
+  } else if (kind == "exponential") {
+    ExponentialSchedule o;
+    body.Get("gamma", o.gamma);
+    above("gamma", o.gamma);
+    s.kind = o;
+  } else if (kind == "cosine") {
+    CosineSchedule o;
+    length(o.length);
+    body.Get("min_factor", o.min_factor);
+    body.AtLeast("min_factor", o.min_factor, 0);
+    s.kind = o;
+  } else if (kind == "one_cycle") {
+    OneCycleSchedule o;
+    length(o.length);
+    body.Get("rise", o.rise);
+    body.Get("initial_divisor", o.initial_divisor);
+    body.Get("final_divisor", o.final_divisor);
+    body.Get("linear", o.linear);
+    if (!(o.rise > 0 && o.rise < 1)) body.Refuse("rise", "must be above 0 and below 1");
+    above("initial_divisor", o.initial_divisor);
+    above("final_divisor", o.final_divisor);
+    if (s.warmup_steps > 0) in.Refuse("warmup_steps", "does not go with one_cycle, which has its own");
+    s.kind = o;
+  } else if (kind == "polynomial") {
+    PolynomialSchedule o;
+    length(o.length);
+    body.Get("power", o.power);
+    body.Get("min_factor", o.min_factor);
+    above("power", o.power);
+    body.AtLeast("min_factor", o.min_factor, 0);
+    s.kind = o;
+  } else if (kind == "plateau") {
+    PlateauSchedule o;
+    body.Get("factor", o.factor);
+    body.Get("patience", o.patience);
+    body.Get("threshold", o.threshold);
+    body.Get("cooldown", o.cooldown);
+    body.Get("min_factor", o.min_factor);
+    ParseWatched(body, o);
+    if (!(o.factor > 0 && o.factor < 1)) body.Refuse("factor", "must be above 0 and below 1");
+    body.AtLeast("patience", o.patience, 0);
+    body.AtLeast("threshold", o.threshold, 0);
+    body.AtLeast("cooldown", o.cooldown, 0);
+    body.AtLeast("min_factor", o.min_factor, 0);
+    s.kind = o;
+  }
+  body.Done();
+  return s;
+}
+
+std::vector<PhaseSpec> ParsePhases(const Json& json) {
+  if (!json.is_array()) throw UserError("train.phases must be a list");
+  std::vector<PhaseSpec> phases;
+  for (size_t i = 0; i < json.size(); ++i) {
+    const std::string path = "train.phases[" + std::to_string(i) + "]";
+    Object in(json[i], path);
+    PhaseSpec p;
+    in.Get("name", p.name);
+    in.Get("match", p.match);
+    in.Get("method", p.method);
+    if (const Json* optimizer = in.Find("optimizer"))
+      p.optimizer = ParseOptimizer(*optimizer, path + ".optimizer");
+    in.Get("repeats", p.repeats);
+    in.Done();
+    if (p.name.empty()) in.Refuse("name", "is missing");
+    for (const PhaseSpec& other : phases) {
+      if (other.name == p.name) in.Refuse("name", "is \"" + p.name + "\", as another phase's");
+    }
+    if (p.match.empty()) in.Refuse("match", R"(is missing; name its parameters, such as ["generator"])");
+    if (p.method.empty()) p.method = p.name + "_step";
+    if (p.repeats == 0) p.repeats = 1;
+    in.AtLeast("repeats", p.repeats, 1);
+    phases.push_back(std::move(p));
+  }
+  return phases;
+}
+
+Precision ParsePrecision(Object& in) {
+  std::string precision;
+  in.Get("precision", precision);
+  if (precision.empty() || precision == "fp32") return Precision::kFloat32;
+  if (precision == "bf16") return Precision::kBfloat16;
+  if (precision == "fp16") return Precision::kFloat16;
+  in.Refuse("precision", "is \"" + precision + "\"; known: fp32, bf16, fp16");
+}
+
+LossScaleSpec ParseLossScale(const Json& json) {
+  Object in(json, "train.loss_scale");
+  LossScaleSpec s;
+  in.Get("initial", s.initial);
+  in.Get("window", s.window);
+  in.Get("hysteresis", s.hysteresis);
+  in.Get("smallest", s.smallest);
+  in.Done();
+  if (!(s.smallest > 0)) in.Refuse("smallest", "must be above 0");
+  in.AtLeast("initial", s.initial, s.smallest);
+  in.AtLeast("window", static_cast<double>(s.window), 1);
+  in.AtLeast("hysteresis", static_cast<double>(s.hysteresis), 1);
+  return s;
+}
+
+double ParseEma(const Json& json) {
+  Object in(json, "train.ema");
+  double decay = 0.999;
+  in.Get("decay", decay);
+  in.Done();
+  if (!(decay > 0 && decay < 1)) in.Refuse("decay", "must be above 0 and below 1");
+  return decay;
+}
+
+EarlyStoppingSpec ParseEarlyStopping(const Json& json) {
+  Object in(json, "train.early_stopping");
+  EarlyStoppingSpec s;
+  ParseWatched(in, s);
+  in.Get("patience", s.patience);
+  in.Get("min_delta", s.min_delta);
+  in.Done();
+  if (s.patience == 0) s.patience = EarlyStoppingSpec{}.patience;
+  in.AtLeast("patience", s.patience, 1);
+  in.AtLeast("min_delta", s.min_delta, 0);
+  return s;
+}
+
+BestSpec ParseBest(const Json& json) {
+  Object in(json, "train.best");
+  BestSpec s;
+  ParseWatched(in, s);
+  in.Get("export", s.export_best);
+  in.Done();
+  return s;
+}
+
+std::vector<ParameterGroupSpec> ParseParameterGroups(const Json& json) {
+  if (!json.is_array()) throw UserError("train.parameter_groups must be a list");
+  std::vector<ParameterGroupSpec> groups;
+  for (size_t i = 0; i < json.size(); ++i) {
+    Object in(json[i], "train.parameter_groups[" + std::to_string(i) + "]");
+    ParameterGroupSpec g;
+    in.Get("match", g.match);
+    in.Get("lr", g.lr);
+    in.Get("weight_decay", g.weight_decay);
+    in.Get("freeze", g.freeze);
+    in.Done();
+    if (g.match.empty()) in.Refuse("match", R"(is missing; name parameters, such as ["encoder.*"])");
+    if (g.lr && !(*g.lr >= 0)) in.Refuse("lr", "must be at least 0");
+    if (g.weight_decay && !(*g.weight_decay >= 0)) in.Refuse("weight_decay", "must be at least 0");
+    if (g.freeze && (g.lr || g.weight_decay)) {
+      in.Refuse("freeze", "leaves nothing to train, so lr and weight_decay have no meaning");
+    }
+    groups.push_back(std::move(g));
+  }
+  return groups;
+}
+
+LossOptions ParseLossOptions(const Json& json, const std::string& loss) {
+  Object in(json, "train.loss_options");
+  LossOptions o;
+  in.Get("label_smoothing", o.label_smoothing);
+  in.Get("class_weights", o.class_weights);
+  in.Get("delta", o.delta);
+  in.Get("beta", o.beta);
+  in.Get("gamma", o.gamma);
+  in.Get("quantiles", o.quantiles);
+  in.Get("smooth", o.smooth);
+  in.Get("members", o.members);
+  in.Done();
+  const auto belongs = [&](const char* key, const std::set<std::string>& losses) {
+    const auto given = json.find(key);
+    if (given == json.end() || given->is_null() || losses.contains(loss)) return;
+    const bool zero = given->is_number() && given->get<double>() == 0;
+    if (given->is_array() ? given->empty() : zero && !std::set<std::string>{"gamma", "smooth"}.contains(key))
+      return;  // as protobuf spells "not given"
+    std::string names;
+    for (const std::string& name : losses) names += (names.empty() ? "" : ", ") + name;
+    in.Refuse(key, "belongs to the loss " + names +
+                       (loss.empty() ? "" : "; this job's is " + loss));
+  };
+  belongs("label_smoothing", {"cross_entropy"});
+  belongs("class_weights", {"cross_entropy", "nll", "focal"});
+  belongs("delta", {"huber"});
+  belongs("beta", {"smooth_l1"});
+  belongs("gamma", {"focal"});
+  belongs("quantiles", {"quantile"});
+  belongs("smooth", {"dice"});
+  belongs("members", {"crps_ensemble"});
+  if (o.members != 0) in.AtLeast("members", o.members, 2);
+  if (!(o.label_smoothing >= 0 && o.label_smoothing < 1))
+    in.Refuse("label_smoothing", "must be at least 0 and below 1");
+  for (double weight : o.class_weights) {
+    if (!(weight >= 0 && std::isfinite(weight))) in.Refuse("class_weights", "must be at least 0");
+  }
+  if (!(o.delta > 0)) in.Refuse("delta", "must be above 0");
+  if (!(o.beta > 0)) in.Refuse("beta", "must be above 0");
+  in.AtLeast("gamma", o.gamma, 0);
+  in.AtLeast("smooth", o.smooth, 0);
+  for (size_t i = 0; i < o.quantiles.size(); ++i) {
+    if (!(o.quantiles[i] > (i == 0 ? 0 : o.quantiles[i - 1]) && o.quantiles[i] < 1))
+      in.Refuse("quantiles", "must rise, between 0 and 1");
+  }
+  return o;
+}
+
 void ParseTrain(const Json& json, TrainSpec& t) {
   Object in(json, "train");
   const Json* model = in.Find("model");
   if (model == nullptr)
-    in.Refuse("model", "is missing; give `builtin: <name>` or `torchscript: <file>`");
+    in.Refuse("model", "is missing; give `builtin: <name>`, `archive: <file>` or `torchscript: <file>`");
   t.model = ParseModel(*model);
   const Json* data = in.Find("data");
   if (data == nullptr)
@@ -532,6 +843,38 @@ void ParseTrain(const Json& json, TrainSpec& t) {
   in.Get("stop_on_nan", t.stop_on_nan);
   in.Get("accumulate", t.accumulate);
   in.Get("check_every", t.check_every);
+  if (const Json* schedule = in.Find("schedule")) t.schedule = ParseSchedule(*schedule);
+  if (const Json* groups = in.Find("parameter_groups"))
+    t.parameter_groups = ParseParameterGroups(*groups);
+  if (const Json* phases = in.Find("phases")) t.phases = ParsePhases(*phases);
+  if (!t.phases.empty()) {
+    if (in.Find("optimizer") != nullptr)
+      in.Refuse("phases", "have an optimizer each; leave `optimizer` out");
+    if (!t.model.builtin.empty())
+      in.Refuse("phases", "are for TorchScript modules with a method each, not for built-in models");
+    if (!t.loss.empty()) in.Refuse("phases", "have methods that bring their own loss; leave `loss` out");
+  }
+  in.Get("clip_value", t.clip_value);
+  if (const Json* options = in.Find("loss_options"))
+    t.loss_options = ParseLossOptions(*options, t.loss);
+  t.precision = ParsePrecision(in);
+  if (const Json* scale = in.Find("loss_scale")) {
+    if (t.precision != Precision::kFloat16) in.Refuse("loss_scale", "belongs to precision fp16");
+    t.loss_scale = ParseLossScale(*scale);
+  }
+  if (const Json* ema = in.Find("ema")) t.ema = ParseEma(*ema);
+  if (const Json* stopping = in.Find("early_stopping"))
+    t.early_stopping = ParseEarlyStopping(*stopping);
+  if (const Json* best = in.Find("best")) t.best = ParseBest(*best);
+  in.Get("validate_every_steps", t.validate_every_steps);
+  in.AtLeast("validate_every_steps", static_cast<double>(t.validate_every_steps), 0);
+  in.Get("deterministic", t.deterministic);
+  in.Get("top_k", t.top_k);
+  if (t.top_k == 0) t.top_k = TrainSpec{}.top_k;
+  in.AtLeast("clip_value", t.clip_value, 0);
+  in.AtLeast("top_k", t.top_k, 1);
+  if (t.loss == "quantile" && t.loss_options.quantiles.empty())
+    in.Refuse("loss_options.quantiles", "is missing; the loss quantile needs them, as in [0.1, 0.5, 0.9]");
   in.Done();
   // Zero is how protobuf spells "not given" for these.
   if (t.batch == 0) t.batch = 32;

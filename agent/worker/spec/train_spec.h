@@ -23,8 +23,9 @@ struct Resources {
   double time_seconds = 3600;
 };
 
-struct ModelSpec {  // exactly one of the first two is not empty
+struct ModelSpec {  // exactly one of the first three is not empty
   std::string torchscript;
+  std::string archive;
   std::string builtin;
   nlohmann::json options = nlohmann::json::object();
 };
@@ -115,7 +116,114 @@ struct AdamW {
 struct RmsProp {
   double lr = 1e-2, alpha = 0.99, eps = 1e-8, weight_decay = 0, momentum = 0;
 };
-using OptimizerSpec = std::variant<Sgd, Adam, AdamW, RmsProp>;
+struct Adagrad {
+  double lr = 1e-2, lr_decay = 0, weight_decay = 0, initial_accumulator = 0, eps = 1e-10;
+};
+struct Lamb {
+  double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-6, weight_decay = 1e-2;
+};
+struct Lars {
+  double lr = 0.1, momentum = 0.9, weight_decay = 1e-4, trust = 1e-3;
+  bool nesterov = false;
+};
+using OptimizerSpec = std::variant<Sgd, Adam, AdamW, RmsProp, Adagrad, Lamb, Lars>;
+
+// What differs for the parameters whose names match; see ParameterGroup in spec.proto.
+struct ParameterGroupSpec {
+  std::vector<std::string> match;
+  std::optional<double> lr = {}, weight_decay = {};
+  bool freeze = false;
+};
+
+struct ConstantSchedule {};
+struct LinearSchedule {
+  double start = 1.0 / 3, end = 1;
+  int64_t length = 0;  // here and below: 0 is the whole run
+};
+struct StepSchedule {
+  int64_t every = 1;
+  double gamma = 0.1;
+};
+struct MultiStepSchedule {
+  std::vector<int64_t> milestones;
+  double gamma = 0.1;
+};
+struct ExponentialSchedule {
+  double gamma = 1;
+};
+struct CosineSchedule {
+  int64_t length = 0;
+  double min_factor = 0;
+};
+struct OneCycleSchedule {
+  int64_t length = 0;
+  double rise = 0.3, initial_divisor = 25, final_divisor = 1e4;
+  bool linear = false;
+};
+struct PolynomialSchedule {
+  int64_t length = 0;
+  double power = 1, min_factor = 0;
+};
+struct PlateauSchedule {
+  double factor = 0.1;
+  int patience = 10;
+  double threshold = 1e-4;
+  int cooldown = 0;
+  double min_factor = 0;
+  std::string metric = "validation/loss";
+  bool maximize = false;
+};
+struct ScheduleSpec {
+  std::variant<ConstantSchedule, LinearSchedule, StepSchedule, MultiStepSchedule,
+               ExponentialSchedule, CosineSchedule, OneCycleSchedule, PolynomialSchedule,
+               PlateauSchedule>
+      kind = ConstantSchedule{};
+  bool epochs = false;  // lengths count epochs
+  int64_t warmup_steps = 0;
+  double warmup_start = 0.01;
+};
+
+// One of several optimisers; see Phase in spec.proto.
+struct PhaseSpec {
+  std::string name;
+  std::vector<std::string> match;
+  std::string method;
+  OptimizerSpec optimizer = Adam{};
+  int repeats = 1;
+};
+
+enum class Precision { kFloat32, kBfloat16, kFloat16 };
+
+// DeepSpeed's constants.
+struct LossScaleSpec {
+  double initial = 65536;
+  int64_t window = 1000;
+  int64_t hysteresis = 2;
+  double smallest = 1;
+};
+
+struct EarlyStoppingSpec {
+  std::string metric = "validation/loss";
+  bool maximize = false;
+  int patience = 10;
+  double min_delta = 0;
+};
+struct BestSpec {
+  std::string metric = "validation/loss";
+  bool maximize = false;
+  bool export_best = true;
+};
+
+struct LossOptions {
+  double label_smoothing = 0;
+  std::vector<double> class_weights{};
+  double delta = 1;                // huber
+  double beta = 1;                 // smooth_l1
+  double gamma = 2;                // focal
+  std::vector<double> quantiles{};  // quantile
+  double smooth = 1;               // dice
+  int members = 0;                 // crps_ensemble; 0: as many as the model puts out
+};
 
 struct DdpSpec {
   double bucket_mb = 25;
@@ -149,6 +257,19 @@ struct TrainSpec {
   bool stop_on_nan = true;
   int accumulate = 1;     // micro-batches of a step
   int check_every = 200;  // steps between comparisons of the ranks' parameters; 0: off
+  ScheduleSpec schedule;
+  std::vector<ParameterGroupSpec> parameter_groups;
+  std::vector<PhaseSpec> phases;  // empty: one optimiser for all
+  double clip_value = 0;          // 0: off
+  LossOptions loss_options;
+  int top_k = 5;
+  Precision precision = Precision::kFloat32;
+  LossScaleSpec loss_scale;
+  std::optional<double> ema;  // decay
+  std::optional<EarlyStoppingSpec> early_stopping;
+  std::optional<BestSpec> best;
+  int64_t validate_every_steps = 0;  // 0: at the ends of epochs alone
+  bool deterministic = false;
 };
 
 // Reads a whole job spec, {"name": …, "resources": …, "train": {…}}, in protobuf JSON with the

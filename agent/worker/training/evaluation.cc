@@ -9,6 +9,7 @@
 
 #include "agent/worker/error.h"
 #include "agent/worker/training/sampler.h"
+#include "agent/worker/training/summed_metrics.h"
 
 namespace itwin::worker {
 namespace {
@@ -52,6 +53,42 @@ class WeightedSums {
   int64_t samples_ = 0;
 };
 
+// Vectors by name, added up over batches and ranks.
+class VectorSums {
+ public:
+  void Add(const std::string& name, const at::Tensor& vector) {
+    const at::Tensor values = vector.to(at::kDouble).contiguous();
+    std::vector<double>& sum = sums_[name];
+    sum.resize(static_cast<size_t>(values.numel()));
+    for (size_t i = 0; i < sum.size(); ++i) sum[i] += values.data_ptr<double>()[i];
+  }
+
+  std::map<std::string, std::vector<double>> Total(Communicator& communicator) const {
+    // Rank 0 always has samples, so it knows all names; lengths must not depend on the samples.
+    std::string layout;
+    for (const auto& [name, sum] : sums_) layout += name + '\n' + std::to_string(sum.size()) + '\n';
+    layout = BroadcastText(communicator, layout, 0);
+    std::map<std::string, std::vector<double>> total;
+    for (size_t at = 0; at < layout.size();) {
+      const size_t middle = layout.find('\n', at), end = layout.find('\n', middle + 1);
+      const std::string name = layout.substr(at, middle - at);
+      std::vector<double> sum(std::stoull(layout.substr(middle + 1, end - middle - 1)));
+      if (const auto own = sums_.find(name); own != sums_.end()) {
+        if (own->second.size() != sum.size())
+          throw AppError("the model sums \"" + name + "\" with other lengths on other ranks");
+        sum = own->second;
+      }
+      communicator.AllReduce(BufferOf(std::span(sum)), Reduction::kSum)->Wait();
+      total[name] = std::move(sum);
+      at = end + 1;
+    }
+    return total;
+  }
+
+ private:
+  std::map<std::string, std::vector<double>> sums_;
+};
+
 // Calls f(batch, samples) for this rank's samples of the split, in their order.
 template <typename F>
 void ForEachBatch(const Dataset& dataset, Split split, int64_t batch,
@@ -72,15 +109,16 @@ std::string RootName(const std::string& metric) {
   return "";
 }
 
-std::map<std::string, double> Evaluate(Model& model, const Dataset& dataset, Split split,
-                                       int64_t batch, Communicator& communicator,
-                                       bool lockstep) {
+Evaluation Evaluate(Model& model, const Dataset& dataset, Split split, int64_t batch,
+                    Communicator& communicator, bool lockstep) {
   WeightedSums sums;
+  VectorSums vectors;
   ForEachBatch(dataset, split, batch, communicator, [&](const Batch& samples, int64_t count) {
     const StepOutput output = model.EvaluationStep(samples);
     sums.AddSamples(count);
     sums.Add("loss", output.loss.item<double>(), count);
     for (const auto& [name, value] : output.metrics) sums.Add(name, value.item<double>(), count);
+    for (const auto& [name, vector] : output.sums) vectors.Add(name, vector);
   });
   if (lockstep) {
     const auto batches = [&](int rank) {
@@ -90,11 +128,13 @@ std::map<std::string, double> Evaluate(Model& model, const Dataset& dataset, Spl
     for (int64_t n = batches(communicator.rank()); n < batches(0); ++n)
       model.EvaluationStep(dataset.Gather(split, {0}));
   }
-  std::map<std::string, double> means = sums.Means(communicator);
+  Evaluation evaluation{.metrics = sums.Means(communicator), .sums = vectors.Total(communicator)};
+  std::map<std::string, double>& means = evaluation.metrics;
   for (const auto& [name, value] : std::map<std::string, double>(means)) {
     if (const std::string root = RootName(name); !root.empty()) means[root] = std::sqrt(value);
   }
-  return means;
+  for (const auto& [name, value] : MetricsOfSums(evaluation.sums)) means[name] = value;
+  return evaluation;
 }
 
 std::map<std::string, double> EvaluateBaselines(const Dataset& dataset, Split split, int64_t batch,

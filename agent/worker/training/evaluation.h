@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "agent/worker/data/dataset.h"
 #include "agent/worker/dist/communicator.h"
@@ -12,14 +13,18 @@
 
 namespace itwin::worker {
 
-// Means over samples: "loss" and the model's metrics; each mean square "mse" or "<x>_mse" also as
-// "rmse" or
-// "<x>_rmse", its root. Every rank calls it and gets the same values. The model must be in
-// evaluation mode; the split must not be empty. With `lockstep` every rank runs the model equally
-// often, on a sample that does not count where it has none left.
-std::map<std::string, double> Evaluate(Model& model, const Dataset& dataset, Split split,
-                                       int64_t batch, Communicator& communicator,
-                                       bool lockstep = false);
+struct Evaluation {
+  // Means over samples: "loss" and the model's metrics; each mean square "mse" or "<x>_mse" also as
+  // "rmse" or "<x>_rmse", its root; and what follows from the sums.
+  std::map<std::string, double> metrics;
+  std::map<std::string, std::vector<double>> sums;  // StepOutput::sums over all samples
+};
+
+// Every rank calls it and gets the same values. The model must be in evaluation mode; the split must
+// not be empty. With `lockstep` every rank runs the model equally often, on a sample that does not
+// count where it has none left.
+Evaluation Evaluate(Model& model, const Dataset& dataset, Split split, int64_t batch,
+                    Communicator& communicator, bool lockstep = false);
 
 // "<baseline>_rmse" over the split for each baseline of the dataset. Like Evaluate.
 std::map<std::string, double> EvaluateBaselines(const Dataset& dataset, Split split, int64_t batch,

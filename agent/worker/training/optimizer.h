@@ -18,15 +18,32 @@ namespace itwin::worker {
 class Optimizer {
  public:
   // `parameters` must outlive it; `ranges` are a strategy's (Strategy::ranges()).
+  // `only` are patterns of the parameters that it updates, empty: all; `name` is that of its step in
+  // the state, where there are several optimisers.
   Optimizer(const OptimizerSpec& spec, const FlatParameters& parameters,
-            std::vector<FlatRange> ranges);
+            std::vector<FlatRange> ranges, const std::vector<ParameterGroupSpec>& groups = {},
+            const std::vector<std::string>& only = {}, const std::string& name = "");
 
-  // A step is BeginStep and then StepRange for every range, in any order. The gradient is
-  // multiplied by `gradient_scale` first, and is zero afterwards.
-  void BeginStep() { ++step_; }
+  // A step is BeginStep and then StepRange for every range, in any order. The learning rate is
+  // multiplied by `lr_factor` (ScheduleFactor). The gradient is multiplied by `gradient_scale`
+  // first, and is zero afterwards.
+  void BeginStep(double lr_factor = 1);
   void StepRange(size_t range, double gradient_scale);
 
+  // LAMB and LARS: a parameter's step follows from its whole length. Between BeginStep and the first
+  // StepRange, MeasureRange is called for every range with the same scale, and norms() are added up
+  // over the ranks that hold the other parts (Strategy::SumOverShards).
+  bool needs_norms() const;
+  void MeasureRange(size_t range, double gradient_scale);
+  std::vector<double>& norms() { return norms_; }
+
+  // Of the step begun last, for parameters of no group.
+  double learning_rate() const;
+
   int64_t step() const { return step_; }
+  const std::string& step_name() const { return step_name_; }
+  // Whether it updates the parameter, by index.
+  bool Has(size_t parameter) const { return mine_[parameter]; }
   // What this rank holds, as "<state>/<parameter>"; the views stay.
   std::vector<StateSlice> Slices() const;
   // All state as flat tensors, range by range; the tensors stay.
@@ -38,10 +55,26 @@ class Optimizer {
   std::string name() const;
 
  private:
+  // A run of elements of a range that are treated alike: those of neighbours with the same options, or
+  // of one parameter, where its length matters.
+  struct Segment {
+    int64_t first = 0, last = 0;
+    size_t parameter = 0;
+    OptimizerSpec spec;  // with the group's rate and decay
+  };
+  void AddSegments(const FlatRange& range, const std::vector<ParameterGroupSpec>& groups);
+  template <typename F>
+  void OnRange(size_t range, F f);  // f(pointers, segment) for each segment
+
   const OptimizerSpec spec_;
   const FlatParameters& parameters_;
+  const std::string step_name_;
+  std::vector<bool> mine_;  // by parameter
   const std::vector<FlatRange> ranges_;
+  std::vector<std::vector<Segment>> segments_;  // [range]
+  std::vector<double> norms_;  // two per parameter: squared lengths of it and of its step
   int64_t step_ = 0;
+  double lr_factor_ = 1;
   std::vector<std::string> state_names_;
   std::vector<std::vector<at::Tensor>> state_;  // [range][state name], flat
 };

@@ -109,6 +109,61 @@ ITWIN_INLINE void RmsPropLoop(T* __restrict p, T* __restrict g, T* __restrict v,
 }
 
 template <typename T>
+ITWIN_INLINE void AdagradLoop(T* __restrict p, T* __restrict g, T* __restrict sum, int64_t n,
+                              double scale, const AdagradArguments& a) {
+  const T s = static_cast<T>(scale), decay = static_cast<T>(a.weight_decay),
+          eps = static_cast<T>(a.eps);
+  const T lr = static_cast<T>(a.lr / (1 + static_cast<double>(a.step - 1) * a.lr_decay));
+  for (int64_t i = 0; i < n; ++i) {
+    const T d = g[i] * s + decay * p[i];
+    const T squares = sum[i] + d * d;
+    sum[i] = squares;
+    p[i] -= lr * (d / (std::sqrt(squares) + eps));
+    g[i] = 0;
+  }
+}
+
+template <typename T>
+ITWIN_INLINE void LambDirectionLoop(T* __restrict p, T* __restrict g, T* __restrict m,
+                                    T* __restrict v, int64_t n, double scale,
+                                    const AdamArguments& a) {
+  const double correction1 = 1 - std::pow(a.beta1, static_cast<double>(a.step));
+  const double correction2 = 1 - std::pow(a.beta2, static_cast<double>(a.step));
+  const T s = static_cast<T>(scale), eps = static_cast<T>(a.eps),
+          decay = static_cast<T>(a.weight_decay);
+  const T beta1 = static_cast<T>(a.beta1), take1 = static_cast<T>(1 - a.beta1);
+  const T beta2 = static_cast<T>(a.beta2), take2 = static_cast<T>(1 - a.beta2);
+  const T unbias1 = static_cast<T>(1 / correction1);
+  const T root2 = static_cast<T>(std::sqrt(correction2));
+  for (int64_t i = 0; i < n; ++i) {
+    const T d = g[i] * s;
+    const T mi = beta1 * m[i] + take1 * d;
+    const T vi = beta2 * v[i] + take2 * d * d;
+    m[i] = mi;
+    v[i] = vi;
+    g[i] = mi * unbias1 / (std::sqrt(vi) / root2 + eps) + decay * p[i];
+  }
+}
+
+template <typename T>
+ITWIN_INLINE void DescendLoop(T* __restrict p, T* __restrict g, int64_t n, double rate) {
+  const T r = static_cast<T>(rate);
+  for (int64_t i = 0; i < n; ++i) {
+    p[i] -= r * g[i];
+    g[i] = 0;
+  }
+}
+
+template <typename T>
+ITWIN_INLINE void ScaleAndClampLoop(T* g, int64_t n, double scale, double limit) {
+  const T s = static_cast<T>(scale), high = static_cast<T>(limit), low = -high;
+  for (int64_t i = 0; i < n; ++i) {
+    const T d = g[i] * s;
+    g[i] = d > high ? high : d < low ? low : d;  // NaN stays
+  }
+}
+
+template <typename T>
 ITWIN_INLINE double SumOfSquaresLoop(const T* g, int64_t n) {
   // Eight sums, so that the order of additions is fixed and still fits vector registers.
   double sums[8] = {};
@@ -165,5 +220,34 @@ ITWIN_VECTORISED double SumOfSquares(const float* g, int64_t n) { return SumOfSq
 ITWIN_VECTORISED double SumOfSquares(const double* g, int64_t n) { return SumOfSquaresLoop(g, n); }
 ITWIN_VECTORISED bool AllFinite(const float* p, int64_t n) { return AllFiniteLoop(p, n); }
 ITWIN_VECTORISED bool AllFinite(const double* p, int64_t n) { return AllFiniteLoop(p, n); }
+
+ITWIN_VECTORISED void Adagrad(float* p, float* g, float* sum, int64_t n, double s,
+                              const AdagradArguments& a) {
+  AdagradLoop(p, g, sum, n, s, a);
+}
+ITWIN_VECTORISED void Adagrad(double* p, double* g, double* sum, int64_t n, double s,
+                              const AdagradArguments& a) {
+  AdagradLoop(p, g, sum, n, s, a);
+}
+ITWIN_VECTORISED void LambDirection(float* p, float* g, float* m, float* v, int64_t n, double s,
+                                    const AdamArguments& a) {
+  LambDirectionLoop(p, g, m, v, n, s, a);
+}
+ITWIN_VECTORISED void LambDirection(double* p, double* g, double* m, double* v, int64_t n,
+                                    double s, const AdamArguments& a) {
+  LambDirectionLoop(p, g, m, v, n, s, a);
+}
+ITWIN_VECTORISED void Descend(float* p, float* g, int64_t n, double rate) {
+  DescendLoop(p, g, n, rate);
+}
+ITWIN_VECTORISED void Descend(double* p, double* g, int64_t n, double rate) {
+  DescendLoop(p, g, n, rate);
+}
+ITWIN_VECTORISED void ScaleAndClamp(float* g, int64_t n, double scale, double limit) {
+  ScaleAndClampLoop(g, n, scale, limit);
+}
+ITWIN_VECTORISED void ScaleAndClamp(double* g, int64_t n, double scale, double limit) {
+  ScaleAndClampLoop(g, n, scale, limit);
+}
 
 }  // namespace itwin::worker::kernels

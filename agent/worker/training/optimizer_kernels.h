@@ -36,6 +36,29 @@ void RmsProp(float* p, float* g, float* v, float* momentum, int64_t n, double gr
 void RmsProp(double* p, double* g, double* v, double* momentum, int64_t n, double gradient_scale,
              const RmsPropArguments& a);
 
+struct AdagradArguments {
+  double lr, lr_decay, eps, weight_decay;
+  int64_t step;  // 1 for the first
+};
+void Adagrad(float* p, float* g, float* sum, int64_t n, double gradient_scale,
+             const AdagradArguments& a);
+void Adagrad(double* p, double* g, double* sum, int64_t n, double gradient_scale,
+             const AdagradArguments& a);
+
+// LAMB in two passes, between which the lengths of whole parameters are known. The first replaces
+// the gradient by Adam's direction (with decoupled weight decay).
+void LambDirection(float* p, float* g, float* m, float* v, int64_t n, double gradient_scale,
+                   const AdamArguments& a);
+void LambDirection(double* p, double* g, double* m, double* v, int64_t n, double gradient_scale,
+                   const AdamArguments& a);
+// p -= rate * g, g = 0.
+void Descend(float* p, float* g, int64_t n, double rate);
+void Descend(double* p, double* g, int64_t n, double rate);
+
+// Limits each element to [-limit, limit] after it was multiplied by `scale`.
+void ScaleAndClamp(float* g, int64_t n, double scale, double limit);
+void ScaleAndClamp(double* g, int64_t n, double scale, double limit);
+
 // Sum of squares, in double and in a fixed order.
 double SumOfSquares(const float* g, int64_t n);
 double SumOfSquares(const double* g, int64_t n);

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <set>
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
@@ -12,6 +13,10 @@
 #include "agent/worker/checkpoint/sha256.h"
 #include "agent/worker/error.h"
 #include "agent/worker/training/evaluation.h"
+#include "agent/worker/training/optimizer_kernels.h"
+#include "agent/worker/training/parameter_groups.h"
+#include "agent/worker/training/precision.h"
+#include "agent/worker/training/summed_metrics.h"
 #include "agent/worker/training/weights.h"
 
 namespace itwin::worker {
@@ -52,6 +57,39 @@ Batch PartOfBatch(const BatchSource::Item& item, const Slice& part) {
 
 at::Generator Generator() { return at::detail::getDefaultCPUGenerator(); }
 
+// The model's parameters, after those that the job freezes were frozen.
+std::vector<std::pair<std::string, at::Tensor>> Unfrozen(const TrainingSetup& setup) {
+  auto parameters = setup.model.parameters();
+  FreezeParameters(setup.spec.parameter_groups, parameters);
+  return parameters;
+}
+
+void ScaleAndClamp(const std::vector<FlatRange>& ranges, double scale, double limit) {
+  for (const FlatRange& range : ranges) {
+    const int64_t n = range.gradients.numel();
+    if (range.gradients.scalar_type() == at::kFloat) {
+      kernels::ScaleAndClamp(range.gradients.data_ptr<float>(), n, scale, limit);
+    } else {
+      kernels::ScaleAndClamp(range.gradients.data_ptr<double>(), n, scale, limit);
+    }
+  }
+}
+
+// Weights and moving average exchanged while it lives; nothing without an average.
+class AveragedWeights {
+ public:
+  explicit AveragedWeights(MovingAverage* average) : average_(average) {
+    if (average_ != nullptr) average_->Swap();
+  }
+  ~AveragedWeights() {
+    if (average_ != nullptr) average_->Swap();
+  }
+  AveragedWeights(const AveragedWeights&) = delete;
+
+ private:
+  MovingAverage* const average_;
+};
+
 }  // namespace
 
 // Times of this attempt, on this rank.
@@ -90,16 +128,72 @@ TrainingLoop::TrainingLoop(const TrainingSetup& setup)
       rank_(setup.control.rank()),
       ranks_(setup.control.size()),
       strategy_name_(StrategyOf(spec_, ranks_)),
-      parameters_(LayOut(spec_, strategy_name_, setup.model.parameters(), ranks_)),
+      parameters_(LayOut(spec_, strategy_name_, Unfrozen(setup), ranks_)),
       strategy_(MakeStrategy(spec_, strategy_name_, parameters_, setup.gradients)),
-      optimizer_(spec_.optimizer, parameters_, strategy_->ranges()),
+      features_(spec_,
+                {.steps = TotalSteps(),
+                 .steps_per_epoch =
+                     (setup.dataset.size(Split::kTrain) + spec_.batch - 1) / spec_.batch},
+                setup.dataset.size(Split::kValidation) > 0, strategy_name_, parameters_),
       batches_(setup.dataset, rank_, ranks_, /*stand_in=*/strategy_->lockstep()),
       clock_(std::make_unique<Clock>()) {
+  if (spec_.phases.empty()) {
+    phases_.push_back({"", "", 1, Optimizer(spec_.optimizer, parameters_, strategy_->ranges(), spec_.parameter_groups)});
+  } else {
+    MakePhases();
+  }
   // Dropout differs between ranks: each sees other samples.
   Generator().set_current_seed(MixSeed(spec_.seed, static_cast<uint64_t>(rank_) + 1));
 }
 
 TrainingLoop::~TrainingLoop() = default;
+
+void TrainingLoop::MakePhases() {
+  const std::set<std::string> able = {"single", "ddp", "horovod", "zero1", "zero2"};
+  if (!able.contains(strategy_name_)) {
+    throw UserError("train.phases: work with the strategies single, ddp, horovod, zero1 and zero2, not with " + strategy_name_);
+  }
+  for (const PhaseSpec& phase : spec_.phases) {
+    phases_.push_back({phase.name, phase.method, phase.repeats,
+                       Optimizer(phase.optimizer, parameters_, strategy_->ranges(), spec_.parameter_groups, phase.match,
+                                 phase.name)});
+  }
+  for (size_t i = 0; i < parameters_.parameters().size(); ++i) {
+    const std::string& name = parameters_.parameters()[i].name;
+    std::string owners;
+    int count = 0;
+    for (const Phase& phase : phases_) {
+      if (!phase.optimizer.Has(i)) continue;
+      owners += (count++ ? " and " : "") + phase.name;
+    }
+    if (count != 1) {
+      throw UserError("train.phases: the parameter " + name +
+                      (count == 0 ? " belongs to no phase; match it in one, or freeze it" : " belongs to " + owners + "; match it in one"));
+    }
+  }
+  for (const Phase& phase : phases_) {
+    bool any = false;
+    for (size_t i = 0; i < parameters_.parameters().size(); ++i) any = any || phase.optimizer.Has(i);
+    if (!any) throw UserError("train.phases: no parameter's name matches those of " + phase.name);
+  }
+}
+
+// Only the phase's own parameters get gradients.
+void TrainingLoop::StartPhase(size_t phase) {
+  phase_ = phase;
+  if (phases_.size() == 1) return;
+  for (size_t i = 0; i < parameters_.parameters().size(); ++i)
+    parameters_.parameters()[i].tensor.set_requires_grad(phases_[phase].optimizer.Has(i));
+}
+
+std::vector<at::Tensor> TrainingLoop::OptimizerState() const {
+  std::vector<at::Tensor> flat;
+  for (const Phase& phase : phases_) {
+    const auto more = phase.optimizer.FlatState();
+    flat.insert(flat.end(), more.begin(), more.end());
+  }
+  return flat;
+}
 
 void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
   if (checkpoint.spec_sha256 != setup_.spec_sha256) {
@@ -111,7 +205,8 @@ void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
     const FullParameters full(*strategy_);
     LoadWeights(model_, checkpoint.weights);
   }
-  optimizer_.LoadState(checkpoint.optimizer);
+  for (Phase& phase : phases_) phase.optimizer.LoadState(checkpoint.optimizer);
+  features_.LoadState(checkpoint.optimizer);
   position_ = checkpoint.position;
   if (checkpoint.world_size == ranks_) {
     for (const auto& [name, tensor] : checkpoint.of_rank) {
@@ -170,6 +265,7 @@ bool TrainingLoop::RunEpoch() {
   while (position_.next_batch < order_->batches() &&
          !(spec_.steps > 0 && position_.step >= spec_.steps)) {
     if (!Step()) return false;
+    if (features_.stopped()) break;
   }
   clock_->epoch_data_wait = batches_.waited_seconds() - data_wait;
   clock_->epoch_communication_wait = strategy_->waited_seconds() - communication_wait;
@@ -180,9 +276,25 @@ bool TrainingLoop::RunEpoch() {
 bool TrainingLoop::Step() {
   const double start = Seconds();
   const BatchSource::Item item = batches_.Next();
-  ForwardAndBackward(item);
-  if (!reported_unused_) parameters_.CheckGradientViews();
-  const StepStatus status = UpdateParameters();
+  StepStatus status;
+  if (step_values_.empty()) step_values_ = {{"train/loss", 0.0}};
+  for (size_t p = 0; p < phases_.size(); ++p) {
+    StartPhase(p);
+    for (int n = 0; n < phases_[p].repeats; ++n) {
+      ForwardAndBackward(item);
+      if (!reported_unused_) parameters_.CheckGradientViews();
+      const StepStatus mine = UpdateParameters();
+      if (n == 0) status.loss += mine.loss;
+      status.not_finite += mine.not_finite;
+      status.stop += mine.stop;
+      if (phases_.size() == 1) continue;
+      if (step_values_.size() < 2 + p) step_values_.emplace_back("train/" + phases_[p].name + "_loss", 0.0);
+      step_values_[1 + p].second = mine.loss;
+    }
+  }
+  if (phases_.size() > 1) {
+    for (const auto& parameter : parameters_.parameters()) parameter.tensor.set_requires_grad(true);
+  }
   ++position_.step;
   ++position_.next_batch;
   position_.epoch_loss_sum += status.loss * static_cast<double>(item.global_samples);
@@ -191,7 +303,6 @@ bool TrainingLoop::Step() {
   if (!reported_unused_ && agreed_) ReportUnusedParameters();
   if (spec_.check_every > 0 && position_.step % spec_.check_every == 0) CheckReplicas();
 
-  if (step_values_.empty()) step_values_ = {{"train/loss", 0.0}};
   step_values_[0].second = status.loss;
   setup_.metrics.Write(position_.step, step_values_);
   const double seconds = Seconds() - start;
@@ -201,7 +312,15 @@ bool TrainingLoop::Step() {
   clock_->samples += item.global_samples;
   clock_->epoch_samples += item.global_samples;
   ReportProgress(/*now=*/false);
-  return status.stop == 0;
+  if (status.stop != 0) return false;
+  if (spec_.validate_every_steps > 0 && position_.step % spec_.validate_every_steps == 0 &&
+      position_.next_batch < order_->batches()) {
+    strategy_->Consolidate(OptimizerState());
+    AverageBuffers(model_, setup_.control);
+    Validate();
+    model_.Train(true);
+  }
+  return true;
 }
 
 void TrainingLoop::ForwardAndBackward(const BatchSource::Item& item) {
@@ -222,7 +341,12 @@ void TrainingLoop::ForwardAndBackward(const BatchSource::Item& item) {
         part.size() == 0
             ? 0
             : strategy_->Weight(part.size(), item.local_samples, item.global_samples);
-    const at::Tensor loss = model_.TrainingStep(PartOfBatch(item, part)).loss;
+    const at::Tensor loss = [&] {
+      const AutocastScope autocast(spec_.precision);
+      const Batch batch = PartOfBatch(item, part);
+      const std::string& method = phases_[phase_].method;
+      return (method.empty() ? model_.TrainingStep(batch) : model_.PhaseStep(method, batch)).loss;
+    }();
     if (part.size() > 0) {
       const double value = loss.item<double>();
       status.loss += value * weight;
@@ -230,12 +354,13 @@ void TrainingLoop::ForwardAndBackward(const BatchSource::Item& item) {
       status.not_finite = local_not_finite_ ? 1 : 0;
     }
     strategy_->BeginBackward(status, last);
-    if (weight == 1) {
+    const double scaled = features_.scaler() == nullptr ? weight : weight * features_.scaler()->scale();
+    if (scaled == 1) {
       loss.backward();
     } else {
-      if (weight != gradient_weight_) {
-        gradient_of_loss_ = at::scalar_tensor(weight, loss.options().requires_grad(false));
-        gradient_weight_ = weight;
+      if (scaled != gradient_weight_) {
+        gradient_of_loss_ = at::scalar_tensor(scaled, loss.options().requires_grad(false));
+        gradient_weight_ = scaled;
       }
       loss.backward(gradient_of_loss_);
     }
@@ -245,21 +370,50 @@ void TrainingLoop::ForwardAndBackward(const BatchSource::Item& item) {
 
 StepStatus TrainingLoop::UpdateParameters() {
   const size_t ranges = strategy_->ranges().size();
-  double scale = 1;
-  if (spec_.clip_norm > 0) {
+  const double factor = features_.RateFactor(position_.step);
+  LossScaler* const scaler = features_.scaler();
+  double scale = scaler == nullptr ? 1 : 1 / scaler->scale();
+  const auto wait_for_all = [&] {
     for (size_t r = 0; r < ranges; ++r) strategy_->WaitGradients(r);
+  };
+  const auto squares_of_all = [&] {
+    wait_for_all();
     double squares = SumOfSquares(strategy_->ranges());
     strategy_->SumOverShards(std::span(&squares, 1));
-    scale = std::min(1.0, spec_.clip_norm / (std::sqrt(squares) + 1e-6));
+    return squares;
+  };
+  if (scaler != nullptr && !scaler->Update(!std::isfinite(squares_of_all()))) {
+    // The gradients are beyond fp16 and are dropped; the step counts, so all ranks and the order of
+    // the samples stay together.
+    for (const FlatRange& range : strategy_->ranges()) range.gradients.zero_();
+    for (size_t r = 0; r < ranges; ++r) strategy_->Updated(r);
+    return strategy_->EndStep(&agreed_);
   }
-  optimizer_.BeginStep();
+  if (spec_.clip_value > 0) {
+    wait_for_all();
+    ScaleAndClamp(strategy_->ranges(), scale, spec_.clip_value);
+    scale = 1;
+  }
+  if (spec_.clip_norm > 0) {
+    const double norm = std::sqrt(squares_of_all()) * scale;
+    scale *= std::min(1.0, spec_.clip_norm / (norm + 1e-6));
+  }
+  Optimizer& optimizer = phases_[phase_].optimizer;
+  optimizer.BeginStep(factor);
+  if (optimizer.needs_norms()) {
+    wait_for_all();
+    for (size_t r = 0; r < ranges; ++r) optimizer.MeasureRange(r, scale);
+    strategy_->SumOverShards(std::span(optimizer.norms()));
+  }
   // The first ranges are updated while the last are still on the network.
   for (size_t r = 0; r < ranges; ++r) {
     strategy_->WaitGradients(r);
-    optimizer_.StepRange(r, scale);
+    optimizer.StepRange(r, scale);
     strategy_->Updated(r);
   }
-  return strategy_->EndStep(&agreed_);
+  const StepStatus status = strategy_->EndStep(&agreed_);
+  if (features_.average() != nullptr && phase_ + 1 == phases_.size()) features_.average()->Update();
+  return status;
 }
 
 void TrainingLoop::CheckReplicas() {
@@ -330,12 +484,20 @@ void TrainingLoop::FinishEpoch() {
     if (clock_->check > 0) values.emplace_back("perf/check_s", clock_->check);
     AppendMemory(&values);
   }
+  for (const Phase& phase : phases_) {
+    values.emplace_back(phase.name.empty() ? "train/learning_rate" : "train/" + phase.name + "_learning_rate",
+                        phase.optimizer.learning_rate());
+  }
+  if (LossScaler* scaler = features_.scaler(); scaler != nullptr) {
+    values.emplace_back("train/loss_scale", scaler->scale());
+    values.emplace_back("train/skipped_steps", static_cast<double>(scaler->state().skipped));
+  }
   setup_.metrics.Write(position_.step, values);
   for (const auto& [name, value] : values) epoch_metrics_[name] = last_metrics_[name] = value;
   if (whole) {
     position_ = {.step = position_.step, .epoch = position_.epoch + 1};
   }
-  strategy_->Consolidate(optimizer_.FlatState());
+  strategy_->Consolidate(OptimizerState());
   AverageBuffers(model_, setup_.control);
   {
     const FullParameters full(*strategy_);
@@ -343,12 +505,10 @@ void TrainingLoop::FinishEpoch() {
   }
 
   if (!Done()) {
+    // What follows from the evaluation is saved with it.
+    if (position_.epoch % spec_.validate_every == 0) Validate();
     const int every = spec_.checkpoint.every_epochs;
-    if (every > 0 && position_.epoch % every == 0) Save();
-    if (position_.epoch % spec_.validate_every == 0) {
-      EvaluateSplit(setup_.dataset.size(Split::kValidation) > 0 ? Split::kValidation
-                                                                : Split::kTest);
-    }
+    if (every > 0 && position_.epoch % every == 0 && !Done()) Save();
   }
   ReportProgress(/*now=*/true);
   const double now = Seconds();
@@ -368,13 +528,24 @@ void TrainingLoop::FinishEpoch() {
 void TrainingLoop::AppendMemory(MetricSink::Values* values) const {
   const Strategy::Memory memory = strategy_->memory();
   int64_t state = 0;
-  for (const at::Tensor& flat : optimizer_.FlatState()) state += static_cast<int64_t>(flat.nbytes());
+  for (const at::Tensor& flat : OptimizerState()) state += static_cast<int64_t>(flat.nbytes());
   for (const auto& [name, bytes] : {std::pair{"parameters", memory.parameters},
                                     std::pair{"gradients", memory.gradients},
                                     std::pair{"optimizer", state},
                                     std::pair{"parameters_peak", memory.peak_parameters},
                                     std::pair{"gradients_peak", memory.peak_gradients}}) {
     values->emplace_back(std::string("perf/memory_") + name, static_cast<double>(bytes));
+  }
+}
+
+void TrainingLoop::Validate() {
+  if (setup_.dataset.size(Split::kValidation) == 0) return EvaluateSplit(Split::kTest);
+  const AveragedWeights averaged(features_.average());
+  EvaluateSplit(Split::kValidation);
+  const FullParameters full(*strategy_);
+  for (const std::string& line :
+       features_.Observe(epoch_metrics_, position_.step, model_, /*keep_weights=*/rank_ == 0)) {
+    setup_.print(line);
   }
 }
 
@@ -386,8 +557,15 @@ void TrainingLoop::EvaluateSplit(Split split) {
   const int64_t batch = std::max<int64_t>(1, 2 * ((spec_.batch + ranks_ - 1) / ranks_));
   model_.Train(false);
   at::NoGradGuard no_grad;
-  std::map<std::string, double> metrics =
-      Evaluate(model_, setup_.dataset, split, batch, setup_.control, strategy_->lockstep());
+  const Evaluation evaluation = [&] {
+    const AutocastScope autocast(spec_.precision);
+    return Evaluate(model_, setup_.dataset, split, batch, setup_.control, strategy_->lockstep());
+  }();
+  std::map<std::string, double> metrics = evaluation.metrics;
+  if (const auto confusion = evaluation.sums.find("confusion"); confusion != evaluation.sums.end()) {
+    reports_[std::string("confusion-") + (split == Split::kValidation ? "validation" : "test") +
+             ".json"] = ConfusionReport(confusion->second);
+  }
   if (split == Split::kTest) {
     if (test_baselines_.empty()) {
       test_baselines_ = EvaluateBaselines(setup_.dataset, split, batch, setup_.control);
@@ -418,8 +596,28 @@ void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
     const FullParameters full(*strategy_);
     weights_sha256_ = CompareWeights(model_, setup_.control);
   }
+  // What is given back is what is evaluated: the average of the weights, or the best ones.
+  if (features_.average() != nullptr) features_.average()->Swap();
   EvaluateSplit(Split::kValidation);
+  if (setup_.dataset.size(Split::kValidation) > 0) {
+    const FullParameters full(*strategy_);
+    features_.Observe(epoch_metrics_, position_.step, model_, /*keep_weights=*/rank_ == 0);
+    const int64_t best = features_.ExportBest(model_, setup_.control);
+    if (best >= 0) {
+      last_metrics_["train/best_step"] = static_cast<double>(best);
+      setup_.print(Text("the model given back is that of step %lld, the best by ",
+                        static_cast<long long>(best)) +
+                   spec_.best->metric);
+    }
+    outcome.best = features_.best();
+  }
+  if (spec_.best && spec_.best->export_best) EvaluateSplit(Split::kValidation);
   EvaluateSplit(Split::kTest);
+  if (spec_.ema || spec_.best) {
+    const FullParameters full(*strategy_);
+    weights_sha256_ = CompareWeights(model_, setup_.control);
+  }
+  outcome.reports = reports_;
   for (const auto& [name, value] : last_metrics_) {
     if (name.starts_with("test/") || name.starts_with("validation/"))
       setup_.print(name + Text(" %.6g", value));
@@ -430,7 +628,7 @@ void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
 
 void TrainingLoop::Save() {
   const double start = Seconds();
-  strategy_->Consolidate(optimizer_.FlatState());
+  strategy_->Consolidate(OptimizerState());
   int64_t not_finite = AllFinite(strategy_->ranges()) ? 0 : 1;
   setup_.control.AllReduce(BufferOf(std::span(&not_finite, 1)), Reduction::kMax)->Wait();
   if (not_finite != 0) {
@@ -454,7 +652,11 @@ void TrainingLoop::Save() {
     contents.weights.emplace_back(name, tensor);
     contents.of_rank.emplace_back(kBuffer + name, tensor);
   }
-  contents.optimizer = GatherState(optimizer_, *strategy_, setup_.control);
+  for (const Phase& phase : phases_) {
+    for (auto& entry : GatherState(phase.optimizer, *strategy_, setup_.control))
+      contents.optimizer.push_back(std::move(entry));
+  }
+  for (auto& entry : features_.State()) contents.optimizer.push_back(std::move(entry));
   setup_.checkpoints.Save(contents);
   saved_step_ = position_.step;
   clock_->save = std::max(clock_->save, Seconds() - start);
@@ -490,7 +692,7 @@ void TrainingLoop::ReportProgress(bool now) {
 }
 
 bool TrainingLoop::Done() const {
-  return position_.epoch >= spec_.epochs || (spec_.steps > 0 && position_.step >= spec_.steps);
+  return features_.stopped() || position_.epoch >= spec_.epochs || (spec_.steps > 0 && position_.step >= spec_.steps);
 }
 
 int64_t TrainingLoop::TotalSteps() const {

@@ -15,6 +15,7 @@
 #include "agent/worker/report/metric_sink.h"
 #include "agent/worker/spec/train_spec.h"
 #include "agent/worker/training/batch_source.h"
+#include "agent/worker/training/features.h"
 #include "agent/worker/training/flat_parameters.h"
 #include "agent/worker/training/optimizer.h"
 #include "agent/worker/training/stop_request.h"
@@ -44,6 +45,8 @@ struct TrainingOutcome {
   int64_t epochs = 0;
   std::map<std::string, double> metrics;  // last value of each series that is no per-step series
   std::string weights_sha256;
+  std::map<std::string, nlohmann::json> reports;  // files for the outputs, by name
+  NamedTensors best;  // on rank 0, where they were kept and are not the model
 };
 
 // Hash of what must be the same for a checkpoint to be gone on from: the `train` part of the spec
@@ -70,11 +73,15 @@ class TrainingLoop {
 
   bool RunEpoch();  // false: stopped on request
   bool Step();      // false: asked to stop; the step is done
+  void MakePhases();
+  void StartPhase(size_t phase);
+  std::vector<at::Tensor> OptimizerState() const;
   void ForwardAndBackward(const BatchSource::Item& item);
   StepStatus UpdateParameters();
   void CheckReplicas();
   void FinishEpoch();
   void FinishRun(TrainingOutcome& outcome);
+  void Validate();  // and lets the features see it
   void EvaluateSplit(Split split);
   void Save();
   [[noreturn]] void FailNotFinite();
@@ -94,7 +101,15 @@ class TrainingLoop {
   const std::string strategy_name_;
   FlatParameters parameters_;
   const std::unique_ptr<Strategy> strategy_;
-  Optimizer optimizer_;
+  // One optimiser with all parameters and no method, or the job's phases.
+  struct Phase {
+    std::string name, method;
+    int repeats = 1;
+    Optimizer optimizer;
+  };
+  std::vector<Phase> phases_;
+  size_t phase_ = 0;  // under way
+  Features features_;
   std::optional<EpochOrder> order_;  // of the epoch under way; outlives the batches' thread
   BatchSource batches_;
 
@@ -104,6 +119,7 @@ class TrainingLoop {
   std::map<std::string, double> last_metrics_;
   std::map<std::string, double> epoch_metrics_;  // those of the epoch just done
   std::map<std::string, double> test_baselines_;
+  std::map<std::string, nlohmann::json> reports_;
   MetricSink::Values step_values_;
   std::unique_ptr<Clock> clock_;
   bool reported_unused_ = false;

@@ -21,10 +21,11 @@ except ModuleNotFoundError as _error:
         "(Debian: apt install python3-grpcio python3-protobuf).") from None
 
 from itwin import errors
+from itwin.archive import export
 from itwin.errors import ItwinError
 from itwin.gateway import Gateway, connect
 from itwin.job import Job
 from itwin.result import Result
 from itwin.version import __version__
 
-__all__ = ["Gateway", "ItwinError", "Job", "Result", "connect", "errors", "__version__"]
+__all__ = ["Gateway", "ItwinError", "Job", "Result", "connect", "errors", "export", "__version__"]

@@ -92,18 +92,22 @@ class Gateway:
     def submit(self, spec=None, *, name=None, site=None, model=None, loss=None, metrics=None, data=None, target=None,
                split=None, transforms=None, optimizer=None, batch=None, epochs=None, steps=None, ranks=None, nodes=None,
                ranks_per_node=None, time=None, resources=None, seed=None, strategy=None, clip_norm=None, validate_every=None,
-               checkpoint=None, env=None, inputs=None, labels=None, retry=None, set=(), check=True, progress=None):
+               checkpoint=None, scheduler=None, loss_options=None, parameter_groups=None, features=None, env=None, inputs=None, labels=None, retry=None, set=(), check=True, progress=None):
         """Submits a job and returns it, durable, before it starts.
 
         spec       path of a job.yaml (or .json), its text, or a dict; the keywords are laid over it
         set        ["train.epochs=5", …]: as `itwin submit --set`
-        model      torch.nn.Module (scripted, and tried for one step on the first samples unless check=False), path of a
-                   TorchScript file, name of a built-in model, or the spec's dict
-        loss       mse, l1, huber, cross_entropy, bce_logits, nll, or the torch module or function of those; none when the
-                   module has its own training_step(self, batch: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, Tensor]]
+        model      torch.nn.Module (scripted, or else exported as a graph, and tried for one step on the first samples unless
+                   check=False), path of an archive (.itw) or a TorchScript file, name of a built-in model, or the spec's dict
+        loss       mse, l1, cross_entropy, … (docs/models.md lists all), or the torch module or function of that name; none when
+                   the module has its own training_step(self, batch: Dict[str, Tensor]) -> Tuple[Tensor, Dict[str, Tensor]]
+        loss_options      {"label_smoothing": 0.1}, {"quantiles": [0.1, 0.5, 0.9]}, …
         data       path, (inputs, targets), {"input": …, "target": …}, torch Dataset, pandas DataFrame with target=, or a dict
         split      {"train": "0..108", "test": "108..132"} or {"test_fraction": 0.2}
         optimizer  torch.optim.Optimizer, {"adam": {"lr": 1e-3}} or a name
+        scheduler  torch.optim.lr_scheduler (its numbers count epochs; OneCycleLR's steps), {"cosine": {}} or a name
+        parameter_groups  [{"match": ["*.bias"], "weight_decay": 0}]: what differs for some parameters, by name
+        features   more fields of the spec's `train`: {"clip_value": 1.0}
         batch      samples per step over all ranks together
         ranks      MPI processes; with nodes, spread over them
         time       wall-time limit of one attempt: "30m", seconds or timedelta
@@ -116,7 +120,8 @@ class Gateway:
                 directory, model=model, loss=loss, data=data, target=target, split=split, transforms=transforms,
                 optimizer=optimizer, check=check, metrics=None if metrics is None else _list(metrics), batch=batch, epochs=epochs,
                 steps=steps, seed=seed, strategy=strategy, clip_norm=clip_norm, validate_every=validate_every,
-                checkpoint=checkpoint)
+                checkpoint=checkpoint, scheduler=scheduler, options=loss_options, parameter_groups=parameter_groups,
+                **(features or {}))
             change = self._common(name, site, env, labels, retry,
                                   specs.resources(ranks, nodes, ranks_per_node, time, resources))
             if train:

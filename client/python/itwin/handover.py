@@ -5,7 +5,8 @@ import io
 import re
 import warnings
 
-from itwin.errors import DataError, ModelError, SpecError, require
+from itwin import losses
+from itwin.errors import ModelError, SpecError, require
 
 CHECK_SAMPLES = 4  # of the batch that is tried here
 _STEPS = ("training_step", "evaluation_step")
@@ -101,17 +102,25 @@ def save(scripted, path):
     scripted.save(str(path))
 
 
-def check_step(scripted, loss, batch):
-    """One forward, loss and backward on a copy, with the arrays of a few samples by name ("input", "target", …). Raises ModelError
-    or DataError saying what does not fit."""
+def to_bytes(scripted):
+    """What save() would write."""
     torch = require("torch", "handing over a module")
     buffer = io.BytesIO()
     torch.jit.save(scripted, buffer)
-    buffer.seek(0)
-    model = torch.jit.load(buffer, map_location="cpu")  # as the worker sees it; the user's module is left alone
+    return buffer.getvalue()
+
+
+def check_step(module, loss, batch, options=None):
+    """One forward, loss and backward on a copy, with the arrays of a few samples by name ("input", "target", …). Raises ModelError
+    or DataError saying what does not fit."""
+    torch = require("torch", "handing over a module")
+    if isinstance(module, torch.jit.ScriptModule):
+        model = torch.jit.load(io.BytesIO(to_bytes(module)), map_location="cpu")  # as the worker sees it
+    else:
+        model = copy.deepcopy(module).cpu()  # the user's module is left alone
     model.train()
     with torch.random.fork_rng(devices=[]):
-        value = _named_loss(torch, model, loss, batch["input"], batch["target"]) if loss else _own_loss(model, batch)
+        value = _named_loss(torch, model, loss, batch["input"], batch["target"], options) if loss else _own_loss(model, batch)
         if value.numel() != 1:
             raise ModelError(f"the loss must be one number, but it has shape {tuple(value.shape)}; end it with .mean().")
         if not value.requires_grad:
@@ -129,40 +138,16 @@ def check_step(scripted, loss, batch):
                       stacklevel=4)
 
 
-def _named_loss(torch, model, loss, inputs, target):
-    f = torch.nn.functional
-    losses = {"mse": f.mse_loss, "l1": f.l1_loss, "huber": f.huber_loss, "cross_entropy": f.cross_entropy,
-              "bce_logits": f.binary_cross_entropy_with_logits, "nll": f.nll_loss}
+def _named_loss(torch, model, loss, inputs, target, options):
     prediction = _forward(torch, model, inputs)
-    if loss not in losses:
+    if loss not in losses.NAMES:
         return prediction.sum()  # the gateway says that there is no such loss, and which one is meant
-    shapes = f"the model's output has shape {tuple(prediction.shape)} and the target {tuple(target.shape)}"
-    if loss in ("cross_entropy", "nll"):
-        if target.is_floating_point():
-            raise DataError(f"loss '{loss}' needs class numbers (integers) as target, but the target is {target.dtype}.")
-        if target.dim() == prediction.dim() and target.shape[1] == 1:
-            target = target.squeeze(1)
-        if prediction.dim() < 2 or target.shape != prediction.shape[:1] + prediction.shape[2:]:
-            raise DataError(f"loss '{loss}' compares scores [samples, classes, …] with class numbers [samples, …]; {shapes}.")
-        classes, low, high = prediction.shape[1], int(target.min()), int(target.max())
-        if low < 0 or high >= classes:
-            raise DataError(f"the target holds class {low if low < 0 else high}, but the model has {classes} outputs "
-                            f"(0..{classes - 1}).")
-    else:
-        target = target.float()
-        if target.shape != prediction.shape and target.numel() == prediction.numel() and 1 in (target.dim(), prediction.dim()):
-            target = target.reshape(prediction.shape)  # [samples] and [samples, 1] are the same thing
-        if target.shape != prediction.shape:
-            raise DataError(f"loss '{loss}' needs equal shapes; {shapes}.")
-    try:
-        return losses[loss](prediction, target)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise DataError(f"loss '{loss}' fails ({_last_line(error)}); {shapes}.") from None
+    return losses.compute(torch, loss, prediction, target, options)
 
 
 def _own_loss(model, batch):
     if not hasattr(model, "training_step"):
-        raise SpecError("no loss is given: pass loss='mse' (or l1, huber, cross_entropy, bce_logits, nll), or give the module "
+        raise SpecError("no loss is given: pass loss='mse' (or cross_entropy, …: docs/models.md lists them), or give the module "
                         "a method training_step(self, batch: Dict[str, torch.Tensor]) -> Tuple[torch.Tensor, Dict[str, "
                         "torch.Tensor]] that returns the loss and the metrics.")
     try:

@@ -8,9 +8,13 @@ _SUPPORTED = {
     "Adam": ("adam", ("lr", "betas", "eps", "weight_decay")),
     "AdamW": ("adamw", ("lr", "betas", "eps", "weight_decay")),
     "RMSprop": ("rmsprop", ("lr", "alpha", "eps", "weight_decay", "momentum")),
+    "Adagrad": ("adagrad", ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")),
 }
+_RENAMED = {"initial_accumulator_value": "initial_accumulator"}
+_OF_GROUPS = ("lr", "weight_decay")  # what may differ between groups
 _NEUTRAL = {"amsgrad": False, "maximize": False, "centered": False, "differentiable": False}
-_EITHER = ("params", "foreach", "capturable", "fused", "initial_lr")  # how it computes, not what
+_EITHER = ("params", "foreach", "capturable", "fused", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")  # how it
+# computes, or what a scheduler has noted
 
 
 def document(optimizer, module=None):
@@ -29,11 +33,11 @@ def document(optimizer, module=None):
     name, options = _SUPPORTED[kind.__name__]
     groups = [{k: v for k, v in group.items() if k not in _EITHER} for group in optimizer.param_groups]
     for number, group in enumerate(groups[1:], 1):
-        different = [k for k in group if group[k] != groups[0].get(k)]
+        different = [k for k in group if group[k] != groups[0].get(k) and k not in _OF_GROUPS]
         if different:
             raise OptimizerError(
                 f"parameter group {number} of {kind.__name__} has another {different[0]} ({group[different[0]]!r}) than group 0 "
-                f"({groups[0].get(different[0])!r}). Different options per group are not supported yet: use one group.")
+                f"({groups[0].get(different[0])!r}). Only {' and '.join(_OF_GROUPS)} may differ between groups.")
     group = groups[0]
     for key, neutral in _NEUTRAL.items():
         if group.get(key, neutral) not in (neutral, None):
@@ -46,8 +50,28 @@ def document(optimizer, module=None):
             values["beta1"], values["beta2"] = (float(beta) for beta in group["betas"])
         else:
             value = group[option]
-            values[option] = value if isinstance(value, bool) else float(value)
+            values[_RENAMED.get(option, option)] = value if isinstance(value, bool) else float(value)
     return {name: values}
+
+
+def groups(optimizer, module, rates=None):
+    """The spec's `parameter_groups` of a torch optimizer with several: by name, with what differs from group 0. `rates`: the
+    groups' rates where a scheduler has changed those in the optimizer."""
+    if module is None or not hasattr(optimizer, "param_groups") or len(optimizer.param_groups) < 2:
+        return []
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    first, result = optimizer.param_groups[0], []
+    for number, group in enumerate(optimizer.param_groups[1:], 1):
+        values = {}
+        for key in _OF_GROUPS:
+            value, base = (group.get(key), first.get(key))
+            if key == "lr" and rates:
+                value, base = rates[number], rates[0]
+            if value != base:
+                values[key] = float(value)
+        if values:
+            result.append({"match": [names[id(p)] for p in group["params"] if id(p) in names], **values})
+    return result
 
 
 def _check_parameters(optimizer, kind, module):

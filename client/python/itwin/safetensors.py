@@ -1,4 +1,4 @@
-"""Reads the safetensors format: header length, JSON header, raw bytes. Holds no code, so a file cannot do anything.
+"""Reads and writes the safetensors format: header length, JSON header, raw bytes. Holds no code, so a file cannot do anything.
 
 Every length is checked against the file before it is believed.
 """
@@ -6,7 +6,7 @@ Every length is checked against the file before it is believed.
 import json
 import os
 
-from itwin.errors import DamagedError, require
+from itwin.errors import DamagedError, ModelError, require
 
 MAX_HEADER_BYTES = 100 << 20
 _DTYPES = {  # name: (torch attribute, bytes)
@@ -40,6 +40,42 @@ def read(path):
             raise DamagedError(f"{path} is damaged: {name!r} holds a boolean that is neither 0 nor 1.")
         tensors[name] = torch.frombuffer(raw, dtype=kind).reshape(shape)
     return tensors
+
+
+def metadata(path):
+    """The texts in the header."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise DamagedError(f"{path} is damaged: its header would be {length} bytes long.")
+        try:
+            header = json.loads(file.read(length).decode("utf-8"))
+        except ValueError as error:
+            raise DamagedError(f"{path} is no safetensors file: its header is not JSON ({error}).") from None
+    texts = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    return texts if isinstance(texts, dict) else {}
+
+
+def write(path, tensors, metadata=None):
+    """Writes {name: torch.Tensor} and texts."""
+    torch = require("torch", "writing weights")
+    names = {getattr(torch, attribute): name for name, (attribute, _) in _DTYPES.items()}
+    header, blocks, at = {}, [], 0
+    if metadata:
+        header["__metadata__"] = metadata
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.dtype not in names:
+            raise ModelError(f"{name} is {tensor.dtype}, which a safetensors file cannot hold.")
+        block = bytes(tensor.reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else b""
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + len(block)]}
+        at += len(block)
+        blocks.append(block)
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # tensors begin on an 8-byte boundary
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.writelines(blocks)
 
 
 def _parse(path, raw):

@@ -6,19 +6,20 @@ import os
 import pathlib
 import re
 
-from itwin import dataset, handover, optimizer as optimizers
-from itwin.errors import SpecError
+from itwin import archive, dataset, handover, losses, optimizer as optimizers, schedule
+from itwin.errors import ModelError, SpecError
 from itwin.v1 import spec_pb2
 
 MAX_DOCUMENT_BYTES = 1 << 20  # as the gateway has it
-_MODEL_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
+_MODEL_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript", ".itw")
 _LOSSES = {  # torch.nn class or torch.nn.functional function -> name
     "MSELoss": "mse", "mse_loss": "mse", "L1Loss": "l1", "l1_loss": "l1", "HuberLoss": "huber", "huber_loss": "huber",
     "CrossEntropyLoss": "cross_entropy", "cross_entropy": "cross_entropy", "BCEWithLogitsLoss": "bce_logits",
     "binary_cross_entropy_with_logits": "bce_logits", "NLLLoss": "nll", "nll_loss": "nll",
+    "SmoothL1Loss": "smooth_l1", "smooth_l1_loss": "smooth_l1",
 }
-_LOSS_DEFAULTS = {"reduction": "mean", "weight": None, "pos_weight": None, "label_smoothing": 0.0, "delta": 1.0,
-                  "ignore_index": -100}
+_LOSS_DEFAULTS = {"reduction": "mean", "weight": None, "pos_weight": None, "ignore_index": -100}
+_LOSS_OPTIONS = {"label_smoothing": (0.0, ("cross_entropy",)), "delta": (1.0, ("huber",)), "beta": (1.0, ("smooth_l1",))}
 
 
 def read(spec):
@@ -115,58 +116,108 @@ def loss_name(loss):
         return loss or ""
     kind = getattr(loss, "__name__", None) or type(loss).__name__
     if kind not in _LOSSES:
-        raise SpecError(f"loss={kind} is not known at the site. Known: mse, l1, huber, cross_entropy, bce_logits, nll; any "
-                        "other loss goes into the module's own training_step(self, batch).")
+        raise SpecError(f"loss={kind} is not known at the site. Known: {', '.join(losses.NAMES)}; any other loss goes into the "
+                        "module's own training_step(self, batch).")
     if not isinstance(loss, type):
         for option, neutral in _LOSS_DEFAULTS.items():
             value = getattr(loss, option, neutral)
             same = value is neutral if neutral is None else value == neutral
             if not same:
-                raise SpecError(f"{kind}({option}={value!r}) is not known at the site, only {kind}(); put the loss into the "
-                                "module's own training_step(self, batch).")
+                advice = ("give loss_options={'class_weights': […]} (there the mean is one over samples)"
+                          if option == "weight" and _LOSSES[kind] in losses.CLASSES
+                          else "put the loss into the module's own training_step(self, batch)")
+                raise SpecError(f"{kind}({option}={value!r}) is not known at the site, only {kind}(); {advice}.")
     return _LOSSES[kind]
 
 
+def loss_options(loss, given=None):
+    """The spec's `loss_options`: those of a torch module, and those given."""
+    name, result = loss_name(loss), {}
+    if loss is not None and not isinstance(loss, (str, type)):
+        for option, (neutral, names) in _LOSS_OPTIONS.items():
+            value = getattr(loss, option, neutral)
+            if name in names and value != neutral:
+                result[option] = float(value)
+    return {**result, **(given or {})}
+
+
 def train(directory, model=None, loss=None, data=None, target=None, split=None, transforms=None, optimizer=None, check=True,
-          **plain):
+          scheduler=None, options=None, **plain):
     """The spec's `train` from the keywords of Gateway.submit; only what was given. Files are generated into `directory`."""
     result = {key: value for key, value in plain.items() if value is not None}
-    name = loss_name(loss)
+    name, options = loss_name(loss), loss_options(loss, options)
     if name:
         result["loss"] = name
-    scripted = batch = None
-    if model is not None:
-        result["model"], scripted = _model(model, directory, name)
+    if options:
+        result["loss_options"] = options
+    batch = None
     if data is not None:
-        result["data"], batch = dataset.document(data, directory, target, classes=name in ("cross_entropy", "nll"))
+        result["data"], batch = dataset.document(data, directory, target, classes=name in losses.CLASSES)
     elif target is not None:
         raise SpecError("target= goes with data=<DataFrame>.")
     for key, value in (("split", split), ("transforms", transforms)):
         if value is not None:
             result.setdefault("data", {})[key] = dataset.split_document(value) if key == "split" else list(value)
+    module = model if model is not None and not isinstance(model, (dict, str, os.PathLike)) else None
     if optimizer is not None:
-        module = model if scripted is not None and not isinstance(optimizer, (str, dict)) else None
         result["optimizer"] = optimizers.document(optimizer, module)
-    if scripted is not None and not name and result.get("metrics"):
+        rates = None
+        if scheduler is not None and hasattr(scheduler, "optimizer"):
+            rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+            next(iter(result["optimizer"].values()))["lr"] = float(schedule.peak_rate(scheduler))
+        groups = optimizers.groups(optimizer, module, rates)
+        if groups:
+            result["parameter_groups"] = [*groups, *result.get("parameter_groups", [])]
+    if scheduler is not None:
+        result["schedule"] = schedule.document(scheduler)
+    if module is not None and not name and result.get("metrics"):
         raise SpecError("metrics= goes with a named loss; a module with its own training_step returns its metrics there.")
-    if scripted is not None and check and batch is not None and not result["data"].get("transforms"):
-        handover.check_step(scripted, name, batch)
+    if module is not None:
+        transformed = bool(result.get("data", {}).get("transforms"))  # then the model will not see the samples as they are
+        result["model"] = _hand_over(module, directory, name, options, None if transformed else batch, check)
+    elif model is not None:
+        result["model"] = _model(model)
     return result
 
 
-def _model(model, directory, loss):
+def _hand_over(module, directory, loss, options, batch, check):
+    """A module of the user's: scripted where TorchScript takes it, else exported as a graph, for which samples are needed."""
+    if batch is None or not check or (loss and loss not in losses.NAMES):
+        path = os.path.join(directory, "model.pt")
+        try:
+            handover.save(handover.script(module, loss), path)
+        except ModelError as error:
+            if batch is None and "cannot be scripted" in str(error):
+                raise ModelError(f"{error} Or give the data as arrays and without transforms: with samples at hand the module can be "
+                                 "exported as a graph instead.") from None
+            raise
+        return {"torchscript": path}
+    path = os.path.join(directory, "model.itw")
+    handover.check_step(_checked(module, loss), loss, batch, options)
+    archive.export(module, batch, path, loss, options)
+    return {"archive": path}
+
+
+def _checked(module, loss):
+    """What the first step is tried on: the scripted module where there is one, with what it says when it cannot be one."""
+    try:
+        return handover.script(module, loss)
+    except ModelError as error:
+        if "cannot be scripted" not in str(error):
+            raise
+        return module
+
+
+def _model(model):
     if isinstance(model, dict):
-        return model, None
-    if isinstance(model, (str, os.PathLike)):
-        text = os.fspath(model)
-        if isinstance(model, os.PathLike) or text.lower().endswith(_MODEL_SUFFIXES) or os.sep in text or text.startswith(
-                ("sha256:", "site:")):
-            return {"torchscript": dataset.absolute(text)}, None
-        return {"builtin": text}, None
-    scripted = handover.script(model, loss)
-    path = os.path.join(directory, "model.pt")
-    handover.save(scripted, path)
-    return {"torchscript": path}, scripted
+        return model
+    text = os.fspath(model)
+    if text.lower().endswith(".itw"):
+        return {"archive": dataset.absolute(text)}
+    if isinstance(model, os.PathLike) or text.lower().endswith(_MODEL_SUFFIXES) or os.sep in text or text.startswith(
+            ("sha256:", "site:")):
+        return {"torchscript": dataset.absolute(text)}
+    return {"builtin": text}
 
 
 def overrides(change):

@@ -65,6 +65,45 @@ TEST(TrainSpec, ReadsProtobufJson) {
   EXPECT_EQ(ParseSpec(job).resources.time_seconds, 1800);
 }
 
+TEST(TrainSpec, ReadsFeatures) {
+  const TrainSpec spec = ParseSpec(WithTrain(R"({
+      "optimizer": {"lars": {"trust": 0.01}}, "clip_value": 0.5, "loss": "cross_entropy", "top_k": 3,
+      "schedule": {"multi_step": {"milestones": ["3", "7"], "gamma": 0.5}, "unit": "epoch", "warmup_steps": "20"},
+      "parameter_groups": [{"match": ["*.bias"], "weight_decay": 0}, {"match": ["encoder"], "freeze": true}],
+      "loss_options": {"label_smoothing": 0.1, "class_weights": [1, 0.5]}})"));
+  EXPECT_EQ(std::get<Lars>(spec.optimizer).trust, 0.01);
+  EXPECT_EQ(spec.clip_value, 0.5);
+  EXPECT_EQ(spec.top_k, 3);
+  EXPECT_THAT(std::get<MultiStepSchedule>(spec.schedule.kind).milestones, ElementsAre(3, 7));
+  EXPECT_TRUE(spec.schedule.epochs);
+  EXPECT_EQ(spec.schedule.warmup_steps, 20);
+  ASSERT_EQ(spec.parameter_groups.size(), 2u);
+  EXPECT_EQ(spec.parameter_groups[0].weight_decay, 0.0);
+  EXPECT_FALSE(spec.parameter_groups[0].lr);
+  EXPECT_TRUE(spec.parameter_groups[1].freeze);
+  EXPECT_THAT(spec.loss_options.class_weights, ElementsAre(1, 0.5));
+  EXPECT_EQ(std::get<PlateauSchedule>(
+                ParseSpec(WithTrain(R"({"schedule": {"plateau": {"direction": "max"}}})"))
+                    .schedule.kind)
+                .metric,
+            "validation/loss");
+}
+
+TEST(TrainSpec, RefusesFeaturesThatDoNotGoTogether) {
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"schedule": {"one_cycle": {}, "warmup_steps": 5}})")),
+              HasSubstr("train.schedule.warmup_steps does not go with one_cycle"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"schedule": {"unit": "hour"}})")),
+              HasSubstr("train.schedule.unit is \"hour\"; known: step, epoch"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"loss": "mse", "loss_options": {"delta": 2}})")),
+              HasSubstr("train.loss_options.delta belongs to the loss huber; this job's is mse"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"loss": "quantile"})")),
+              HasSubstr("train.loss_options.quantiles is missing"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"parameter_groups": [{"lr": 0.1}]})")),
+              HasSubstr("train.parameter_groups[0].match is missing"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"lars": {"nesterov": true, "momentum": 0}}})")),
+              HasSubstr("train.optimizer.lars.nesterov needs a momentum above 0"));
+}
+
 TEST(TrainSpec, ReadsDataAndTransforms) {
   Json job = SmallJob();
   job["train"]["data"] = Json::parse(R"({"netcdf": "winds.cdf", "variables": ["UWND", "VWND"],

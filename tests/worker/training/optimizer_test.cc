@@ -114,6 +114,164 @@ TEST(Optimizer, RmsPropEqualsTorch) {
       Torch<RMSprop>(RMSpropOptions(0.003).alpha(0.9).weight_decay(0.05).momentum(0.7)));
 }
 
+TEST(Optimizer, AdagradEqualsTorch) {
+  using torch::optim::AdagradOptions;
+  ExpectEqualToTorch(Adagrad{}, Torch<torch::optim::Adagrad>(AdagradOptions()));
+  ExpectEqualToTorch(
+      Adagrad{.lr = 0.1, .lr_decay = 0.02, .weight_decay = 0.05, .initial_accumulator = 0.3},
+      Torch<torch::optim::Adagrad>(
+          AdagradOptions(0.1).lr_decay(0.02).weight_decay(0.05).initial_accumulator_value(0.3)));
+}
+
+// The published algorithms, written down with tensors.
+class LambReference {
+ public:
+  LambReference(const Lamb& o, std::vector<at::Tensor> p) : o_(o), p_(std::move(p)) {
+    for (const at::Tensor& t : p_) {
+      m_.push_back(torch::zeros_like(t));
+      v_.push_back(torch::zeros_like(t));
+    }
+  }
+  void Step() {
+    const at::NoGradGuard no_grad;
+    ++step_;
+    for (size_t i = 0; i < p_.size(); ++i) {
+      m_[i].mul_(o_.beta1).add_(p_[i].grad(), 1 - o_.beta1);
+      v_[i].mul_(o_.beta2).addcmul_(p_[i].grad(), p_[i].grad(), 1 - o_.beta2);
+      const at::Tensor u = m_[i] / (1 - std::pow(o_.beta1, step_)) /
+                               ((v_[i] / (1 - std::pow(o_.beta2, step_))).sqrt() + o_.eps) +
+                           o_.weight_decay * p_[i];
+      p_[i].sub_(u * (o_.lr * p_[i].norm() / u.norm()));
+    }
+  }
+
+ private:
+  const Lamb o_;
+  std::vector<at::Tensor> p_, m_, v_;
+  int step_ = 0;
+};
+class LarsReference {
+ public:
+  LarsReference(const Lars& o, std::vector<at::Tensor> p) : o_(o), p_(std::move(p)) {
+    for (const at::Tensor& t : p_) b_.push_back(torch::zeros_like(t));
+  }
+  void Step() {
+    const at::NoGradGuard no_grad;
+    for (size_t i = 0; i < p_.size(); ++i) {
+      const at::Tensor& w = p_[i];
+      at::Tensor d = w.grad() + o_.weight_decay * w;
+      if (w.dim() > 1)
+        d = d * (o_.trust * w.norm() / (w.grad().norm() + o_.weight_decay * w.norm()));
+      b_[i].mul_(o_.momentum).add_(d);
+      p_[i].sub_(o_.lr * (o_.nesterov ? d + o_.momentum * b_[i] : b_[i]));
+    }
+  }
+
+ private:
+  const Lars o_;
+  std::vector<at::Tensor> p_, b_;
+};
+
+template <typename Reference, typename Spec>
+void ExpectEqualToReference(const Spec& spec) {
+  for (const auto& [type, tolerance] :
+       {std::pair{at::kFloat, 5e-6}, std::pair{at::kDouble, 1e-13}}) {
+    for (int64_t bucket_bytes : {1, 1000, 1 << 20}) {
+      std::vector<at::Tensor> ours = MakeParameters(type), theirs = MakeParameters(type);
+      FlatParameters flat(Named(ours), bucket_bytes, bucket_bytes);
+      Optimizer optimizer(spec, flat, WholeBuckets(flat));
+      EXPECT_TRUE(optimizer.needs_norms());
+      Reference reference(spec, theirs);
+      for (int step = 0; step < kSteps; ++step) {
+        for (size_t i = 0; i < ours.size(); ++i) {
+          ours[i].mutable_grad().copy_(GradientFor(theirs[i], step));
+          theirs[i].mutable_grad() = GradientFor(theirs[i], step);
+        }
+        optimizer.BeginStep();
+        for (size_t b = 0; b < flat.buckets().size(); ++b) optimizer.MeasureRange(b, 1.0);
+        for (size_t b = 0; b < flat.buckets().size(); ++b) optimizer.StepRange(b, 1.0);
+        reference.Step();
+      }
+      for (size_t i = 0; i < ours.size(); ++i) {
+        EXPECT_GT((ours[i].detach() - MakeParameters(type)[i]).abs().max().item<double>(), 1e-4);
+        EXPECT_LT((ours[i] - theirs[i]).abs().max().item<double>(), tolerance);
+      }
+    }
+  }
+}
+
+TEST(Optimizer, LambAndLarsEqualTheirAlgorithms) {
+  ExpectEqualToReference<LambReference>(Lamb{.lr = 0.01, .weight_decay = 0.1});
+  ExpectEqualToReference<LarsReference>(Lars{.lr = 1.0, .weight_decay = 0.01, .trust = 0.02});
+  ExpectEqualToReference<LarsReference>(Lars{.lr = 1.0, .trust = 0.02, .nesterov = true});
+}
+
+TEST(Optimizer, TheScheduleScalesTheRate) {
+  std::vector<at::Tensor> a = MakeParameters(at::kDouble), b = MakeParameters(at::kDouble);
+  FlatParameters flat_a(Named(a), 1, 1), flat_b(Named(b), 1, 1);
+  Optimizer scheduled(AdamW{.lr = 0.2}, flat_a, WholeBuckets(flat_a));
+  Optimizer plain(AdamW{.lr = 0.05}, flat_b, WholeBuckets(flat_b));
+  for (int step = 0; step < 3; ++step) {
+    for (size_t i = 0; i < a.size(); ++i) {
+      a[i].mutable_grad().copy_(GradientFor(b[i], step));
+      b[i].mutable_grad().copy_(GradientFor(b[i], step));
+    }
+    scheduled.BeginStep(0.25);
+    plain.BeginStep();
+    EXPECT_DOUBLE_EQ(scheduled.learning_rate(), 0.05);
+    for (size_t k = 0; k < flat_a.buckets().size(); ++k) {
+      scheduled.StepRange(k, 1.0);
+      plain.StepRange(k, 1.0);
+    }
+  }
+  for (size_t i = 0; i < a.size(); ++i) EXPECT_TRUE(a[i].equal(b[i]));
+}
+
+// A model whose groups have their own options steps like several models with one each.
+TEST(Optimizer, GroupsHaveTheirOwnRateAndDecay) {
+  const std::vector<ParameterGroupSpec> groups = {{.match = {"p1", "p3"}, .weight_decay = 0.0},
+                                                  {.match = {"p2"}, .lr = 0.5}};
+  const OptimizerSpec plain = Sgd{.lr = 0.1, .momentum = 0.9, .weight_decay = 0.2};
+  const OptimizerSpec of_group[] = {plain, Sgd{.lr = 0.1, .momentum = 0.9},
+                                    Sgd{.lr = 0.5, .momentum = 0.9, .weight_decay = 0.2},
+                                    Sgd{.lr = 0.1, .momentum = 0.9}};
+  for (int64_t bucket_bytes : {1, 1 << 20}) {
+    std::vector<at::Tensor> grouped = MakeParameters(at::kFloat), alone = MakeParameters(at::kFloat);
+    FlatParameters flat(Named(grouped), bucket_bytes, bucket_bytes);
+    Optimizer optimizer(plain, flat, WholeBuckets(flat), groups);
+    std::vector<std::unique_ptr<FlatParameters>> flats;
+    std::vector<std::unique_ptr<Optimizer>> optimizers;
+    for (size_t i = 0; i < alone.size(); ++i) {
+      flats.push_back(std::make_unique<FlatParameters>(
+          std::vector<std::pair<std::string, at::Tensor>>{{"p", alone[i]}}, 1, 1));
+      optimizers.push_back(
+          std::make_unique<Optimizer>(of_group[i], *flats.back(), WholeBuckets(*flats.back())));
+    }
+    for (int step = 0; step < 4; ++step) {
+      for (size_t i = 0; i < alone.size(); ++i) {
+        grouped[i].mutable_grad().copy_(GradientFor(alone[i], step));
+        alone[i].mutable_grad().copy_(GradientFor(alone[i], step));
+      }
+      optimizer.BeginStep();
+      for (size_t k = 0; k < flat.buckets().size(); ++k) optimizer.StepRange(k, 1.0);
+      for (auto& o : optimizers) {
+        o->BeginStep();
+        o->StepRange(0, 1.0);
+      }
+    }
+    for (size_t i = 0; i < alone.size(); ++i) EXPECT_TRUE(grouped[i].equal(alone[i])) << i;
+  }
+}
+
+TEST(Optimizer, ClampsEachElement) {
+  float values[] = {-5, 0.5, 3, std::numeric_limits<float>::quiet_NaN()};
+  kernels::ScaleAndClamp(values, 4, 0.5, 1);
+  EXPECT_EQ(values[0], -1);
+  EXPECT_EQ(values[1], 0.25);
+  EXPECT_EQ(values[2], 1);
+  EXPECT_TRUE(std::isnan(values[3]));
+}
+
 TEST(Optimizer, StateMovesToOtherBuckets) {
   std::vector<at::Tensor> a = MakeParameters(at::kFloat), b = MakeParameters(at::kFloat);
   FlatParameters small(Named(a), 1, 1), large(Named(b), 1 << 20, 1 << 20);

@@ -1,6 +1,7 @@
 #include "agent/worker/training/training_loop.h"
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <mutex>
 
@@ -445,6 +446,182 @@ TEST(TrainingLoop, BatchesFromTheThreadAreTheSame) {
   }
   EXPECT_TRUE(threaded.threaded());
   EXPECT_FALSE(direct.threaded());
+}
+
+// ---- features -------------------------------------------------------------------------------------
+
+TEST(TrainingLoop, TheScheduleGivesEachStepItsRate) {
+  const Scratch scratch;
+  const TinyDataset dataset(24, 0, 6);
+  Training run{.checkpoints = scratch / "c"};
+  run.spec.optimizer = Sgd{.lr = 0.5};
+  run.spec.epochs = 4;  // of 3 steps
+  run.spec.schedule = {.kind = PolynomialSchedule{}, .warmup_steps = 4, .warmup_start = 0};
+  run.GoOrThrow(dataset);
+  const auto& rates = run.sink.points["train/learning_rate"];
+  ASSERT_EQ(rates.size(), 4u);
+  EXPECT_NEAR(rates[0].second, 0.5 * 2 / 4, 1e-12);       // of step 2, the third
+  EXPECT_NEAR(rates[1].second, 0.5 * (1 - 1.0 / 8), 1e-12);
+  EXPECT_NEAR(rates[3].second, 0.5 * (1 - 7.0 / 8), 1e-12);
+}
+
+TEST(TrainingLoop, RanksAgreeWithEveryFeatureOn) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 9, 6);
+  const auto with = [&](int ranks) {
+    Training run{.ranks = ranks, .checkpoints = scratch / std::to_string(ranks)};
+    run.spec.optimizer = Lamb{.lr = 0.05};
+    run.spec.clip_norm = 0.5;
+    run.spec.clip_value = 0.05;
+    run.spec.ema = 0.9;
+    run.spec.best = BestSpec{};
+    run.spec.schedule = {.kind = PlateauSchedule{.factor = 0.5, .patience = 0, .threshold = 0.2}};
+    run.spec.parameter_groups = {{.match = {"*.bias"}, .weight_decay = 0}, {.match = {"first"}, .lr = 0.02}};
+    run.spec.validate_every_steps = 4;
+    run.GoOrThrow(dataset);
+    return run;
+  };
+  Training one = with(1);
+  for (int ranks : {2, 3, 4}) {
+    const Training many = with(ranks);
+    EXPECT_LT(LargestDifference(one.parameters[0], many.parameters[0]), 1e-11) << ranks;
+    for (int r = 1; r < ranks; ++r) EXPECT_TRUE(SameBits(many.parameters[0], many.parameters[r]));
+    for (const char* name : {"test/rmse", "validation/loss", "train/learning_rate", "train/best_step"})
+      EXPECT_NEAR(one.outcomes[0].metrics.at(name), many.outcomes[0].metrics.at(name), 1e-11) << name;
+  }
+  EXPECT_LT(one.outcomes[0].metrics.at("train/learning_rate"), 0.05);  // the plateau has acted
+  std::vector<int64_t> steps;
+  for (const auto& [step, value] : one.sink.points["validation/loss"]) steps.push_back(step);
+  EXPECT_THAT(steps, ::testing::IsSupersetOf({4, 6, 8, 12, 16, 18}));
+}
+
+TEST(TrainingLoop, FeaturesGoOnFromACheckpoint) {
+  const Scratch scratch;
+  const TinyDataset dataset(24, 6, 6);
+  const auto spec = [](Training& run) {
+    run.spec.ema = 0.8;
+    run.spec.best = BestSpec{.maximize = true};
+    run.spec.early_stopping = EarlyStoppingSpec{.patience = 50};
+    run.spec.schedule = {.kind = PlateauSchedule{.factor = 0.5, .patience = 0, .threshold = 0.5}};
+    run.spec.epochs = 6;
+  };
+  Training whole{.checkpoints = scratch / "whole"};
+  spec(whole);
+  whole.GoOrThrow(dataset);
+  Training first{.checkpoints = scratch / "part"};
+  spec(first);
+  first.spec.checkpoint = {.every_epochs = 1, .keep = 10};
+  first.GoOrThrow(dataset);
+  Training second{.ranks = 2, .checkpoints = scratch / "rest", .resume = scratch / "part" / "step-9"};
+  spec(second);
+  second.GoOrThrow(dataset);
+  EXPECT_EQ(whole.outcomes[0].metrics.at("train/learning_rate"), second.outcomes[0].metrics.at("train/learning_rate"));
+  EXPECT_EQ(whole.outcomes[0].metrics.at("train/best_step"), 3);
+  EXPECT_EQ(second.outcomes[0].metrics.at("train/best_step"), 3);
+  EXPECT_LT(LargestDifference(whole.parameters[0], second.parameters[0]), 1e-12);
+}
+
+TEST(TrainingLoop, TheAverageOfTheWeightsIsGivenBack) {
+  const Scratch scratch;
+  const TinyDataset dataset(8, 0, 6);
+  Training plain{.checkpoints = scratch / "plain"}, averaged{.checkpoints = scratch / "averaged"};
+  plain.spec.epochs = averaged.spec.epochs = 1;
+  averaged.spec.ema = 0.999;
+  plain.GoOrThrow(dataset);
+  averaged.GoOrThrow(dataset);
+  TinyModel start;
+  const NamedTensors initial = start.parameters();
+  for (size_t i = 0; i < initial.size(); ++i) {  // one step: 2/11 of the first weights, 9/11 of the last
+    const at::Tensor expected = initial[i].second.detach().lerp(plain.parameters[0][i].second, 9.0 / 11);
+    EXPECT_TRUE(averaged.parameters[0][i].second.allclose(expected, 1e-12, 1e-12)) << initial[i].first;
+  }
+  EXPECT_NE(plain.outcomes[0].metrics.at("test/rmse"), averaged.outcomes[0].metrics.at("test/rmse"));
+  EXPECT_NE(plain.outcomes[0].weights_sha256, averaged.outcomes[0].weights_sha256);
+}
+
+TEST(TrainingLoop, StopsEarlyOnAllRanks) {
+  const Scratch scratch;
+  const TinyDataset dataset(24, 5, 6);
+  Training run{.ranks = 3, .checkpoints = scratch / "c"};
+  run.spec.epochs = 50;
+  run.spec.optimizer = Sgd{.lr = 1e-9};
+  run.spec.early_stopping = EarlyStoppingSpec{.patience = 2, .min_delta = 0.01};
+  run.GoOrThrow(dataset);
+  for (const TrainingOutcome& outcome : run.outcomes) {
+    EXPECT_EQ(outcome.epochs, 3);  // the first is the best, two more do not improve
+    EXPECT_FALSE(outcome.saved);
+  }
+  EXPECT_THAT(run.printed, ::testing::Contains(HasSubstr("stopped early at step 9: validation/loss")));
+  EXPECT_TRUE(run.outcomes[0].metrics.contains("test/rmse"));
+}
+
+TEST(TrainingLoop, TheBestWeightsAreTheModelOrBesideIt) {
+  const Scratch scratch;
+  const TinyDataset dataset(24, 5, 6);
+  Training best{.ranks = 2, .checkpoints = scratch / "best"}, kept{.checkpoints = scratch / "kept"};
+  // The loss falls, so the highest is that of the first evaluation.
+  best.spec.best = BestSpec{.maximize = true};
+  kept.spec.best = BestSpec{.maximize = true, .export_best = false};
+  best.GoOrThrow(dataset);
+  kept.GoOrThrow(dataset);
+  ASSERT_EQ(best.outcomes[0].metrics.at("train/best_step"), 3);
+  Training three{.checkpoints = scratch / "three"}, all{.checkpoints = scratch / "all"};
+  three.spec.steps = 3;
+  three.GoOrThrow(dataset);
+  all.GoOrThrow(dataset);
+  EXPECT_LT(LargestDifference(best.parameters[0], three.parameters[0]), 1e-12);
+  EXPECT_TRUE(SameBits(best.parameters[0], best.parameters[1]));
+  EXPECT_NEAR(best.outcomes[0].metrics.at("test/rmse"), three.outcomes[0].metrics.at("test/rmse"), 1e-12);
+  EXPECT_TRUE(best.outcomes[0].best.empty());
+  EXPECT_TRUE(SameBits(kept.parameters[0], all.parameters[0]));
+  ASSERT_EQ(kept.outcomes[0].best.size(), 5u);  // with the buffer
+  EXPECT_LT(kept.outcomes[0].best[0].second.sub(three.parameters[0][0].second).abs().max().item<double>(), 1e-12);
+}
+
+TEST(TrainingLoop, WhatIsWatchedMustBeEvaluated) {
+  const Scratch scratch;
+  Training run{.checkpoints = scratch / "c"};
+  run.spec.early_stopping = EarlyStoppingSpec{};
+  run.Go(TinyDataset(24, 0, 6));
+  EXPECT_THAT(ErrorOf(run.errors[0]).what(), HasSubstr("train.early_stopping: needs a validation split"));
+  run.spec.early_stopping->metric = "validation/accurcy";
+  run.Go(TinyDataset(24, 4, 6));
+  EXPECT_THAT(ErrorOf(run.errors[0]).what(), HasSubstr("the evaluation has no validation/accurcy; it has validation/loss"));
+}
+
+TEST(TrainingLoop, TheLossScaleChangesNoBitAndSkipsWhatOverflows) {
+  // float64 is left alone by autocast, so the scale is alone here; it is a power of two.
+  const Scratch scratch;
+  const TinyDataset dataset(24, 0, 6);
+  Training plain{.checkpoints = scratch / "plain"}, scaled{.ranks = 1, .checkpoints = scratch / "scaled"};
+  scaled.spec.precision = Precision::kFloat16;
+  plain.spec.clip_norm = scaled.spec.clip_norm = 0.01;
+  plain.GoOrThrow(dataset);
+  scaled.GoOrThrow(dataset);
+  EXPECT_TRUE(SameBits(plain.parameters[0], scaled.parameters[0]));
+  EXPECT_EQ(scaled.outcomes[0].metrics.at("train/skipped_steps"), 0);
+
+  Training overflowing{.ranks = 2, .checkpoints = scratch / "overflowing"};
+  overflowing.spec.precision = Precision::kFloat16;
+  overflowing.spec.loss_scale = {.initial = std::ldexp(1.0, 1023), .window = 1000, .hysteresis = 1};
+  overflowing.spec.epochs = 200;
+  overflowing.GoOrThrow(dataset);
+  const double skipped = overflowing.outcomes[0].metrics.at("train/skipped_steps");
+  EXPECT_GT(skipped, 400);  // the squares of the gradients must be finite, too
+  EXPECT_LT(skipped, 560);
+  EXPECT_EQ(overflowing.outcomes[0].steps, 600);
+  EXPECT_TRUE(SameBits(overflowing.parameters[0], overflowing.parameters[1]));
+  EXPECT_GT(LargestDifference(overflowing.parameters[0], TinyModel().parameters()), 0.01);
+}
+
+TEST(TrainingLoop, FrozenParametersStay) {
+  const Scratch scratch;
+  Training run{.checkpoints = scratch / "c"};
+  run.spec.parameter_groups = {{.match = {"first.*"}, .freeze = true}};
+  run.GoOrThrow(TinyDataset(24, 0, 6));
+  const auto initial = TinyModel().parameters();
+  EXPECT_TRUE(run.parameters[0][0].second.equal(initial[0].second));
+  EXPECT_FALSE(run.parameters[0][2].second.equal(initial[2].second));
 }
 
 }  // namespace

@@ -1,0 +1,120 @@
+#include "agent/worker/model/graph_model.h"
+
+#include <ATen/core/grad_mode.h>
+
+#include <optional>
+#include <utility>
+
+#include "agent/worker/checkpoint/durable_file.h"
+#include "agent/worker/checkpoint/safetensors.h"
+#include "agent/worker/error.h"
+#include "agent/worker/model/graph.h"
+#include "agent/worker/model/loss.h"
+
+namespace itwin::worker {
+namespace {
+
+class GraphModel : public Model {
+ public:
+  GraphModel(std::string file, nlohmann::json json, std::unique_ptr<Graph> graph,
+             std::optional<Loss> loss, nlohmann::json preprocessing)
+      : file_(std::move(file)),
+        json_(std::move(json)),
+        graph_(std::move(graph)),
+        loss_(std::move(loss)),
+        preprocessing_(std::move(preprocessing)) {}
+
+  std::vector<std::pair<std::string, at::Tensor>> parameters() override {
+    std::vector<std::pair<std::string, at::Tensor>> trainable;
+    for (const auto& parameter : graph_->parameters()) {
+      if (parameter.second.requires_grad()) trainable.push_back(parameter);
+    }
+    return trainable;
+  }
+  std::vector<std::pair<std::string, at::Tensor>> buffers() override { return graph_->buffers(); }
+
+  StepOutput TrainingStep(const Batch& batch) override { return Step(batch, /*with_metrics=*/false); }
+  StepOutput EvaluationStep(const Batch& batch) override {
+    const at::NoGradGuard no_grad;
+    return Step(batch, /*with_metrics=*/true);
+  }
+  at::Tensor Predict(const at::Tensor& input) override {
+    const at::NoGradGuard no_grad;
+    if (!loss_) {
+      throw UserError("train.model.archive: " + file_ +
+                      " gives a loss, not predictions; export the module with a named loss");
+    }
+    return graph_->Run({{graph_->inputs()[0], input}})[0];
+  }
+  void Train(bool training) override { graph_->Train(training); }
+
+  void Save(const std::filesystem::path& dir) override {
+    NamedTensors weights;
+    for (const auto& [name, tensor] : graph_->parameters())
+      weights.emplace_back(name, tensor.detach().to(at::kCPU).contiguous());
+    for (const auto& [name, tensor] : graph_->buffers())
+      weights.emplace_back(name, tensor.detach().to(at::kCPU).contiguous());
+    WriteSafetensors(dir / "weights.safetensors", weights, {{"format", "pt"}});
+    WriteFileDurably(dir / "graph.json", json_.dump() + "\n");
+    WriteFileDurably(dir / "preprocessing.json", preprocessing_.dump(2) + "\n");
+  }
+
+  std::string description() override {
+    int64_t elements = 0;
+    for (const auto& [name, tensor] : parameters()) elements += tensor.numel();
+    return file_ + " (exported graph), " + std::to_string(elements) + " parameters";
+  }
+
+ private:
+  StepOutput Step(const Batch& batch, bool with_metrics) {
+    std::vector<at::Tensor> outputs = graph_->Run(batch);
+    if (loss_) return (*loss_)(outputs[0], batch.at("target"), with_metrics);
+    StepOutput step{.loss = Scalar(outputs[0], "loss"), .metrics = {}};
+    for (size_t i = 1; with_metrics && i < outputs.size(); ++i) {
+      step.metrics[graph_->outputs()[i]] = Scalar(outputs[i].detach(), graph_->outputs()[i]);
+    }
+    return step;
+  }
+  at::Tensor Scalar(const at::Tensor& tensor, const std::string& name) const {
+    if (tensor.numel() != 1) {
+      throw UserError("train.model.archive: " + file_ + " gives \"" + name + "\" with " +
+                      std::to_string(tensor.numel()) +
+                      " elements; it must be one number, the mean over the batch's samples");
+    }
+    return tensor.dim() == 0 ? tensor : tensor.reshape({});
+  }
+
+  const std::string file_;
+  const nlohmann::json json_;
+  const std::unique_ptr<Graph> graph_;
+  const std::optional<Loss> loss_;
+  const nlohmann::json preprocessing_;
+};
+
+}  // namespace
+
+std::unique_ptr<Model> MakeGraphModel(const TrainSpec& spec, const Dataset& dataset,
+                                      const ModelArchive& archive) {
+  const std::string field = "train.model.archive: " + archive.file;
+  auto graph = std::make_unique<Graph>(archive.graph, archive.weights, field);
+  bool trainable = false;
+  for (const auto& [name, tensor] : graph->parameters()) trainable = trainable || tensor.requires_grad();
+  if (!trainable) throw UserError(field + ": no parameter requires a gradient, so there is nothing to train");
+  std::optional<Loss> loss;
+  if (graph->outputs()[0] == "loss") {
+    if (!spec.loss.empty() || !spec.metrics.empty()) {
+      throw UserError(std::string("train.") + (spec.loss.empty() ? "metrics" : "loss") + ": " +
+                      archive.file + " brings its own loss and metrics; leave this out");
+    }
+  } else {
+    if (spec.loss.empty()) {
+      throw UserError("train.loss: is not given, and " + archive.file +
+                      " gives predictions, no loss of its own; name a loss");
+    }
+    loss.emplace(spec.loss, spec.metrics, spec.loss_options, spec.top_k);
+  }
+  return std::make_unique<GraphModel>(archive.file, archive.graph, std::move(graph), std::move(loss),
+                                      dataset.preprocessing());
+}
+
+}  // namespace itwin::worker

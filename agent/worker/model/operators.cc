@@ -1,0 +1,186 @@
+#include "agent/worker/model/operators.h"
+
+#include <dlfcn.h>
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/jit/passes/inliner.h>
+#include <torch/csrc/jit/runtime/operator.h>
+#include <torch/script.h>
+#include <torch/version.h>
+
+#include <algorithm>
+
+#include "agent/worker/data/nearest_name.h"
+#include "agent/worker/error.h"
+
+namespace itwin::worker {
+namespace {
+
+// Constructs and conversions of TorchScript itself; they stay within the interpreter.
+const std::set<std::string>& AllowedPrims() {
+  static const auto* const kNames = new std::set<std::string>{
+      "AutogradAdd", "CallFunction", "CallMethod", "Closure", "Constant", "ConstantChunk",
+      "ConstantMKLDNNTensor", "CreateObject", "DictConstruct", "EnumName", "EnumValue", "Enter",
+      "Exit", "FusedConcat", "GetAttr", "HasAttr", "If", "IfThenElse", "isinstance", "is_none",
+      "ListConstruct", "ListUnpack", "Loop", "ModuleContainerIndex", "NumToTensor", "Param",
+      "Print", "RaiseException", "Return", "SetAttr", "StringIndex", "TupleConstruct",
+      "TupleIndex", "TupleSlice", "TupleUnpack", "Uninitialized", "VarConcat", "VarStack", "abs",
+      "annotate", "device", "dtype", "index", "is_cpu", "is_cuda", "is_sparse", "layout", "max",
+      "min", "name", "rangelist", "requires_grad", "shape", "tolist", "type", "unchecked_cast",
+      "unchecked_unwrap_optional", "data"};
+  return *kNames;
+}
+
+const std::set<std::string>& AllowedAten() {
+  static const auto* const kNames = new std::set<std::string>{
+#include "agent/worker/model/allowed_operators.inc"
+  };
+  return *kNames;
+}
+
+// What libraries brought, by full name, and where they lie.
+std::set<std::string>& LibraryOperators() {
+  static auto* const names = new std::set<std::string>;
+  return *names;
+}
+std::vector<std::string>& Libraries() {
+  static auto* const paths = new std::vector<std::string>;
+  return *paths;
+}
+
+std::string BaseName(const std::string& name) {
+  const size_t colons = name.find("::");
+  const size_t dot = name.find('.', colons == std::string::npos ? 0 : colons);
+  return name.substr(0, dot);
+}
+
+std::string Joined(const std::string& name, const std::string& overload) {
+  return overload.empty() ? name : name + "." + overload;
+}
+
+// Full names of all operators there are, those of the dispatcher and those of TorchScript alone.
+std::set<std::string> AllOperators() {
+  std::set<std::string> names;
+  for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    if (c10::Dispatcher::singleton().findSchema(name))  // others are implementations without one
+      names.insert(Joined(name.name, name.overload_name));
+  }
+  for (const auto& op : torch::jit::getAllOperators()) {
+    names.insert(Joined(op->schema().name(), op->schema().overload_name()));
+  }
+  return names;
+}
+
+void Collect(const torch::jit::Block* block, std::set<std::string>* names) {
+  for (const torch::jit::Node* node : block->nodes()) {
+    const std::string kind = node->kind().toQualString();
+    if (const c10::FunctionSchema* schema = node->maybeSchema()) {
+      names->insert(Joined(schema->name(), schema->overload_name()));
+    } else {
+      names->insert(kind);
+    }
+    for (const torch::jit::Block* inner : node->blocks()) Collect(inner, names);
+    if (node->hasAttribute(torch::jit::attr::Subgraph)) {
+      Collect(node->g(torch::jit::attr::Subgraph)->block(), names);
+    }
+  }
+}
+
+std::string Sentence(const std::vector<std::string>& names) {
+  constexpr size_t kMost = 12;
+  std::string text;
+  for (size_t i = 0; i < names.size() && i < kMost; ++i) text += (i ? ", " : "") + names[i];
+  if (names.size() > kMost) text += " and " + std::to_string(names.size() - kMost) + " more";
+  return text;
+}
+
+}  // namespace
+
+void LoadOperatorLibrary(const std::filesystem::path& path) {
+  const std::set<std::string> before = AllOperators();
+  if (!path.is_absolute()) {
+    throw UserError("--allow-library " + path.string() + ": give an absolute path");
+  }
+  if (dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
+    const char* reason = dlerror();
+    throw UserError("--allow-library " + path.string() + " cannot be loaded: " +
+                    (reason == nullptr ? "no reason given" : reason));
+  }
+  for (const std::string& name : AllOperators()) {
+    if (!before.contains(name)) LibraryOperators().insert(name);
+  }
+  Libraries().push_back(path.string());
+}
+
+bool IsAllowed(const std::string& name) {
+  const std::string base = BaseName(name);
+  if (base.starts_with("aten::") && AllowedAten().contains(base.substr(6))) return true;
+  if (base.starts_with("prim::")) return AllowedPrims().contains(base.substr(6));
+  const std::set<std::string>& library = LibraryOperators();
+  if (library.contains(name)) return true;
+  const auto next = library.lower_bound(base);  // any overload, for a base name
+  return name == base && next != library.end() && BaseName(*next) == base;
+}
+
+bool IsAvailable(const std::string& name) {
+  if (name.starts_with("prim::")) return true;  // the loader knows its own
+  if (name != BaseName(name)) {
+    static const auto* const kThere = new std::set<std::string>(AllOperators());
+    return kThere->contains(name) || LibraryOperators().contains(name);
+  }
+  const auto symbol = c10::Symbol::fromQualString(name);
+  return !torch::jit::getAllOperatorsFor(symbol).empty();
+}
+
+void CheckOperators(const std::set<std::string>& names, const std::string& field) {
+  std::vector<std::string> forbidden, missing;
+  for (const std::string& name : names) {
+    if (!IsAllowed(name)) {
+      forbidden.push_back(name);
+    } else if (!IsAvailable(name)) {
+      missing.push_back(name);
+    }
+  }
+  if (forbidden.empty() && missing.empty()) return;
+  std::string text = field;
+  if (!forbidden.empty()) {
+    text += " uses " + Sentence(forbidden) +
+            ", which a model may not use at a site (allow-list " +
+            std::to_string(kAllowListVersion) +
+            "): models compute with tensors, they do not reach for files, threads or other "
+            "processes. An operator of a library of yours has to be allowed by the site's "
+            "administrator (--allow-library)";
+  }
+  if (!missing.empty()) {
+    text += std::string(forbidden.empty() ? "" : ". It also") + " uses " + Sentence(missing) +
+            ", which LibTorch " TORCH_VERSION
+            " of this site does not have; write it with older operators, or use a site with a "
+            "newer LibTorch";
+  }
+  throw UserError(text);
+}
+
+std::set<std::string> OperatorsOf(const torch::jit::Module& module) {
+  std::set<std::string> names;
+  for (const torch::jit::Module& part : module.modules()) {
+    for (const auto& method : part.get_methods()) {
+      const auto graph = method.graph()->copy();
+      torch::jit::Inline(*graph);  // functions and methods of other classes
+      Collect(graph->block(), &names);
+    }
+  }
+  return names;
+}
+
+nlohmann::json DescribeOperators() {
+  std::vector<std::string> operators;
+  for (const std::string& name : AllOperators()) {
+    if (IsAllowed(name) && !name.starts_with("prim::")) operators.push_back(name);
+  }
+  return {{"libtorch", TORCH_VERSION},
+          {"allow_list", kAllowListVersion},
+          {"libraries", Libraries()},
+          {"operators", operators}};
+}
+
+}  // namespace itwin::worker
