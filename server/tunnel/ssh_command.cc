@@ -30,7 +30,9 @@ namespace {
 
 constexpr size_t kUploadChunk = 1 << 20;
 constexpr int kUploadTries = 2;    // the second from the beginning, when what was there does not fit
-constexpr int kChecksumExit = 97;  // of the upload script
+// Exit codes of the upload script: all there but not what was sent, or not all there (that part is kept).
+constexpr int kChecksumExit = 97;
+constexpr int kIncompleteExit = 98;
 
 // A script for `sh`, whatever the account's own shell is.
 absl::StatusOr<std::string> ShellScript(const std::string& script) { return CommandLine({"exec", "sh", "-c", script}); }
@@ -150,7 +152,7 @@ absl::Status UploadFile(const SshTunnelOptions& options, const std::string& loca
 
     ITWIN_ASSIGN_OR_RETURN(
         const std::string take,
-        ShellScript(absl::StrCat(names, "mkdir -p \"$d\" && cat ", offset > 0 ? ">>" : ">", "\"$p\" || exit 1; [ \"$(sha256sum <\"$p\" | cut -c1-64)\" = $h ] || { rm -f \"$p\"; exit ",
+        ShellScript(absl::StrCat(names, "mkdir -p \"$d\" && cat ", offset > 0 ? ">>" : ">", "\"$p\" || exit 1; [ $(wc -c <\"$p\") -eq ", total, " ] || exit ", kIncompleteExit, "; [ \"$(sha256sum <\"$p\" | cut -c1-64)\" = $h ] || { rm -f \"$p\"; exit ",
                                  kChecksumExit, "; }; chmod $m \"$p\" && { sync \"$p\" 2>/dev/null || :; } && mv -f \"$p\" \"$f\"")));
     int64_t sent = offset;
     const SshInput file = [&]() -> absl::StatusOr<std::string> {
@@ -161,7 +163,7 @@ absl::Status UploadFile(const SshTunnelOptions& options, const std::string& loca
     };
     ITWIN_ASSIGN_OR_RETURN(const SshCommandResult result, RunSshCommand(options, take, file, deadline));
     if (result.exit_code == 0 && result.signal.empty()) return absl::OkStatus();
-    if (result.exit_code != kChecksumExit) return failed(result);
+    if (result.exit_code != kChecksumExit && result.exit_code != kIncompleteExit) return failed(result);
     if (attempt == kUploadTries) {
       return absl::DataLossError(absl::StrCat("sending ", remote_path, ": what arrives is not what was sent, twice; has the file changed meanwhile?"));
     }

@@ -34,7 +34,7 @@
 namespace itwin::server {
 namespace {
 
-// AES-GCM first: on machines with AES in hardware half as fast again as ChaCha20 (docs/adr).
+// AES-GCM first: on machines with AES in hardware half as fast again as ChaCha20 (docs/adr/0008).
 constexpr char kCiphers[] =
     "aes128-gcm@openssh.com,aes256-gcm@openssh.com,chacha20-poly1305@openssh.com,aes256-ctr,aes192-ctr,aes128-ctr";
 // Key types of hosts in the order we like them, each with the signature algorithms that go with it.
