@@ -104,7 +104,9 @@ nlohmann::json WithArchive(nlohmann::json job, const std::filesystem::path& work
   if (!name.is_string() || name.get<std::string>().empty()) return job;
   const std::filesystem::path path = ResolveFile(name.get<std::string>(), work_dir, kField);
   const Json manifest = ReadManifest(ReadMetadata(path), path.filename().string());
-  for (const auto& [key, value] : manifest.value("train", Json::object()).items()) {
+  const auto given = manifest.find("train");
+  if (given == manifest.end() || !given->is_object()) return job;
+  for (const auto& [key, value] : given->items()) {
     if (!train.contains(key)) train[key] = value;
   }
   return job;

@@ -247,7 +247,9 @@ class Graph::Reader {
       g_.output_slots_.push_back(Slot(entry.at("value").get<std::string>()));
     }
     if (g_.outputs_.empty()) throw Malformed("it has no output");
-    for (const Json& entry : json.value("mutations", Json::array())) {
+    const auto mutations = json.find("mutations");
+    if (mutations == json.end()) return FindLastUses();
+    for (const Json& entry : *mutations) {
       const std::string buffer = entry.at("buffer").get<std::string>();
       const auto found = std::find_if(g_.buffers_.begin(), g_.buffers_.end(),
                                       [&](const auto& b) { return b.first == buffer; });
