@@ -124,7 +124,7 @@ class Agent:
         self.environment = list(environment)
         self.private = tempfile.mkdtemp(prefix="itwin-relay-")
         self.relays = []
-        self.channel = None
+        self.channel = self.listener = None
         self.connect()
 
     def command(self, *words):
@@ -143,19 +143,23 @@ class Agent:
                     connection, _ = listener.accept()
                 except OSError:
                     return
+                if self.listener is not listener:  # disconnected meanwhile
+                    connection.close()
+                    return
                 argv = self.cluster.exec_argv(self.node, *self.command("connect", "--root", str(self.root), *self.flags))
                 self.relays.append(subprocess.Popen(argv, stdin=connection, stdout=connection,
                                                     stderr=open(self.private + "/stderr", "ab")))
                 connection.close()
 
-        threading.Thread(target=serve, daemon=True).start()
         self.listener = listener
+        threading.Thread(target=serve, daemon=True).start()
         self.channel = grpc.insecure_channel("unix:" + path, options=[("grpc.enable_retries", 0)])
 
     def disconnect(self):
         if self.channel is not None:
             self.channel.close()
-            self.listener.close()
+            listener, self.listener = self.listener, None
+            listener.close()
         for relay in self.relays:
             relay.kill()
             relay.wait()

@@ -266,6 +266,7 @@ Judgement JobTrack::Absent(const std::vector<SlurmJobRow>& accounting, const Spo
   if (spool.exited) {
     out.report = ReportOf(SchedulerState::kEnded, "");
     if (!trusted_) out.report.reason = "it left SLURM's queue";
+    out.ask_accounting = true;  // who killed it, where the record does not say
     return out;
   }
   const bool twice = absent_looks_ >= 2;

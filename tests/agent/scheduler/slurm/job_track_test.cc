@@ -140,7 +140,9 @@ TEST_F(JobTrackTest, AbsenceAloneIsNeverAVerdict) {
 
 TEST_F(JobTrackTest, GoneWithItsExitRecordIsEnded) {
   Running("7");
-  EXPECT_EQ(Look(10, {}, {.lease = true, .exited = true}).report.state, SchedulerState::kEnded);
+  const Judgement judgement = Look(10, {}, {.lease = true, .exited = true});
+  EXPECT_EQ(judgement.report.state, SchedulerState::kEnded);
+  EXPECT_TRUE(judgement.ask_accounting) << "a record that says only 'killed' is explained by it";
 }
 
 TEST_F(JobTrackTest, GoneBeforeItBeganIsConcludedBehindAFence) {
