@@ -54,7 +54,8 @@ if ((slurm)); then gateway_flags=(--no-local --listen 127.0.0.1:0); fi
 if "$bin/itwin" version --timeout 5s >/dev/null 2>&1; then
   echo "a gateway on $data is already running at $(cat "$data/run/endpoint"); using it"
 else
-  "$bin/itwin-gateway" serve --data "$data" "${gateway_flags[@]}" >>"$data/gateway.log" 2>&1 &
+  # Out of reach of what ends this script: its last task is to stop things in order.
+  setsid "$bin/itwin-gateway" serve --data "$data" "${gateway_flags[@]}" >>"$data/gateway.log" 2>&1 &
   gateway=$!
   started_here=1
   stop_gateway() {

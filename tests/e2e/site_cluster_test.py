@@ -187,6 +187,7 @@ resources: {nodes: 2, ranks_per_node: 1, time: 5m}
 train:
   model: {builtin: mlp, options: {hidden: [16]}}
   data: {synthetic: {samples: 64, input_shape: [4], classes: 3}}
+  loss: cross_entropy
   optimizer: {sgd: {lr: 0.1}}
   batch: 16
   epochs: 3
