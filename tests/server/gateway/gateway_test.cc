@@ -297,7 +297,9 @@ TEST_F(GatewayTest, ATakenPortIsNamed) {
   Gateway::Options options = Options();
   options.data = other / "data";
   options.config.local.enabled = false;
-  options.config.sites = {{.name = "none", .command = {"false"}}};
+  SiteFile& site = options.config.sites.emplace_back();
+  site.name = "none";
+  site.command = {"false"};
   options.config.listen = gateway_->endpoint();
   EXPECT_THAT(Gateway::Create(options), StatusIs(absl::StatusCode::kUnavailable, HasSubstr("--listen")));
 }

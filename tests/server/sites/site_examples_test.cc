@@ -97,7 +97,7 @@ TEST_P(SiteExamples, AreWhatTheyShow) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, SiteExamples, ::testing::Values("generic", "juwels-like", "vega-like", "leonardo-like"),
-                         [](const auto& info) { return absl::StrReplaceAll(info.param, {{"-", "_"}}); });
+                         [](const auto& example) { return absl::StrReplaceAll(example.param, {{"-", "_"}}); });
 
 }  // namespace
 }  // namespace itwin::server
