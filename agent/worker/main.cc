@@ -24,6 +24,7 @@
 #include "agent/worker/checkpoint/durable_file.h"
 #include "agent/worker/data/dataset.h"
 #include "agent/worker/dist/mpi_communicator.h"
+#include "agent/worker/dist/nccl_communicator.h"
 #include "agent/worker/dist/self_communicator.h"
 #include "agent/worker/error.h"
 #include "agent/worker/model/archive.h"
@@ -35,10 +36,12 @@
 #include "agent/worker/report/result.h"
 #include "agent/worker/spec/train_spec.h"
 #include "agent/worker/startup.h"
+#include "agent/worker/training/mesh.h"
 #include "agent/worker/training/precision.h"
 #include "agent/worker/training/stop_request.h"
 #include "agent/worker/training/strategy.h"
 #include "agent/worker/training/training_loop.h"
+#include "agent/worker/training/weights.h"
 
 namespace itwin::worker {
 namespace {
@@ -280,12 +283,19 @@ int Train(World& world, RunState& state) {
   print("data: " + std::to_string(dataset->size(Split::kTrain)) + " training, " +
         std::to_string(dataset->size(Split::kValidation)) + " validation, " +
         std::to_string(dataset->size(Split::kTest)) + " test samples");
-  const std::unique_ptr<Model> model = MakeModel(spec, *dataset, contract.work);
+  // Horovod brings a communication thread of its own.
+  const bool threaded = strategy == "horovod"          ? false
+                        : strategy.starts_with("zero") ? spec.zero.overlap
+                                                       : spec.ddp.overlap;
+  const std::unique_ptr<Communicator> gradients = world.MakeGradients(threaded);
+  std::optional<MeshGroups> mesh;
+  if (IsMesh(strategy)) mesh.emplace(MeshOf(spec, strategy, world.size()), *gradients, control);
+  const std::unique_ptr<Model> model = mesh ? MakeMeshModel(spec, *dataset, *mesh)
+                                            : MakeModel(spec, *dataset, contract.work);
   print("model: " + model->description());
 
   TrainingOutcome outcome;
   {
-    const std::unique_ptr<Communicator> gradients = world.MakeGradients(spec.ddp.overlap);
     CheckpointStore checkpoints(contract.checkpoints, spec.checkpoint.keep, control);
     StopRequest stop(first ? contract.stop : "", contract.deadline);
     TrainingLoop loop({.spec = spec,
@@ -297,7 +307,8 @@ int Train(World& world, RunState& state) {
                        .checkpoints = checkpoints,
                        .stop = stop,
                        .print = print,
-                       .spec_sha256 = HashSpec(job)});
+                       .spec_sha256 = HashSpec(job),
+                       .mesh = mesh ? &*mesh : nullptr});
     if (!contract.resume.empty()) {
       const CheckpointContents checkpoint =
           LoadNewestCheckpoint(contract.resume, control, [&](const std::string& problem) {
@@ -323,7 +334,14 @@ int Train(World& world, RunState& state) {
   result.message = outcome.message;
   if (first) {
     if (!outcome.saved) {
-      model->Save(contract.outputs);
+      if (mesh) {
+        // Here alone the whole model is put together.
+        const std::unique_ptr<Model> whole = MakeModel(spec, *dataset, contract.work);
+        LoadWeights(*whole, outcome.weights);
+        whole->Save(contract.outputs);
+      } else {
+        model->Save(contract.outputs);
+      }
       for (const auto& [name, report] : outcome.reports)
         WriteFileDurably(contract.outputs / name, report.dump(2) + "\n");
       if (!outcome.best.empty())
@@ -369,6 +387,8 @@ int SelfTest(World& world) {
       machine.blas_kernels.empty() ? "(not OpenBLAS)" : machine.blas_kernels.c_str(), gflops,
       gflops < kSlowGflops ? "" : ": ok");
   if (gflops < kSlowGflops) std::printf("%s\n", SlowBlasWarning(gflops).c_str());
+  std::string why_not;
+  std::printf("%s\n", NcclAvailable(&why_not) ? "NCCL and a GPU: found" : why_not.c_str());
   return 0;
 }
 

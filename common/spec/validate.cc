@@ -464,6 +464,8 @@ class Checker {
       Report("train.batch", absl::StrCat(train.batch(), " samples cannot be shared by ", ranks,
                                          " ranks; use a batch of at least one sample per rank"));
     }
+    CheckStrategySettings(train);
+    CheckMesh(train, ranks);
     AtLeast("train.ddp.bucket_mb", train.ddp().bucket_mb(), 0);
     AtLeast("train.ddp.first_bucket_mb", train.ddp().first_bucket_mb(), 0);
     Range("train.validate_every", train.validate_every(), 0, kMaxEpochs);
@@ -675,6 +677,127 @@ class Checker {
     }
     if (train.loss() == "quantile" && options.quantiles_size() == 0) {
       Report(at + ".quantiles", "is missing; the loss quantile needs them, as in [0.1, 0.5, 0.9]");
+    }
+  }
+
+  // A setting of a strategy that is not the job's would do nothing.
+  void CheckStrategySettings(const v1::TrainSpec& train) {
+    const std::string& strategy = train.strategy();
+    const auto belongs = [&](bool given, absl::string_view key, absl::string_view to, bool fits) {
+      if (given && !fits) {
+        Report(absl::StrCat("train.", key), absl::StrCat("belongs to strategy ", to, ", but the strategy is ",
+                                                         strategy.empty() ? "ddp" : strategy, "; remove one"));
+      }
+    };
+    const bool ddp = strategy.empty() || strategy == "ddp" || strategy == "single";
+    belongs(train.has_ddp(), "ddp", "ddp", ddp);
+    belongs(train.has_local_sgd(), "local_sgd", "ddp", ddp);
+    belongs(train.has_horovod(), "horovod", "horovod", strategy == "horovod");
+    belongs(train.has_zero(), "zero", "zero1, zero2 or zero3", absl::StartsWith(strategy, "zero"));
+    if (train.has_local_sgd()) {
+      Range("train.local_sgd.every", train.local_sgd().every(), 1, kMaxEpochs);
+      if (train.local_sgd().every() > 1 && !train.ddp().compression().empty()) {
+        Report("train.ddp.compression", "compresses gradients, which local_sgd does not exchange; remove one");
+      }
+    }
+    if (!train.ddp().compression().empty())
+      OneOf("train.ddp.compression", train.ddp().compression(), {"none", "fp16", "bf16"});
+    AtLeast("train.horovod.fusion_mb", train.horovod().fusion_mb(), 0);
+    AtLeast("train.horovod.cycle_ms", train.horovod().cycle_ms(), 0);
+    AtLeast("train.zero.bucket_mb", train.zero().bucket_mb(), 0);
+  }
+
+  void CheckMesh(const v1::TrainSpec& train, int64_t ranks) {
+    const std::string& strategy = train.strategy();
+    const bool is_mesh = strategy == "tensor" || strategy == "pipeline" || strategy == "mesh";
+    if (!is_mesh) {
+      if (train.has_mesh()) {
+        Report("train.mesh", absl::StrCat("belongs to strategy tensor, pipeline or mesh, but the strategy is ",
+                                          strategy.empty() ? "ddp" : strategy, "; remove one"));
+      }
+      return;
+    }
+    const v1::Mesh& mesh = train.mesh();
+    Range("train.mesh.data", mesh.data(), 0, kMaxNodes * kMaxPerNode);
+    Range("train.mesh.tensor", mesh.tensor(), 0, kMaxNodes);
+    Range("train.mesh.pipeline", mesh.pipeline(), 0, kMaxNodes);
+    Range("train.mesh.micro_batches", mesh.micro_batches(), 0, 1'000'000);
+    if (!mesh.schedule().empty()) OneOf("train.mesh.schedule", mesh.schedule(), {"1f1b", "gpipe"});
+    if (train.accumulate() > 1) {
+      Report("train.accumulate", absl::StrCat("does not go with strategy ", strategy,
+                                              "; train.mesh.micro_batches says in how many parts a step is run"));
+    }
+    if (ranks == 1) return;  // runs single
+    const auto refuse = [&](bool given, absl::string_view path, absl::string_view what) {
+      if (given) Report(path, absl::StrCat(what, " does not go with strategy ", strategy, ", which splits the model"));
+    };
+    refuse(!train.precision().empty() && train.precision() != "fp32", "train.precision", train.precision());
+    refuse(train.optimizer().has_lamb(), "train.optimizer", "lamb");
+    refuse(train.optimizer().has_lars(), "train.optimizer", "lars");
+    refuse(train.has_best(), "train.best", "keeping the best weights");
+    refuse(train.has_ema(), "train.ema", "an average of the weights");
+    if (mesh.data() < 0 || mesh.tensor() < 0 || mesh.pipeline() < 0) return;
+    const int64_t given = std::max<int64_t>(1, mesh.data()) * std::max<int64_t>(1, mesh.tensor()) *
+                          std::max<int64_t>(1, mesh.pipeline());
+    const bool open = mesh.data() == 0 || (strategy == "tensor" && mesh.tensor() == 0) ||
+                      (strategy == "pipeline" && mesh.pipeline() == 0);
+    if (open ? ranks % given != 0 : ranks != given) {
+      Report("train.mesh", absl::StrCat("data x tensor x pipeline is ", given, open ? ", which does not divide " : ", but there are ",
+                                        "the ", ranks, " ranks that `resources` asks for"));
+    }
+    if (strategy == "mesh" && mesh.tensor() <= 1 && mesh.pipeline() <= 1) {
+      Report("train.mesh", "splits nothing; set tensor or pipeline above 1, or use strategy ddp");
+    }
+    const std::string& model = train.model().builtin();
+    if (model != "mlp" && model != "transformer") {
+      Report("train.strategy", absl::StrCat(strategy, " splits the layers of a built-in mlp or transformer, not of ",
+                                            model.empty() ? "a TorchScript module" : model,
+                                            "; use ddp, or zero1, zero2, zero3 to save memory"));
+      return;
+    }
+    CheckMeshOptions(train, ranks);
+  }
+
+  // What of the model's options a mesh cannot do.
+  void CheckMeshOptions(const v1::TrainSpec& train, int64_t ranks) {
+    const v1::Mesh& mesh = train.mesh();
+    const int64_t others = std::max<int64_t>(1, mesh.data()) * std::max<int64_t>(1, mesh.pipeline());
+    const int64_t tensor = mesh.tensor() > 0 ? mesh.tensor() : train.strategy() == "tensor" ? ranks / others : 1;
+    const int64_t pipeline = mesh.pipeline() > 0                ? mesh.pipeline()
+                             : train.strategy() == "pipeline" ? ranks / std::max<int64_t>(1, mesh.data() * tensor)
+                                                                : 1;
+    const auto& options = train.model().options().fields();
+    const auto number = [&](const char* name, double otherwise) {
+      const auto found = options.find(name);
+      return found == options.end() ? otherwise : found->second.number_value();
+    };
+    const auto divides = [&](const std::string& name, double value) {
+      if (std::fmod(value, static_cast<double>(tensor)) == 0) return;
+      Report(absl::StrCat("train.model.options.", name),
+             absl::StrCat(NumberText(value), " cannot be shared by ", tensor, " ranks (tensor); make it a multiple"));
+    };
+    if (tensor > 1) {
+      if (number("dropout", 0) > 0) {
+        Report("train.model.options.dropout", "ranks that share layers would drop different things; set it to 0");
+      }
+      if (train.model().builtin() == "transformer") {
+        divides("heads", number("heads", 4));
+        if (options.contains("vocabulary")) divides("vocabulary", number("vocabulary", 0));
+      } else if (const auto hidden = options.find("hidden"); hidden != options.end()) {
+        for (int i = 0; i < hidden->second.list_value().values_size(); i += 2)
+          divides("hidden", hidden->second.list_value().values(i).number_value());
+      }
+    }
+    if (pipeline > 1 && train.model().builtin() == "transformer") {
+      const auto tied = options.find("tied");
+      if (tied == options.end() || tied->second.bool_value()) {
+        Report("train.model.options.tied",
+               "is true (the default), but the first and the last stage of a pipeline cannot share the embedding; set it "
+               "to false");
+      }
+      if (pipeline > number("layers", 2) + 2) {
+        Report("train.mesh.pipeline", absl::StrCat(pipeline, " stages are more than the model's layers"));
+      }
     }
   }
 
@@ -954,7 +1077,7 @@ absl::StatusOr<std::pair<int64_t, int64_t>> ParseIndexRange(absl::string_view te
 
 const std::vector<std::string>& BuiltinModels() {
   static const auto* const kNames =
-      new std::vector<std::string>{"mlp", "cnn", "resnet18", "unet", "lstm", "downscale"};
+      new std::vector<std::string>{"mlp", "cnn", "resnet18", "unet", "lstm", "downscale", "transformer"};
   return *kNames;
 }
 const std::vector<std::string>& LossNames() {
@@ -969,7 +1092,8 @@ const std::vector<std::string>& MetricNames() {
   return *kNames;
 }
 const std::vector<std::string>& StrategyNames() {
-  static const auto* const kNames = new std::vector<std::string>{"single", "ddp"};
+  static const auto* const kNames = new std::vector<std::string>{"single", "ddp", "horovod", "zero1", "zero2", "zero3",
+                                      "tensor", "pipeline", "mesh"};
   return *kNames;
 }
 

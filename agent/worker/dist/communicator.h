@@ -55,7 +55,8 @@ class Communicator {
   // float32 and rounded; how often (once, or at each of log2(size()) stages) is the implementation's.
   virtual std::unique_ptr<Work> AllReduce(Buffer buffer, Reduction reduction) = 0;
   virtual std::unique_ptr<Work> Broadcast(Buffer buffer, int root) = 0;
-  // `mine` has the same size on every rank; `all` holds size() times as much, in rank order.
+  // `mine` has the same size on every rank; `all` holds size() times as much, in rank order. `mine`
+  // may be this rank's part of `all`.
   virtual std::unique_ptr<Work> AllGather(Buffer mine, Buffer all) = 0;
   // `all` holds size() parts as long as `mine`, in rank order; `mine` becomes the reduction over all
   // ranks of this rank's part. The two do not overlap; `all` is left as it was.

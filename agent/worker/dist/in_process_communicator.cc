@@ -213,7 +213,7 @@ std::unique_ptr<Work> InProcessCommunicator::AllGather(Buffer mine, Buffer all) 
     for (const Buffer& to : alls) {
       char* at = static_cast<char*>(to.data);
       for (const Buffer& from : buffers) {
-        std::memcpy(at, from.data, SizeInBytes(from));
+        if (at != from.data) std::memcpy(at, from.data, static_cast<size_t>(SizeInBytes(from)));
         at += SizeInBytes(from);
       }
     }

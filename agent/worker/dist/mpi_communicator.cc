@@ -112,7 +112,11 @@ void BlockingBroadcast(MPI_Comm comm, Buffer buffer, int root) {
 
 void BlockingAllGather(MPI_Comm comm, Buffer mine, Buffer all) {
   if (mine.count > kMaxElementsPerCall) throw AppError("AllGather of a buffer that is too long");
-  Check(MPI_Allgather(mine.data, static_cast<int>(mine.count), TypeOf(mine.type), all.data,
+  int rank = 0;
+  MPI_Comm_rank(comm, &rank);
+  const bool in_place = mine.data == static_cast<char*>(all.data) + rank * SizeInBytes(mine);
+  Check(MPI_Allgather(in_place ? MPI_IN_PLACE : mine.data, static_cast<int>(mine.count),
+                      TypeOf(mine.type), all.data,
                       static_cast<int>(mine.count), TypeOf(all.type), comm),
         "MPI_Allgather");
 }

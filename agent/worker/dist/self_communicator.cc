@@ -11,7 +11,8 @@ class Done : public Work {
   void Wait() override {}
 };
 void Copy(const Buffer& to, const Buffer& from) {
-  if (from.count > 0) std::memcpy(to.data, from.data, static_cast<size_t>(SizeInBytes(from)));
+  if (from.count > 0 && to.data != from.data)
+    std::memcpy(to.data, from.data, static_cast<size_t>(SizeInBytes(from)));
 }
 }  // namespace
 

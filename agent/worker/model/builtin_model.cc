@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kEnsembleMembers = 8;
 
-class BuiltinModel : public Model {
+class BuiltinModel : public Model, public StagedModel {
  public:
   BuiltinModel(std::string name, SampleForm form, std::unique_ptr<Network> network, Loss loss,
                nlohmann::json preprocessing)
@@ -41,6 +41,13 @@ class BuiltinModel : public Model {
   at::Tensor Predict(const at::Tensor& input) override {
     const at::NoGradGuard no_grad;
     return Forward(input);
+  }
+
+  std::map<std::string, ParameterPart> parts() override { return network_->parts(); }
+  StagedModel* staged() override { return this; }
+  at::Tensor ForwardStage(const at::Tensor& input) override { return network_->Forward(input); }
+  StepOutput LossOf(const at::Tensor& output, const at::Tensor& target) override {
+    return loss_(Predicted(output), target);
   }
 
   void Train(bool training) override { network_->Train(training); }
@@ -76,9 +83,9 @@ class BuiltinModel : public Model {
   }
 
  private:
+  at::Tensor Forward(const at::Tensor& input) { return Predicted(network_->Forward(input)); }
   // Some losses want logarithms of probabilities; networks put out scores.
-  at::Tensor Forward(const at::Tensor& input) {
-    const at::Tensor output = network_->Forward(input);
+  at::Tensor Predicted(const at::Tensor& output) const {
     return loss_.wants_log_probabilities() ? at::log_softmax(output, 1) : output;
   }
 
@@ -91,7 +98,8 @@ class BuiltinModel : public Model {
 
 }  // namespace
 
-std::unique_ptr<Model> MakeBuiltinModel(const TrainSpec& spec, const Dataset& dataset) {
+std::unique_ptr<Model> MakeBuiltinModel(const TrainSpec& spec, const Dataset& dataset,
+                                        const MeshPlace& place) {
   const auto shapes = dataset.sample_shapes();
   const Loss loss(spec.loss, spec.metrics, spec.loss_options, spec.top_k);
   // Class numbers matter only to losses that read them as such: integers can also be regressed on.
@@ -102,7 +110,7 @@ std::unique_ptr<Model> MakeBuiltinModel(const TrainSpec& spec, const Dataset& da
     if (form.target.empty()) form.target = {1};
     form.target[0] *= parts;  // the network puts out that many numbers for each of the target
   }
-  auto network = MakeNetwork(spec.model.builtin, spec.model.options, form, spec.seed);
+  auto network = MakeNetwork(spec.model.builtin, spec.model.options, form, spec.seed, place);
   return std::make_unique<BuiltinModel>(spec.model.builtin, form, std::move(network), loss,
                                         dataset.preprocessing());
 }

@@ -4,11 +4,13 @@
 #include <memory>
 
 #include "agent/worker/model/model.h"
+#include "agent/worker/model/network.h"
 
 namespace itwin::worker {
 
 // See MakeModel. Saves weights.safetensors, weights.pt (a plain dictionary for Python's
 // torch.load), model.json (the architecture with every option) and preprocessing.json.
-std::unique_ptr<Model> MakeBuiltinModel(const TrainSpec& spec, const Dataset& dataset);
+std::unique_ptr<Model> MakeBuiltinModel(const TrainSpec& spec, const Dataset& dataset,
+                                        const MeshPlace& place = {});
 
 }  // namespace itwin::worker

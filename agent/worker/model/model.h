@@ -13,6 +13,7 @@
 
 #include "agent/worker/data/dataset.h"
 #include "agent/worker/error.h"
+#include "agent/worker/model/tensor_parallel.h"
 #include "agent/worker/spec/train_spec.h"
 
 namespace itwin::worker {
@@ -27,6 +28,17 @@ struct StepOutput {
   // mean over samples: MetricsOfSums makes values of
   // them.
   std::map<std::string, at::Tensor> sums{};
+};
+
+// A model of which this rank has the layers of one stage of a pipeline.
+class StagedModel {
+ public:
+  virtual ~StagedModel() = default;
+  // From the output of the stage before (the first: from the batch's input), with gradient
+  // recording where the mode of the thread says so.
+  virtual at::Tensor ForwardStage(const at::Tensor& input) = 0;
+  // Of the last stage's output.
+  virtual StepOutput LossOf(const at::Tensor& output, const at::Tensor& target) = 0;
 };
 
 // Used by one thread.
@@ -63,6 +75,10 @@ class Model {
 
   // One line for people: name, number of parameters.
   virtual std::string description() = 0;
+
+  // Of a model that is split between ranks: the parameters of which a part is here, and its stage.
+  virtual std::map<std::string, ParameterPart> parts() { return {}; }
+  virtual StagedModel* staged() { return nullptr; }
 };
 
 // Throws UserError for an unknown model, option or loss, a model that cannot be trained or that

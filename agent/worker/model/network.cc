@@ -3,8 +3,11 @@
 #include <torch/nn.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
+#include <limits>
 #include <numeric>
+#include <type_traits>
 #include <utility>
 
 #include "agent/worker/data/array.h"
@@ -22,10 +25,56 @@ constexpr int64_t kMaxClasses = 1000000;
 constexpr int64_t kSmallImage =
     64;  // up to this many rows, resnet18 keeps the resolution in its first layer
 
+// A piece of a network that runs after the one before: what a pipeline can cut between.
+struct Unit {
+  std::vector<std::string> prefixes;  // of its parameters' names
+  std::function<at::Tensor(const at::Tensor&)> forward;
+};
+
 class Net : public nn::Module {
  public:
   virtual at::Tensor Forward(const at::Tensor& input) = 0;
+  // Networks that can be cut say where.
+  virtual std::vector<Unit> Units() { return {}; }
+
+  // This rank's part of a parameter that is whole so far; the others' parts are given up.
+  void KeepPart(const std::string& name, at::Tensor parameter, int64_t dim,
+                const MeshPlace& place) {
+    const int64_t size = parameter.size(dim) / place.parts;
+    parts_[name] = {parameter.sizes().vec(), dim, place.part * size};
+    const torch::NoGradGuard no_grad;
+    parameter.set_data(parameter.narrow(dim, place.part * size, size).clone());
+  }
+  const std::map<std::string, ParameterPart>& parts() const { return parts_; }
+
+ private:
+  std::map<std::string, ParameterPart> parts_;
 };
+
+// A linear layer whose outputs are shared out over the ranks, and one whose inputs are.
+void ShareOutputs(Net* net, const std::string& name, nn::Linear& layer, const MeshPlace& place) {
+  net->KeepPart(name + ".weight", layer->weight, 0, place);
+  net->KeepPart(name + ".bias", layer->bias, 0, place);
+}
+void ShareInputs(Net* net, const std::string& name, nn::Linear& layer, const MeshPlace& place) {
+  net->KeepPart(name + ".weight", layer->weight, 1, place);
+}
+at::Tensor ForwardOfSharedInputs(nn::Linear& layer, const at::Tensor& x, Communicator& ranks) {
+  return SumOfParts(at::linear(x, layer->weight), ranks) + layer->bias;
+}
+
+void CheckShares(const std::string& option, int64_t size, const MeshPlace& place) {
+  if (size % place.parts == 0) return;
+  throw UserError(OptionReader::Path(option) + ": " + std::to_string(size) +
+                  " cannot be shared by " + std::to_string(place.parts) +
+                  " ranks (train.mesh.tensor); make it a multiple");
+}
+void RefuseSharedDropout(double dropout, const MeshPlace& place) {
+  if (place.tensor == nullptr || dropout == 0) return;
+  throw UserError(OptionReader::Path("dropout") +
+                  ": ranks that share layers (train.mesh.tensor) would drop different things; set "
+                  "it to 0");
+}
 
 WorkerError DoesNotFit(const std::string& model, const SampleForm& form, const std::string& needs) {
   return UserError("train.model.builtin: " + model +
@@ -81,25 +130,68 @@ void CheckChannels(const std::string& model, const SampleForm& form, OptionReade
 
 class Mlp : public Net {
  public:
-  Mlp(const SampleForm& form, OptionReader* options) : output_(OutputFor("mlp", form, options)) {
+  Mlp(const SampleForm& form, OptionReader* options, const MeshPlace& place)
+      : output_(OutputFor("mlp", form, options)), tensor_(place.tensor) {
     const auto hidden = options->Ints("hidden", {128}, 0, 32, 1, kMaxWidth);
-    const double dropout = options->Number("dropout", 0, 0, 0.95);
+    dropout_ = options->Number("dropout", 0, 0, 0.95);
+    RefuseSharedDropout(dropout_, place);
     int64_t features = Elements(form.input);
     for (const int64_t width : hidden) {
+      linears_.push_back(layers_->size());
       layers_->push_back(nn::Linear(features, width));
       layers_->push_back(nn::ReLU(nn::ReLUOptions(true)));
-      if (dropout > 0) layers_->push_back(nn::Dropout(dropout));
+      if (dropout_ > 0) layers_->push_back(nn::Dropout(dropout_));
       features = width;
     }
+    linears_.push_back(layers_->size());
     layers_->push_back(nn::Linear(features, output_.size));
     register_module("layers", layers_);
+    if (tensor_ == nullptr) return;
+    // In pairs: the outputs of one are shared, so are the inputs of the next, and nothing is
+    // exchanged between the two. The last of an odd number stays whole.
+    for (size_t i = 0; i + 1 < linears_.size(); i += 2) {
+      CheckShares("hidden", hidden[i], place);
+      nn::Linear first = Linear(i), second = Linear(i + 1);
+      ShareOutputs(this, Name(i), first, place);
+      ShareInputs(this, Name(i + 1), second, place);
+    }
   }
   at::Tensor Forward(const at::Tensor& input) override {
     return output_.Shaped(layers_->forward(input.flatten(1)));
   }
+  std::vector<Unit> Units() override {
+    std::vector<Unit> units;
+    for (size_t i = 0; i < linears_.size(); ++i) {
+      units.push_back({{Name(i) + "."}, [this, i](const at::Tensor& x) { return Run(i, x); }});
+    }
+    return units;
+  }
 
  private:
+  std::string Name(size_t i) const { return "layers." + std::to_string(linears_[i]); }
+  nn::Linear Linear(size_t i) {
+    return std::dynamic_pointer_cast<nn::LinearImpl>(layers_->ptr(linears_[i]));
+  }
+  at::Tensor Run(size_t i, const at::Tensor& input) {
+    const bool last = i + 1 == linears_.size();
+    at::Tensor x = i == 0 ? input.flatten(1) : input;
+    nn::Linear layer = Linear(i);
+    if (tensor_ == nullptr || (last && i % 2 == 0)) {
+      x = layer(x);
+    } else if (i % 2 == 0) {
+      x = layer(IntoParts(x, *tensor_));
+    } else {
+      x = ForwardOfSharedInputs(layer, x, *tensor_);
+    }
+    if (last) return output_.Shaped(x);
+    x = x.relu();
+    return dropout_ > 0 ? at::dropout(x, dropout_, is_training()) : x;
+  }
+
   const VectorOutput output_;
+  Communicator* const tensor_;
+  double dropout_ = 0;
+  std::vector<size_t> linears_;  // where they stand among the layers
   nn::Sequential layers_;
 };
 
@@ -414,22 +506,263 @@ class Downscale : public Net {
   std::vector<nn::Conv2d> convolutions_;
 };
 
+// ---- transformer: predicts the next token at every position (GPT-like: normalised before each part,
+// causal attention)
+
+class TransformerBlockImpl : public nn::Module {
+ public:
+  TransformerBlockImpl(int64_t width, int64_t heads, double dropout, int64_t layers,
+                       const MeshPlace& place)
+      : tensor_(place.tensor),
+        heads_(heads / place.parts),
+        dropout_(dropout),
+        norm1_(register_module("norm1", nn::LayerNorm(nn::LayerNormOptions({width})))),
+        query_(register_module("query", nn::Linear(width, width))),
+        key_(register_module("key", nn::Linear(width, width))),
+        value_(register_module("value", nn::Linear(width, width))),
+        out_(register_module("out", nn::Linear(width, width))),
+        norm2_(register_module("norm2", nn::LayerNorm(nn::LayerNormOptions({width})))),
+        up_(register_module("up", nn::Linear(width, 4 * width))),
+        down_(register_module("down", nn::Linear(4 * width, width))) {
+    const torch::NoGradGuard no_grad;
+    for (nn::Linear layer : {query_, key_, value_, out_, up_, down_}) {
+      layer->weight.normal_(0, 0.02);
+      layer->bias.zero_();
+    }
+    // What is added to the residual stream, by all layers together, keeps its size.
+    for (nn::Linear layer : {out_, down_})
+      layer->weight.div_(std::sqrt(2.0 * static_cast<double>(layers)));
+  }
+
+  // Each rank keeps some heads, and some of the inner features of the feed-forward part.
+  void Share(Net* net, const std::string& name, const MeshPlace& place) {
+    for (auto& [part, layer] :
+         {std::pair{"query", &query_}, {"key", &key_}, {"value", &value_}, {"up", &up_}}) {
+      ShareOutputs(net, name + part, *layer, place);
+    }
+    ShareInputs(net, name + "out", out_, place);
+    ShareInputs(net, name + "down", down_, place);
+  }
+
+  at::Tensor forward(at::Tensor x, const at::Tensor& mask) {
+    x = x + Drop(Join(out_, Attend(Into(norm1_(x)), mask)));
+    return x + Drop(Join(down_, at::gelu(up_(Into(norm2_(x))))));
+  }
+
+ private:
+  at::Tensor Into(const at::Tensor& x) { return tensor_ == nullptr ? x : IntoParts(x, *tensor_); }
+  at::Tensor Join(nn::Linear& layer, const at::Tensor& x) {
+    return tensor_ == nullptr ? layer(x) : ForwardOfSharedInputs(layer, x, *tensor_);
+  }
+  at::Tensor Drop(const at::Tensor& x) const {
+    return dropout_ > 0 ? at::dropout(x, dropout_, is_training()) : x;
+  }
+  at::Tensor Attend(const at::Tensor& x, const at::Tensor& mask) {
+    const int64_t samples = x.size(0), steps = x.size(1), width = query_->weight.size(0);
+    const auto split = [&](const at::Tensor& y) {
+      return y.view({samples, steps, heads_, width / heads_}).transpose(1, 2);
+    };
+    const at::Tensor scores = at::matmul(split(query_(x)), split(key_(x)).transpose(2, 3))
+                                  .mul(1 / std::sqrt(static_cast<double>(width / heads_)));
+    const at::Tensor shares = Drop(at::softmax(scores + mask, -1));
+    return at::matmul(shares, split(value_(x))).transpose(1, 2).reshape({samples, steps, width});
+  }
+
+  Communicator* const tensor_;
+  const int64_t heads_;  // of this rank
+  const double dropout_;
+  nn::LayerNorm norm1_;
+  nn::Linear query_, key_, value_, out_;
+  nn::LayerNorm norm2_;
+  nn::Linear up_, down_;
+};
+TORCH_MODULE(TransformerBlock);
+
+class Transformer : public Net {
+ public:
+  Transformer(const SampleForm& form, OptionReader* options, const MeshPlace& place)
+      : tensor_(place.tensor), part_(place.part) {
+    if (form.input.size() != 1 || form.classes == 0 ||
+        (form.target != form.input && Elements(form.target) != 1)) {
+      throw DoesNotFit("transformer", form,
+                       "input [tokens] of token numbers and as target the token that follows each "
+                       "of them [tokens], or the one that follows them all");
+    }
+    context_ = form.input[0];
+    next_only_ = form.target != form.input;
+    if (const int64_t given = options->Int("context", context_, 1, 1 << 20); given != context_) {
+      throw DoesNotFit("transformer", form,
+                       std::to_string(given) + " tokens, as " + OptionReader::Path("context") +
+                           " says");
+    }
+    const int64_t vocabulary = options->Int("vocabulary", form.classes, 2, kMaxClasses);
+    if (vocabulary < form.classes) {
+      throw UserError(OptionReader::Path("vocabulary") + ": " + std::to_string(vocabulary) +
+                      " is too few; the data have " + std::to_string(form.classes) + " tokens");
+    }
+    const int64_t layers = options->Int("layers", 2, 1, 1000);
+    const int64_t width = options->Int("width", 64, 1, kMaxWidth);
+    const int64_t heads = options->Int("heads", 4, 1, kMaxWidth);
+    if (width % heads != 0) {
+      throw UserError(OptionReader::Path("heads") + ": " + std::to_string(heads) +
+                      " does not divide the width " + std::to_string(width));
+    }
+    const double dropout = options->Number("dropout", 0, 0, 0.95);
+    RefuseSharedDropout(dropout, place);
+    tied_ = options->Bool("tied", true);
+    if (tied_ && place.stages > 1) {
+      throw UserError(OptionReader::Path("tied") +
+                      ": the first and the last stage of a pipeline are different ranks and cannot "
+                      "share the embedding; set it to false");
+    }
+    tokens_ = register_parameter("tokens", at::randn({vocabulary, width}).mul_(0.02));
+    positions_ = register_parameter("positions", at::randn({context_, width}).mul_(0.02));
+    for (int64_t i = 0; i < layers; ++i)
+      blocks_->push_back(TransformerBlock(width, heads, dropout, layers, place));
+    register_module("blocks", blocks_);
+    norm_ = register_module("norm", nn::LayerNorm(nn::LayerNormOptions({width})));
+    if (!tied_) head_ = register_parameter("head", at::randn({vocabulary, width}).mul_(0.02));
+    mask_ = at::full({context_, context_}, -std::numeric_limits<float>::infinity()).triu_(1);
+    if (tensor_ == nullptr) return;
+    CheckShares("heads", heads, place);
+    CheckShares("vocabulary", vocabulary, place);
+    KeepPart("tokens", tokens_, 0, place);
+    if (!tied_) KeepPart("head", head_, 0, place);
+    for (int64_t i = 0; i < layers; ++i)
+      Block(i).Share(this, "blocks." + std::to_string(i) + ".", place);
+  }
+  at::Tensor Forward(const at::Tensor& input) override {
+    at::Tensor x = Embed(input);
+    for (size_t i = 0; i < blocks_->size(); ++i)
+      x = Block(static_cast<int64_t>(i)).forward(x, mask_);
+    return Scores(x);
+  }
+  std::vector<Unit> Units() override {
+    std::vector<Unit> units;
+    units.push_back({{"tokens", "positions"}, [this](const at::Tensor& x) { return Embed(x); }});
+    for (size_t i = 0; i < blocks_->size(); ++i) {
+      units.push_back({{"blocks." + std::to_string(i) + "."}, [this, i](const at::Tensor& x) {
+                         return Block(static_cast<int64_t>(i)).forward(x, mask_);
+                       }});
+    }
+    units.push_back({{"norm.", "head"}, [this](const at::Tensor& x) { return Scores(x); }});
+    return units;
+  }
+
+ private:
+  TransformerBlockImpl& Block(int64_t i) {
+    return *blocks_->ptr(static_cast<size_t>(i))->as<TransformerBlockImpl>();
+  }
+  at::Tensor Embed(const at::Tensor& input) {
+    const at::Tensor numbers = input.to(at::kLong);
+    if (tensor_ == nullptr) return at::embedding(tokens_, numbers) + positions_;
+    // Each rank knows some tokens; the others' are zero here.
+    const int64_t mine = tokens_.size(0), first = part_ * mine;
+    const at::Tensor elsewhere = numbers.lt(first).logical_or(numbers.ge(first + mine));
+    const at::Tensor found =
+        at::embedding(tokens_, (numbers - first).masked_fill(elsewhere, 0))
+            .masked_fill(elsewhere.unsqueeze(-1), 0);
+    return SumOfParts(found, *tensor_) + positions_;
+  }
+  at::Tensor Scores(at::Tensor x) {
+    if (next_only_) x = x.select(1, -1);
+    x = norm_(x);
+    const at::Tensor& weight = tied_ ? tokens_ : head_;
+    const at::Tensor scores =
+        tensor_ == nullptr ? at::linear(x, weight)
+                           : JoinParts(at::linear(IntoParts(x, *tensor_), weight), *tensor_);
+    return next_only_ ? scores : scores.transpose(1, 2);  // [samples, vocabulary, tokens]
+  }
+
+  Communicator* const tensor_;
+  const int part_;
+  int64_t context_ = 0;
+  bool next_only_ = false, tied_ = true;
+  at::Tensor tokens_, positions_, head_, mask_;
+  nn::ModuleList blocks_;
+  nn::LayerNorm norm_{nullptr};
+};
+
 // ---- the wrapper and the table of all networks
+
+// The units of a stage: contiguous, so that the largest stage has as few parameters as possible.
+std::pair<size_t, size_t> UnitsOfStage(const std::vector<int64_t>& sizes, int stage, int stages) {
+  const size_t n = sizes.size();
+  const auto k = static_cast<size_t>(stages);
+  // best[s][i]: the largest stage when the first i units make s stages; cut[s][i]: where the last
+  // of them begins.
+  constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+  std::vector<std::vector<int64_t>> best(k + 1, std::vector<int64_t>(n + 1, kNever));
+  std::vector<std::vector<size_t>> cut(k + 1, std::vector<size_t>(n + 1, 0));
+  best[0][0] = 0;
+  for (size_t s = 1; s <= k; ++s) {
+    for (size_t i = s; i <= n; ++i) {
+      int64_t last = 0;
+      for (size_t j = i; j-- > s - 1;) {
+        last += sizes[j];
+        if (best[s - 1][j] == kNever) continue;
+        const int64_t largest = std::max(best[s - 1][j], last);
+        if (largest < best[s][i]) {
+          best[s][i] = largest;
+          cut[s][i] = j;
+        }
+      }
+    }
+  }
+  size_t last = n;
+  for (size_t s = k; s > static_cast<size_t>(stage) + 1; --s) last = cut[s][last];
+  return {cut[static_cast<size_t>(stage) + 1][last], last};
+}
 
 class TorchNetwork : public Network {
  public:
-  TorchNetwork(std::shared_ptr<Net> net, nlohmann::json options)
-      : net_(std::move(net)), options_(std::move(options)) {}
+  TorchNetwork(const std::string& name, std::shared_ptr<Net> net, nlohmann::json options,
+               const MeshPlace& place)
+      : net_(std::move(net)), options_(std::move(options)) {
+    if (place.tensor == nullptr && place.stages == 1) return;
+    units_ = net_->Units();
+    if (units_.empty()) {
+      throw UserError("train.strategy: the model " + name +
+                      " cannot be split between ranks (mlp and transformer can); use ddp or zero1, "
+                      "zero2, zero3");
+    }
+    if (static_cast<int>(units_.size()) < place.stages) {
+      throw UserError("train.mesh.pipeline: the model " + name + " has " +
+                      std::to_string(units_.size()) + " layers, which cannot be cut into " +
+                      std::to_string(place.stages) + " stages");
+    }
+    std::vector<int64_t> sizes;
+    for (const Unit& unit : units_) {
+      sizes.push_back(1);
+      for (const auto& parameter : net_->named_parameters())
+        if (Belongs(parameter.key(), unit)) sizes.back() += parameter.value().numel();
+    }
+    const auto [first, last] = UnitsOfStage(sizes, place.stage, place.stages);
+    units_ = {units_.begin() + static_cast<int64_t>(first),
+              units_.begin() + static_cast<int64_t>(last)};
+    first_ = first == 0;
+  }
 
   at::Tensor Forward(const at::Tensor& input) override {
-    return net_->Forward(input.is_floating_point() ? input : input.to(at::kFloat));
+    at::Tensor x = input;
+    if (first_ && !x.is_floating_point()) x = x.to(at::kFloat);
+    if (units_.empty()) return net_->Forward(x);
+    for (const Unit& unit : units_) x = unit.forward(x);
+    return x;
   }
   std::vector<std::pair<std::string, at::Tensor>> parameters() override {
-    return Pairs(net_->named_parameters());
+    auto pairs = Pairs(net_->named_parameters());
+    if (units_.empty()) return pairs;
+    std::erase_if(pairs, [&](const auto& pair) {
+      return std::none_of(units_.begin(), units_.end(),
+                          [&](const Unit& unit) { return Belongs(pair.first, unit); });
+    });
+    return pairs;
   }
   std::vector<std::pair<std::string, at::Tensor>> buffers() override {
     return Pairs(net_->named_buffers());
   }
+  const std::map<std::string, ParameterPart>& parts() const override { return net_->parts(); }
   void Train(bool training) override { net_->train(training); }
   const nlohmann::json& options() const override { return options_; }
 
@@ -441,19 +774,31 @@ class TorchNetwork : public Network {
     return pairs;
   }
 
+  static bool Belongs(const std::string& name, const Unit& unit) {
+    return std::any_of(unit.prefixes.begin(), unit.prefixes.end(),
+                       [&](const std::string& prefix) { return name.starts_with(prefix); });
+  }
+
   const std::shared_ptr<Net> net_;
   const nlohmann::json options_;
+  std::vector<Unit> units_;  // of this stage; empty: the whole network
+  bool first_ = true;
 };
 
 template <typename T>
-std::shared_ptr<Net> Make(const SampleForm& form, OptionReader* options) {
-  return std::make_shared<T>(form, options);
+std::shared_ptr<Net> Make(const SampleForm& form, OptionReader* options, const MeshPlace& place) {
+  if constexpr (std::is_constructible_v<T, const SampleForm&, OptionReader*, const MeshPlace&>) {
+    return std::make_shared<T>(form, options, place);
+  } else {
+    return std::make_shared<T>(form, options);
+  }
 }
 
-using Maker = std::shared_ptr<Net> (*)(const SampleForm&, OptionReader*);
+using Maker = std::shared_ptr<Net> (*)(const SampleForm&, OptionReader*, const MeshPlace&);
 constexpr std::pair<const char*, Maker> kNetworks[] = {
     {"mlp", Make<Mlp>},   {"cnn", Make<Cnn>},   {"resnet18", Make<ResNet18>},
     {"unet", Make<UNet>}, {"lstm", Make<Lstm>}, {"downscale", Make<Downscale>},
+    {"transformer", Make<Transformer>},
 };
 
 }  // namespace
@@ -465,14 +810,15 @@ std::vector<std::string> NetworkNames() {
 }
 
 std::unique_ptr<Network> MakeNetwork(const std::string& name, const nlohmann::json& options,
-                                     const SampleForm& form, uint64_t seed) {
+                                     const SampleForm& form, uint64_t seed,
+                                     const MeshPlace& place) {
   for (const auto& [known, make] : kNetworks) {
     if (name != known) continue;
     OptionReader reader(name, options);
     torch::manual_seed(seed);
-    auto net = make(form, &reader);
+    auto net = make(form, &reader, place);
     reader.Finish();
-    return std::make_unique<TorchNetwork>(std::move(net), reader.resolved());
+    return std::make_unique<TorchNetwork>(name, std::move(net), reader.resolved(), place);
   }
   throw UserError("train.model.builtin: no built-in model \"" + name + "\"" +
                   NearestHint(name, NetworkNames()) + " (there are: " + JoinNames(NetworkNames()) +

@@ -1,5 +1,6 @@
 #include "agent/worker/spec/train_spec.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <functional>
@@ -525,12 +526,70 @@ DdpSpec ParseDdp(const Json& json) {
   in.Get("bucket_mb", d.bucket_mb);
   in.Get("first_bucket_mb", d.first_bucket_mb);
   in.Get("overlap", d.overlap);
+  in.Get("compression", d.compression);
   in.Done();
+  if (d.compression.empty()) d.compression = "none";
+  if (d.compression != "none" && d.compression != "fp16" && d.compression != "bf16")
+    in.Refuse("compression", "is \"" + d.compression + "\"; known: none, fp16, bf16");
   if (d.bucket_mb == 0) d.bucket_mb = DdpSpec{}.bucket_mb;
   if (d.first_bucket_mb == 0) d.first_bucket_mb = DdpSpec{}.first_bucket_mb;
   in.AtLeast("bucket_mb", d.bucket_mb, 0);
   in.AtLeast("first_bucket_mb", d.first_bucket_mb, 0);
   return d;
+}
+
+LocalSgdSpec ParseLocalSgd(const Json& json) {
+  Object in(json, "train.local_sgd");
+  LocalSgdSpec l;
+  in.Get("every", l.every);
+  in.Done();
+  in.AtLeast("every", l.every, 1);
+  return l;
+}
+
+HorovodSpec ParseHorovod(const Json& json) {
+  Object in(json, "train.horovod");
+  HorovodSpec h;
+  in.Get("fusion_mb", h.fusion_mb);
+  in.Get("cycle_ms", h.cycle_ms);
+  in.Get("adasum", h.adasum);
+  in.Done();
+  if (h.fusion_mb == 0) h.fusion_mb = HorovodSpec{}.fusion_mb;
+  if (h.cycle_ms == 0) h.cycle_ms = HorovodSpec{}.cycle_ms;
+  in.AtLeast("fusion_mb", h.fusion_mb, 0);
+  in.AtLeast("cycle_ms", h.cycle_ms, 0);
+  return h;
+}
+
+ZeroSpec ParseZero(const Json& json) {
+  Object in(json, "train.zero");
+  ZeroSpec z;
+  in.Get("bucket_mb", z.bucket_mb);
+  in.Get("overlap", z.overlap);
+  in.Done();
+  if (z.bucket_mb == 0) z.bucket_mb = ZeroSpec{}.bucket_mb;
+  in.AtLeast("bucket_mb", z.bucket_mb, 0);
+  return z;
+}
+
+MeshSpec ParseMesh(const Json& json) {
+  Object in(json, "train.mesh");
+  MeshSpec m;
+  in.Get("data", m.data);
+  in.Get("tensor", m.tensor);
+  in.Get("pipeline", m.pipeline);
+  in.Get("schedule", m.schedule);
+  in.Get("micro_batches", m.micro_batches);
+  in.Done();
+  if (m.schedule.empty()) m.schedule = MeshSpec{}.schedule;
+  if (m.micro_batches == 0) m.micro_batches = MeshSpec{}.micro_batches;
+  for (const auto& [key, value] : {std::pair{"data", m.data}, {"tensor", m.tensor},
+                                   {"pipeline", m.pipeline}, {"micro_batches", m.micro_batches}}) {
+    in.AtLeast(key, value, 0);
+  }
+  if (m.schedule != "1f1b" && m.schedule != "gpipe")
+    in.Refuse("schedule", "is \"" + m.schedule + "\"; known: 1f1b, gpipe");
+  return m;
 }
 
 CheckpointSpec ParseCheckpoint(const Json& json) {
@@ -842,6 +901,10 @@ void ParseTrain(const Json& json, TrainSpec& t) {
   in.Get("clip_norm", t.clip_norm);
   in.Get("stop_on_nan", t.stop_on_nan);
   in.Get("accumulate", t.accumulate);
+  if (const Json* local = in.Find("local_sgd")) t.local_sgd = ParseLocalSgd(*local);
+  if (const Json* horovod = in.Find("horovod")) t.horovod = ParseHorovod(*horovod);
+  if (const Json* zero = in.Find("zero")) t.zero = ParseZero(*zero);
+  if (const Json* mesh = in.Find("mesh")) t.mesh = ParseMesh(*mesh);
   in.Get("check_every", t.check_every);
   if (const Json* schedule = in.Find("schedule")) t.schedule = ParseSchedule(*schedule);
   if (const Json* groups = in.Find("parameter_groups"))
@@ -888,9 +951,20 @@ void ParseTrain(const Json& json, TrainSpec& t) {
   in.AtLeast("clip_norm", t.clip_norm, 0);
   in.AtLeast("accumulate", t.accumulate, 1);
   in.AtLeast("check_every", t.check_every, 0);
-  if (!t.strategy.empty() && t.strategy != "single" && t.strategy != "ddp") {
-    in.Refuse("strategy", "is \"" + t.strategy + "\"; known: single, ddp");
+  const std::vector<std::string> strategies = {"single", "ddp",    "horovod",  "zero1", "zero2",
+                                               "zero3",  "tensor", "pipeline", "mesh"};
+  if (!t.strategy.empty() &&
+      std::find(strategies.begin(), strategies.end(), t.strategy) == strategies.end()) {
+    std::string known;
+    for (const std::string& name : strategies) known += (known.empty() ? "" : ", ") + name;
+    in.Refuse("strategy", "is \"" + t.strategy + "\"; known: " + known);
   }
+  const bool all_reduce = t.strategy.empty() || t.strategy == "single" || t.strategy == "ddp";
+  if (t.local_sgd.every > 1 && !all_reduce)
+    in.Refuse("local_sgd", "belongs to strategy ddp, not " + t.strategy);
+  const bool mesh = t.strategy == "tensor" || t.strategy == "pipeline" || t.strategy == "mesh";
+  if (mesh && t.accumulate > 1)
+    in.Refuse("accumulate", "is train.mesh.micro_batches with strategy " + t.strategy);
 }
 
 }  // namespace

@@ -229,6 +229,24 @@ struct DdpSpec {
   double bucket_mb = 25;
   double first_bucket_mb = 1;
   bool overlap = true;
+  std::string compression = "none";  // none, fp16, bf16
+};
+struct LocalSgdSpec {
+  int every = 0;  // steps between averages; 0: off
+};
+struct HorovodSpec {
+  double fusion_mb = 64, cycle_ms = 1;
+  bool adasum = false;
+};
+struct ZeroSpec {
+  double bucket_mb = 16;
+  bool overlap = true;
+};
+
+struct MeshSpec {
+  int data = 0, tensor = 0, pipeline = 0;  // 0: what is left
+  std::string schedule = "1f1b";           // or "gpipe"
+  int micro_batches = 4;                   // a rank's samples of a step pass the stages in so many parts
 };
 
 struct CheckpointSpec {
@@ -256,6 +274,10 @@ struct TrainSpec {
   double clip_norm = 0;  // 0: off
   bool stop_on_nan = true;
   int accumulate = 1;     // micro-batches of a step
+  LocalSgdSpec local_sgd;
+  HorovodSpec horovod;
+  ZeroSpec zero;
+  MeshSpec mesh;
   int check_every = 200;  // steps between comparisons of the ranks' parameters; 0: off
   ScheduleSpec schedule;
   std::vector<ParameterGroupSpec> parameter_groups;

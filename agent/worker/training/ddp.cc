@@ -14,6 +14,7 @@ Ddp::Ddp(FlatParameters& parameters, Communicator& communicator, Options options
       used_(parameters.parameters().size(), 0),
       missing_(parameters.buckets().size(), 0),
       work_(parameters.buckets().size()),
+      compressed_(parameters.buckets().size()),
       hooks_(parameters, [this](size_t i) { OnGradientReady(i); }) {
   for (const FlatRange& range : ranges_)
     communicator_.Broadcast(BufferOfTensor(range.values), 0)->Wait();
@@ -27,6 +28,10 @@ void Ddp::BeginBackward(const StepStatus& status, bool last) {
     work_[b].reset();
   }
   next_bucket_ = 0;
+  if (last && options_.compression != Compression::kNone) {
+    status_ = {status.loss, status.not_finite, status.stop};
+    status_work_ = communicator_.AllReduce(BufferOf(std::span(status_)), Reduction::kSum);
+  }
 }
 
 void Ddp::OnGradientReady(size_t parameter) {
@@ -40,10 +45,27 @@ void Ddp::LaunchReady() {
   // first.
   if (communicator_.size() == 1) return;
   while (next_bucket_ < missing_.size() && missing_[next_bucket_] <= 0) {
-    work_[next_bucket_] = communicator_.AllReduce(
-        BufferOfTensor(parameters_.buckets()[next_bucket_].gradients), Reduction::kSum);
+    work_[next_bucket_] = Launch(next_bucket_);
     ++next_bucket_;
   }
+}
+
+std::unique_ptr<Work> Ddp::Launch(size_t bucket) {
+  if (options_.compression == Compression::kNone) {
+    return communicator_.AllReduce(BufferOfTensor(parameters_.buckets()[bucket].gradients),
+                                   Reduction::kSum);
+  }
+  const at::Tensor& gradients = ranges_[bucket].gradients;
+  std::vector<uint16_t>& small = compressed_[bucket];
+  small.resize(static_cast<size_t>(gradients.numel()));
+  if (gradients.scalar_type() == at::kFloat) {
+    Compress(gradients.data_ptr<float>(), small.data(), gradients.numel(), options_.compression);
+  } else {
+    Compress(gradients.data_ptr<double>(), small.data(), gradients.numel(), options_.compression);
+  }
+  const ElementType type = options_.compression == Compression::kFloat16 ? ElementType::kFloat16
+                                                                         : ElementType::kBfloat16;
+  return communicator_.AllReduce({small.data(), gradients.numel(), type}, Reduction::kSum);
 }
 
 void Ddp::EndBackward() {
@@ -58,12 +80,27 @@ void Ddp::WaitGradients(size_t range) {
   const auto start = std::chrono::steady_clock::now();
   work_[range]->Wait();
   work_[range].reset();
+  if (options_.compression != Compression::kNone) {
+    const at::Tensor& gradients = ranges_[range].gradients;
+    if (gradients.scalar_type() == at::kFloat) {
+      Expand(compressed_[range].data(), gradients.data_ptr<float>(), gradients.numel(),
+             options_.compression);
+    } else {
+      Expand(compressed_[range].data(), gradients.data_ptr<double>(), gradients.numel(),
+             options_.compression);
+    }
+  }
   waited_seconds_ +=
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 StepStatus Ddp::EndStep(bool* agreed) {
   *agreed = true;
+  if (status_work_) {
+    status_work_->Wait();
+    status_work_.reset();
+    return {.loss = status_[0], .not_finite = status_[1], .stop = status_[2]};
+  }
   return parameters_.ReadStatus();
 }
 
@@ -81,15 +118,6 @@ std::vector<int64_t> Ddp::Unused() const {
   return unused;
 }
 
-Strategy::Memory Ddp::memory() const {
-  Memory memory;
-  for (const FlatParameters::Bucket& bucket : parameters_.buckets()) {
-    memory.parameters += static_cast<int64_t>(bucket.values.nbytes());
-    memory.gradients += static_cast<int64_t>(bucket.gradients.nbytes());
-  }
-  memory.peak_parameters = memory.parameters;
-  memory.peak_gradients = memory.gradients;
-  return memory;
-}
+Strategy::Memory Ddp::memory() const { return MemoryOfWholeBuckets(parameters_); }
 
 }  // namespace itwin::worker

@@ -3,12 +3,14 @@
 // backward goes on (with overlap). With one rank: nothing to exchange, the strategy "single".
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "agent/worker/dist/communicator.h"
+#include "agent/worker/training/compression.h"
 #include "agent/worker/training/flat_parameters.h"
 #include "agent/worker/training/gradient_hooks.h"
 #include "agent/worker/training/strategy.h"
@@ -20,6 +22,7 @@ class Ddp : public Strategy {
   struct Options {
     std::string name = "ddp";
     bool overlap = true;
+    Compression compression = Compression::kNone;  // of gradients, on the network
   };
   Ddp(FlatParameters& parameters, Communicator& communicator, Options options);
 
@@ -39,6 +42,7 @@ class Ddp : public Strategy {
  private:
   void OnGradientReady(size_t parameter);
   void LaunchReady();
+  std::unique_ptr<Work> Launch(size_t bucket);
 
   FlatParameters& parameters_;
   Communicator& communicator_;
@@ -49,6 +53,9 @@ class Ddp : public Strategy {
   std::vector<int64_t> missing_;  // per bucket: gradients that are not there yet in this step
   size_t next_bucket_ = 0;        // to launch
   std::vector<std::unique_ptr<Work>> work_;
+  std::vector<std::vector<uint16_t>> compressed_;  // per bucket
+  std::array<double, 3> status_{};                 // with compression it travels by itself
+  std::unique_ptr<Work> status_work_;
   double waited_seconds_ = 0;
   GradientHooks hooks_;  // last: its callback uses all of the above
 };

@@ -20,7 +20,7 @@ int64_t RoundUp(int64_t elements, int64_t element_size) {
 }  // namespace
 
 FlatParameters::FlatParameters(const std::vector<std::pair<std::string, at::Tensor>>& named,
-                               int64_t first_bytes, int64_t bucket_bytes) {
+                               int64_t first_bytes, int64_t bucket_bytes, int parts) {
   std::set<const void*> seen;
   for (const auto& [name, tensor] : named) {
     if (!tensor.requires_grad() || !seen.insert(tensor.unsafeGetTensorImpl()).second) continue;
@@ -55,6 +55,8 @@ FlatParameters::FlatParameters(const std::vector<std::pair<std::string, at::Tens
   }
   for (size_t b = 0; b < buckets_.size(); ++b) {
     const auto options = at::TensorOptions().dtype(buckets_[b].type);
+    const int64_t element = buckets_[b].type == at::kFloat ? 4 : 8;
+    sizes[b] = parts * RoundUp((sizes[b] + parts - 1) / parts, element);
     buckets_[b].values = at::zeros({sizes[b]}, options);
     buckets_[b].gradients =
         at::zeros({sizes[b] + (b + 1 == buckets_.size() ? kStatusElements : 0)}, options);

@@ -38,10 +38,11 @@ class FlatParameters {
 
   // Moves the parameters' storage into the buckets. The first bucket is closed when it has reached
   // `first_bytes`, the others at `bucket_bytes`. Parameters that need no gradient stay as they are,
-  // a tensor that appears under two names counts once. Throws UserError when there is nothing to
+  // a tensor that appears under two names counts once. A bucket's length is a multiple of `parts`
+  // (and of what vector loads like). Throws UserError when there is nothing to
   // train, or for an element type other than float32 and float64.
   FlatParameters(const std::vector<std::pair<std::string, at::Tensor>>& named, int64_t first_bytes,
-                 int64_t bucket_bytes);
+                 int64_t bucket_bytes, int parts = 1);
 
   const std::vector<Parameter>& parameters() const { return parameters_; }  // the model's order
   std::vector<Bucket>& buckets() { return buckets_; }

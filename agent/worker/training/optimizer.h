@@ -50,7 +50,7 @@ class Optimizer {
   std::vector<at::Tensor> FlatState() const;
   // "step", and "<state>/<parameter>" for every parameter, whole. Throws AppError when it does not
   // fit these parameters and this optimiser.
-  void LoadState(const NamedTensors& state);
+  void LoadState(const NamedTensors& state, const Strategy& strategy);
 
   std::string name() const;
 

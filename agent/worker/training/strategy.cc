@@ -8,7 +8,11 @@
 
 #include "agent/worker/error.h"
 #include "agent/worker/training/ddp.h"
+#include "agent/worker/training/horovod.h"
+#include "agent/worker/training/local_sgd.h"
+#include "agent/worker/training/optimizer.h"
 #include "agent/worker/training/sampler.h"
+#include "agent/worker/training/zero.h"
 
 namespace itwin::worker {
 namespace {
@@ -29,19 +33,77 @@ std::string ChooseStrategy(const TrainSpec& spec, int ranks, std::string* note) 
     throw UserError("train.strategy is \"single\", but the job has " + std::to_string(ranks) +
                     " ranks; ask for one rank, or use strategy \"ddp\"");
   }
+  if (spec.local_sgd.every > 1) return "local_sgd";
   return spec.strategy.empty() ? "ddp" : spec.strategy;
 }
 
-FlatParameters LayOut(const TrainSpec& spec, const std::string&,
-                      const std::vector<std::pair<std::string, at::Tensor>>& named, int) {
-  return FlatParameters(named, static_cast<int64_t>(spec.ddp.first_bucket_mb * kMegabyte),
-                        static_cast<int64_t>(spec.ddp.bucket_mb * kMegabyte));
+bool IsMesh(const std::string& strategy) {
+  return strategy == "tensor" || strategy == "pipeline" || strategy == "mesh";
+}
+
+MeshSpec MeshOf(const TrainSpec& spec, const std::string& strategy, int ranks) {
+  MeshSpec mesh = spec.mesh;
+  const auto rest = [&](int others) { return others > 0 && ranks % others == 0 ? ranks / others : 1; };
+  if (mesh.tensor == 0)
+    mesh.tensor = strategy == "tensor" ? rest(std::max(1, mesh.data) * std::max(1, mesh.pipeline)) : 1;
+  if (mesh.pipeline == 0)
+    mesh.pipeline = strategy == "pipeline" ? rest(std::max(1, mesh.data) * mesh.tensor) : 1;
+  if (mesh.data == 0) mesh.data = rest(mesh.tensor * mesh.pipeline);
+  return mesh;
+}
+
+double Strategy::SquaresOfGradients() {
+  double squares = SumOfSquares(ranges());
+  SumOverShards(std::span(&squares, 1));
+  return squares;
+}
+
+FlatParameters LayOut(const TrainSpec& spec, const std::string& strategy,
+                      const std::vector<std::pair<std::string, at::Tensor>>& named, int ranks) {
+  const auto bytes = [](double mb) { return static_cast<int64_t>(mb * kMegabyte); };
+  if (strategy.starts_with("zero"))
+    return FlatParameters(named, bytes(spec.zero.bucket_mb), bytes(spec.zero.bucket_mb), ranks);
+  return FlatParameters(named, bytes(spec.ddp.first_bucket_mb), bytes(spec.ddp.bucket_mb));
 }
 
 std::unique_ptr<Strategy> MakeStrategy(const TrainSpec& spec, const std::string& name,
                                        FlatParameters& parameters, Communicator& communicator) {
-  return std::make_unique<Ddp>(parameters, communicator,
-                               Ddp::Options{.name = name, .overlap = spec.ddp.overlap});
+  if (name == "single" || name == "ddp") {
+    const Compression compression = spec.ddp.compression == "fp16"   ? Compression::kFloat16
+                                    : spec.ddp.compression == "bf16" ? Compression::kBfloat16
+                                                                     : Compression::kNone;
+    return std::make_unique<Ddp>(
+        parameters, communicator,
+        Ddp::Options{.name = name,
+                     .overlap = spec.ddp.overlap,
+                     .compression = communicator.size() > 1 ? compression : Compression::kNone});
+  }
+  if (name == "local_sgd")
+    return std::make_unique<LocalSgd>(parameters, communicator, spec.local_sgd.every);
+  if (name == "horovod") {
+    return std::make_unique<Horovod>(
+        parameters, communicator,
+        Horovod::Options{.fusion_bytes = static_cast<int64_t>(spec.horovod.fusion_mb * kMegabyte),
+                         .cycle_seconds = spec.horovod.cycle_ms * 1e-3,
+                         .adasum = spec.horovod.adasum});
+  }
+  if (name == "zero1" || name == "zero2" || name == "zero3") {
+    return std::make_unique<Zero>(
+        parameters, communicator,
+        Zero::Options{.stage = name.back() - '0', .overlap = spec.zero.overlap});
+  }
+  throw UserError("train.strategy is \"" + name + "\", which this worker does not have");
+}
+
+Strategy::Memory MemoryOfWholeBuckets(const FlatParameters& parameters) {
+  Strategy::Memory memory;
+  for (const FlatParameters::Bucket& bucket : parameters.buckets()) {
+    memory.parameters += static_cast<int64_t>(bucket.values.nbytes());
+    memory.gradients += static_cast<int64_t>(bucket.gradients.nbytes());
+  }
+  memory.peak_parameters = memory.parameters;
+  memory.peak_gradients = memory.gradients;
+  return memory;
 }
 
 std::vector<FlatRange> WholeBuckets(const FlatParameters& parameters) {

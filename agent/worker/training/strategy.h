@@ -15,6 +15,7 @@
 #include "agent/worker/checkpoint/safetensors.h"
 #include "agent/worker/dist/communicator.h"
 #include "agent/worker/spec/train_spec.h"
+#include "agent/worker/training/batch_source.h"
 #include "agent/worker/training/flat_parameters.h"
 
 namespace itwin::worker {
@@ -60,12 +61,21 @@ class Strategy {
   // gradients are exchanged.
   virtual void BeginBackward(const StepStatus& status, bool last) = 0;
   virtual void EndBackward() = 0;
+  // Whether forward and backward of a step are this strategy's to run, in place of all of the above
+  // but BeginStep. Takes and gives this rank's status.
+  virtual bool RunsPasses() const { return false; }
+  virtual StepStatus RunPasses(const BatchSource::Item& /*item*/, StepStatus status) {
+    return status;
+  }
   // Then range i's gradients are the sum over ranks.
   virtual void WaitGradients(size_t range) = 0;
   virtual void Updated(size_t range) = 0;
   // The status summed over ranks. Where `agreed` comes back false the ranks have not spoken in this
   // step: loss is this rank's, and the flags are zero.
   virtual StepStatus EndStep(bool* agreed) = 0;
+
+  // Of all parameters, over all ranks, once their gradients are there. The same bits on every rank.
+  virtual double SquaresOfGradients();
 
   // Adds each figure over the ranks that hold the other parts of what ranges() holds: for norms. The
   // identity where this rank holds all. The same bits on every rank.
@@ -81,6 +91,10 @@ class Strategy {
   // While a FullParameters lives, the model's parameters can be read and written as a whole.
   virtual void GatherParameters() {}
   virtual void ReleaseParameters() {}
+  // Whether the model of a rank is the whole model (if need be gathered).
+  virtual bool holds_model() const { return true; }
+  // Where `held`, slices of a rank's tensors, lie in those of the whole model.
+  virtual std::vector<StateSlice> InWhole(std::vector<StateSlice> held) const { return held; }
   // The part of `held` (what this rank holds) that is this rank's to save. Over all ranks: each
   // element exactly once.
   virtual std::vector<StateSlice> Owned(std::vector<StateSlice> held) const = 0;
@@ -120,10 +134,18 @@ std::string ChooseStrategy(const TrainSpec& spec, int ranks, std::string* note);
 FlatParameters LayOut(const TrainSpec& spec, const std::string& strategy,
                       const std::vector<std::pair<std::string, at::Tensor>>& named, int ranks);
 
+// Whether the strategy splits the model itself, so that it needs MeshGroups and MakeMeshModel.
+bool IsMesh(const std::string& strategy);
+// The mesh of such a strategy: as the spec says, sizes that are not given filled in.
+MeshSpec MeshOf(const TrainSpec& spec, const std::string& strategy, int ranks);
+
 // Every rank calls it; all start with rank 0's values. `parameters` and `communicator` must outlive
-// it.
+// it. Not for a mesh.
 std::unique_ptr<Strategy> MakeStrategy(const TrainSpec& spec, const std::string& name,
                                        FlatParameters& parameters, Communicator& communicator);
+
+// What a rank that holds everything holds.
+Strategy::Memory MemoryOfWholeBuckets(const FlatParameters& parameters);
 
 // Every bucket as a range.
 std::vector<FlatRange> WholeBuckets(const FlatParameters& parameters);

@@ -114,8 +114,9 @@ struct TrainingLoop::Clock {
 
 std::string HashSpec(const nlohmann::json& job) {
   nlohmann::json train = job.value("train", nlohmann::json::object());
-  for (const char* key : {"epochs", "steps", "validate_every", "checkpoint", "metrics", "strategy",
-                          "ddp", "accumulate", "check_every"}) {
+  for (const char* key :
+       {"epochs", "steps", "validate_every", "checkpoint", "metrics", "strategy", "ddp",
+        "accumulate", "check_every", "local_sgd", "horovod", "zero", "mesh"}) {
     train.erase(key);
   }
   return Sha256Hex(train.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
@@ -127,15 +128,19 @@ TrainingLoop::TrainingLoop(const TrainingSetup& setup)
       model_(setup.model),
       rank_(setup.control.rank()),
       ranks_(setup.control.size()),
+      data_(setup.mesh == nullptr ? setup.control : setup.mesh->data()),
       strategy_name_(StrategyOf(spec_, ranks_)),
       parameters_(LayOut(spec_, strategy_name_, Unfrozen(setup), ranks_)),
-      strategy_(MakeStrategy(spec_, strategy_name_, parameters_, setup.gradients)),
+      strategy_(setup.mesh == nullptr
+                    ? MakeStrategy(spec_, strategy_name_, parameters_, setup.gradients)
+                    : std::make_unique<Mesh>(strategy_name_, parameters_, *setup.mesh, setup.model,
+                                             spec_.ddp)),
       features_(spec_,
                 {.steps = TotalSteps(),
                  .steps_per_epoch =
                      (setup.dataset.size(Split::kTrain) + spec_.batch - 1) / spec_.batch},
                 setup.dataset.size(Split::kValidation) > 0, strategy_name_, parameters_),
-      batches_(setup.dataset, rank_, ranks_, /*stand_in=*/strategy_->lockstep()),
+      batches_(setup.dataset, data_.rank(), data_.size(), /*stand_in=*/strategy_->lockstep()),
       clock_(std::make_unique<Clock>()) {
   if (spec_.phases.empty()) {
     phases_.push_back({"", "", 1, Optimizer(spec_.optimizer, parameters_, strategy_->ranges(), spec_.parameter_groups)});
@@ -203,9 +208,15 @@ void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
   }
   {
     const FullParameters full(*strategy_);
-    LoadWeights(model_, checkpoint.weights);
+    if (strategy_->holds_model()) {
+      LoadWeights(model_, checkpoint.weights);
+    } else {
+      ScatterSlices(checkpoint.weights,
+                    strategy_->InWhole(ParameterSlices(parameters_, strategy_->ranges())),
+                    "the checkpoint");
+    }
   }
-  for (Phase& phase : phases_) phase.optimizer.LoadState(checkpoint.optimizer);
+  for (Phase& phase : phases_) phase.optimizer.LoadState(checkpoint.optimizer, *strategy_);
   features_.LoadState(checkpoint.optimizer);
   position_ = checkpoint.position;
   if (checkpoint.world_size == ranks_) {
@@ -222,6 +233,7 @@ void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
                                                              static_cast<uint64_t>(rank_) + 1)));
   }
   saved_step_ = position_.step;
+  if (!strategy_->holds_model()) return;
   const FullParameters full(*strategy_);
   if (HashWeights(model_) != checkpoint.weights_sha256) {
     throw AppError(
@@ -328,6 +340,15 @@ void TrainingLoop::ForwardAndBackward(const BatchSource::Item& item) {
   status.stop = setup_.stop.Poll(ReserveSeconds()) ? 1 : 0;
   local_not_finite_ = false;
   strategy_->BeginStep();
+  if (strategy_->RunsPasses()) {
+    status = strategy_->RunPasses(item, status);
+    local_not_finite_ = status.not_finite > 0;
+  } else {
+    RunMicroBatches(item, status);
+  }
+}
+
+void TrainingLoop::RunMicroBatches(const BatchSource::Item& item, StepStatus status) {
   for (int64_t m = 0; m < spec_.accumulate; ++m) {
     const Slice part = SliceOf(item.local_samples, static_cast<int>(m), spec_.accumulate);
     const bool last = m + 1 == spec_.accumulate;
@@ -378,9 +399,7 @@ StepStatus TrainingLoop::UpdateParameters() {
   };
   const auto squares_of_all = [&] {
     wait_for_all();
-    double squares = SumOfSquares(strategy_->ranges());
-    strategy_->SumOverShards(std::span(&squares, 1));
-    return squares;
+    return strategy_->SquaresOfGradients();
   };
   if (scaler != nullptr && !scaler->Update(!std::isfinite(squares_of_all()))) {
     // The gradients are beyond fp16 and are dropped; the step counts, so all ranks and the order of
@@ -455,7 +474,7 @@ void TrainingLoop::ReportUnusedParameters() {
   reported_unused_ = true;
   std::vector<int64_t> unused = strategy_->Unused();
   for (int64_t& u : unused) u = 1 - u;
-  setup_.control.AllReduce(BufferOf(std::span(unused)), Reduction::kMax)->Wait();
+  data_.AllReduce(BufferOf(std::span(unused)), Reduction::kMax)->Wait();
   std::string names;
   int count = 0;
   for (size_t i = 0; i < unused.size(); ++i) {
@@ -498,11 +517,8 @@ void TrainingLoop::FinishEpoch() {
     position_ = {.step = position_.step, .epoch = position_.epoch + 1};
   }
   strategy_->Consolidate(OptimizerState());
-  AverageBuffers(model_, setup_.control);
-  {
-    const FullParameters full(*strategy_);
-    weights_sha256_ = CompareWeights(model_, setup_.control);
-  }
+  AverageBuffers(model_, data_);
+  weights_sha256_ = HashAllWeights();
 
   if (!Done()) {
     // What follows from the evaluation is saved with it.
@@ -554,12 +570,12 @@ void TrainingLoop::EvaluateSplit(Split split) {
   const double start = Seconds();
   const std::string prefix = split == Split::kValidation ? "validation/" : "test/";
   // Without gradients a batch needs less than half the memory of a training batch.
-  const int64_t batch = std::max<int64_t>(1, 2 * ((spec_.batch + ranks_ - 1) / ranks_));
+  const int64_t batch = std::max<int64_t>(1, 2 * ((spec_.batch + data_.size() - 1) / data_.size()));
   model_.Train(false);
   at::NoGradGuard no_grad;
   const Evaluation evaluation = [&] {
     const AutocastScope autocast(spec_.precision);
-    return Evaluate(model_, setup_.dataset, split, batch, setup_.control, strategy_->lockstep());
+    return Evaluate(model_, setup_.dataset, split, batch, data_, strategy_->lockstep());
   }();
   std::map<std::string, double> metrics = evaluation.metrics;
   if (const auto confusion = evaluation.sums.find("confusion"); confusion != evaluation.sums.end()) {
@@ -568,7 +584,7 @@ void TrainingLoop::EvaluateSplit(Split split) {
   }
   if (split == Split::kTest) {
     if (test_baselines_.empty()) {
-      test_baselines_ = EvaluateBaselines(setup_.dataset, split, batch, setup_.control);
+      test_baselines_ = EvaluateBaselines(setup_.dataset, split, batch, data_);
     }
     for (const auto& [name, rmse] : test_baselines_) {
       metrics[name] = rmse;
@@ -592,10 +608,7 @@ void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
   // Saved before the last evaluation: if that meets the wall limit, the next attempt only
   // evaluates.
   if (saved_step_ != position_.step) Save();
-  if (weights_sha256_.empty()) {
-    const FullParameters full(*strategy_);
-    weights_sha256_ = CompareWeights(model_, setup_.control);
-  }
+  if (weights_sha256_.empty()) weights_sha256_ = HashAllWeights();
   // What is given back is what is evaluated: the average of the weights, or the best ones.
   if (features_.average() != nullptr) features_.average()->Swap();
   EvaluateSplit(Split::kValidation);
@@ -624,6 +637,7 @@ void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
   }
   outcome.message = "";
   strategy_->GatherParameters();  // for good: the model is whole from here on
+  if (!strategy_->holds_model()) outcome.weights = GatherWeights();
 }
 
 void TrainingLoop::Save() {
@@ -643,11 +657,15 @@ void TrainingLoop::Save() {
   contents.world_size = ranks_;
   contents.seed = spec_.seed;
   contents.spec_sha256 = setup_.spec_sha256;
-  weights_sha256_ = CompareWeights(model_, setup_.control);
+  weights_sha256_ = HashAllWeights();
   contents.weights_sha256 = weights_sha256_;
   contents.of_rank.emplace_back(kGenerator, Generator().get_state());
-  for (const auto& [name, tensor] : model_.parameters())
-    contents.weights.emplace_back(name, tensor);
+  if (strategy_->holds_model()) {
+    for (const auto& [name, tensor] : model_.parameters())
+      contents.weights.emplace_back(name, tensor);
+  } else {
+    contents.weights = GatherWeights();
+  }
   for (const auto& [name, tensor] : model_.buffers()) {
     contents.weights.emplace_back(name, tensor);
     contents.of_rank.emplace_back(kBuffer + name, tensor);
@@ -660,6 +678,21 @@ void TrainingLoop::Save() {
   setup_.checkpoints.Save(contents);
   saved_step_ = position_.step;
   clock_->save = std::max(clock_->save, Seconds() - start);
+}
+
+// Compares on the way: throws where ranks that hold the same do not.
+std::string TrainingLoop::HashAllWeights() {
+  const FullParameters full(*strategy_);
+  if (strategy_->holds_model()) return CompareWeights(model_, setup_.control);
+  CompareWeights(model_, data_);
+  const NamedTensors weights = GatherWeights();
+  return BroadcastText(setup_.control, rank_ == 0 ? HashTensors(weights) : "", 0);
+}
+
+// On rank 0.
+NamedTensors TrainingLoop::GatherWeights() {
+  return GatherSlices(strategy_->Owned(ParameterSlices(parameters_, strategy_->ranges())),
+                      setup_.control);
 }
 
 void TrainingLoop::ReportProgress(bool now) {
@@ -703,7 +736,8 @@ int64_t TrainingLoop::TotalSteps() const {
 
 double TrainingLoop::ReserveSeconds() const {
   const double save = clock_->save < 0 ? kFirstSaveSeconds : 2 * clock_->save;
-  return save + kReserveSeconds + clock_->evaluation + 2 * clock_->longest_step;
+  return save + kReserveSeconds + clock_->evaluation +
+         (1 + std::max(1, spec_.local_sgd.every)) * clock_->longest_step;
 }
 
 }  // namespace itwin::worker

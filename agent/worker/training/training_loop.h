@@ -17,6 +17,7 @@
 #include "agent/worker/training/batch_source.h"
 #include "agent/worker/training/features.h"
 #include "agent/worker/training/flat_parameters.h"
+#include "agent/worker/training/mesh.h"
 #include "agent/worker/training/optimizer.h"
 #include "agent/worker/training/stop_request.h"
 #include "agent/worker/training/strategy.h"
@@ -36,6 +37,7 @@ struct TrainingSetup {
   // A line for people; rank 0's prints, the others' drops it.
   std::function<void(const std::string&)> print;
   std::string spec_sha256;  // see CheckpointContents
+  MeshGroups* mesh = nullptr;  // of a strategy that splits the model (IsMesh); the model is its part
 };
 
 struct TrainingOutcome {
@@ -47,6 +49,7 @@ struct TrainingOutcome {
   std::string weights_sha256;
   std::map<std::string, nlohmann::json> reports;  // files for the outputs, by name
   NamedTensors best;  // on rank 0, where they were kept and are not the model
+  NamedTensors weights;  // on rank 0, where no rank holds the whole model
 };
 
 // Hash of what must be the same for a checkpoint to be gone on from: the `train` part of the spec
@@ -77,6 +80,7 @@ class TrainingLoop {
   void StartPhase(size_t phase);
   std::vector<at::Tensor> OptimizerState() const;
   void ForwardAndBackward(const BatchSource::Item& item);
+  void RunMicroBatches(const BatchSource::Item& item, StepStatus status);
   StepStatus UpdateParameters();
   void CheckReplicas();
   void FinishEpoch();
@@ -84,6 +88,8 @@ class TrainingLoop {
   void Validate();  // and lets the features see it
   void EvaluateSplit(Split split);
   void Save();
+  std::string HashAllWeights();
+  NamedTensors GatherWeights();
   [[noreturn]] void FailNotFinite();
   void ReportUnusedParameters();
   void ReportProgress(bool now);
@@ -97,6 +103,7 @@ class TrainingLoop {
   const TrainSpec& spec_;
   Model& model_;
   const int rank_, ranks_;
+  Communicator& data_;  // the ranks that share the samples; all, unless the model is split
 
   const std::string strategy_name_;
   FlatParameters parameters_;

@@ -8,9 +8,13 @@
 
 namespace itwin::worker {
 
-std::string HashWeights(Model& model) {
+std::string HashWeights(Model& model) { return HashTensors(model.parameters()); }
+
+std::string HashTensors(const NamedTensors& tensors) {
+  // By name: the parts of a split model are gathered in another order than the model's.
+  std::map<std::string, at::Tensor> sorted(tensors.begin(), tensors.end());
   Sha256 hash;
-  for (const auto& [name, tensor] : model.parameters()) {
+  for (const auto& [name, tensor] : sorted) {
     const at::Tensor bytes = tensor.detach().cpu().contiguous();
     hash.Update(name.data(), name.size() + 1);
     for (int64_t size : bytes.sizes()) hash.Update(&size, sizeof(size));

@@ -9,8 +9,9 @@
 
 namespace itwin::worker {
 
-// SHA-256 over names, shapes and bytes of the parameters.
+// SHA-256 over names, shapes and bytes of the parameters, in the order of the names.
 std::string HashWeights(Model& model);
+std::string HashTensors(const NamedTensors& tensors);
 
 // Throws AppError that names the ranks whose parameters differ from rank 0's. Returns the hash.
 std::string CompareWeights(Model& model, Communicator& communicator);

@@ -83,6 +83,11 @@ void CheckCollectives(Communicator& c) {
   std::vector<int64_t> all(n);
   c.AllGather(BufferOf(std::span(&mine, 1)), BufferOf(std::span(all)))->Wait();
   for (int r = 0; r < n; ++r) EXPECT_EQ(all[r], 10 * r);
+  std::vector<int64_t> in_place(static_cast<size_t>(n), -1);
+  in_place[c.rank()] = 7 * c.rank();
+  c.AllGather(BufferOf(std::span(in_place).subspan(c.rank(), 1)), BufferOf(std::span(in_place)))
+      ->Wait();
+  for (int r = 0; r < n; ++r) EXPECT_EQ(in_place[r], 7 * r);
   std::vector<double> parts(2 * static_cast<size_t>(n)), part(2);
   for (int r = 0; r < n; ++r) parts[2 * r] = parts[2 * r + 1] = 100.0 * r + c.rank();
   c.ReduceScatter(BufferOf(std::span(parts)), BufferOf(std::span(part)), Reduction::kSum)->Wait();

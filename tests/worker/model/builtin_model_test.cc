@@ -122,6 +122,8 @@ INSTANTIATE_TEST_SUITE_P(
              3,
              0.02},
         Task{"unet", {{"base", 4}, {"depth", 2}}, {2, 8, 12}, {1, 8, 12}, 0, 0.1},
+        Task{"transformer", {{"width", 16}, {"heads", 2}, {"dropout", 0.1}}, {6}, {6}, 5, 0.5},
+        Task{"transformer", {{"layers", 1}, {"width", 16}, {"tied", false}}, {6}, {}, 5, 0.5},
         Task{"unet", {{"base", 4}, {"depth", 1}}, {2, 8, 6}, {8, 6}, 3, 0.1},
         Task{"lstm", {{"hidden", 8}, {"layers", 2}}, {5, 3}, {2}, 0, 0.3},
         Task{"lstm", {{"hidden", 8}}, {5}, {}, 0, 0.3},

@@ -100,6 +100,51 @@ TEST_F(WorkerProgram, TrainsAloneAndUnderMpi) {
   EXPECT_TRUE(fs::exists(Spool("two") / "checkpoints" / "step-54" / "manifest.json"));
 }
 
+TEST_F(WorkerProgram, EveryStrategyUnderMpiEqualsOneRankAndOneRankSaysThatItRanAlone) {
+  Json job = Job();
+  job["train"]["model"]["options"]["dropout"] = 0;
+  job["train"]["optimizer"] = {{"sgd", {{"lr", 0.05}, {"momentum", 0.9}}}};
+  job["train"]["check_every"] = 7;
+  ASSERT_EQ(Run(0, job, "one"), 0) << log_;
+  const double loss = Result("one")["metrics"]["test/loss"];
+  for (const std::string strategy : {"ddp", "horovod", "zero1", "zero2", "zero3"}) {
+    job["train"]["strategy"] = strategy;
+    ASSERT_EQ(Run(2, job, strategy), 0) << log_;
+    const Json result = Result(strategy);
+    EXPECT_EQ(result["info"]["strategy"], strategy);
+    EXPECT_NEAR(result["metrics"]["test/loss"].get<double>(), loss, 1e-4) << strategy;
+  }
+  ASSERT_EQ(Run(0, job, "alone"), 0) << log_;
+  EXPECT_EQ(Result("alone")["info"]["strategy_note"],
+            "ran single because the job has one rank (asked for: zero3)");
+  EXPECT_THAT(log_, HasSubstr("note: ran single because the job has one rank"));
+}
+
+TEST_F(WorkerProgram, TheTextExampleIsSplitBetweenFourRanksAndLearns) {
+  // deploy/examples/text-transformer at a small size: fewer windows, one epoch.
+  const fs::path example = fs::path(std::getenv("ITWIN_SOURCE")) / "deploy/examples/text-transformer";
+  fs::create_directories(Spool("text"));
+  Program tokens({"/bin/sh", "-c",
+                  "cd " + Spool("text").string() + " && head -c 40000 /usr/share/common-licenses/GPL-3 > text && "
+                  "/usr/bin/python3 " + (example / "tokens.py").string() + " text"},
+                 {}, scratch_ / "tokens.log");
+  ASSERT_EQ(tokens.Wait(), 0) << tokens.Output();
+  Json job = Json::parse(R"({"name": "text", "train": {
+      "model": {"builtin": "transformer",
+                "options": {"layers": 2, "heads": 4, "width": 32, "vocabulary": 128, "tied": false}},
+      "data": {"npy": {}, "split": {"test_fraction": 0.1}},
+      "loss": "cross_entropy", "optimizer": {"adamw": {"lr": 0.01}}, "batch": 16, "epochs": 3,
+      "strategy": "mesh", "mesh": {"tensor": 2, "pipeline": 2}}})");
+  job["train"]["data"]["npy"] = {{"input", (Spool("text") / "input.npy").string()},
+                                 {"target", (Spool("text") / "target.npy").string()}};
+  ASSERT_EQ(Run(4, job, "text"), 0) << log_;
+  const Json result = Result("text");
+  EXPECT_EQ(result["info"]["strategy"], "mesh");
+  // Nats per byte; the frequencies of single bytes alone give about 3.1.
+  EXPECT_LT(result["metrics"]["test/loss"].get<double>(), 2.9);
+  EXPECT_TRUE(fs::exists(Spool("text") / "outputs" / "weights.safetensors"));
+}
+
 TEST_F(WorkerProgram, SameSeedSameRanksSameBits) {
   ASSERT_EQ(Run(2, Job(), "a"), 0);
   ASSERT_EQ(Run(2, Job(), "b"), 0);

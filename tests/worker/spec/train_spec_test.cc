@@ -104,6 +104,25 @@ TEST(TrainSpec, RefusesFeaturesThatDoNotGoTogether) {
               HasSubstr("train.optimizer.lars.nesterov needs a momentum above 0"));
 }
 
+TEST(TrainSpec, ReadsStrategySettings) {
+  const TrainSpec plain = ParseSpec(SmallJob());
+  EXPECT_EQ(plain.accumulate, 1);
+  EXPECT_EQ(plain.check_every, 200);
+  EXPECT_EQ(plain.zero.bucket_mb, 16);
+  const TrainSpec spec = ParseSpec(WithTrain(R"({"strategy": "horovod", "accumulate": 4,
+      "check_every": 0, "horovod": {"fusion_mb": 8, "cycle_ms": 2.5, "adasum": true},
+      "zero": {"bucket_mb": 2, "overlap": false}, "ddp": {"compression": "bf16"}})"));
+  EXPECT_EQ(spec.accumulate, 4);
+  EXPECT_EQ(spec.check_every, 0);
+  EXPECT_EQ(spec.horovod.fusion_mb, 8);
+  EXPECT_EQ(spec.horovod.cycle_ms, 2.5);
+  EXPECT_TRUE(spec.horovod.adasum);
+  EXPECT_EQ(spec.zero.bucket_mb, 2);
+  EXPECT_FALSE(spec.zero.overlap);
+  EXPECT_EQ(spec.ddp.compression, "bf16");
+  EXPECT_EQ(ParseSpec(WithTrain(R"({"local_sgd": {"every": 8}})")).local_sgd.every, 8);
+}
+
 TEST(TrainSpec, ReadsDataAndTransforms) {
   Json job = SmallJob();
   job["train"]["data"] = Json::parse(R"({"netcdf": "winds.cdf", "variables": ["UWND", "VWND"],
@@ -129,7 +148,12 @@ TEST(TrainSpec, NamesTheBadField) {
   EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"adam": {}, "sgd": {}}})")), HasSubstr("both"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"batch": -1})")), HasSubstr("train.batch is -1"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"batch": 1.5})")), HasSubstr("an integer"));
-  EXPECT_THAT(ErrorOf(WithTrain(R"({"strategy": "zero3"})")), HasSubstr("known: single, ddp"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"strategy": "zero4"})")),
+              HasSubstr("known: single, ddp, horovod, zero1, zero2, zero3"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"ddp": {"compression": "fp8"}})")),
+              HasSubstr("train.ddp.compression is \"fp8\"; known: none, fp16, bf16"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"strategy": "zero2", "local_sgd": {"every": 4}})")),
+              HasSubstr("train.local_sgd belongs to strategy ddp"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"model": null})")), HasSubstr("train.model is missing"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"data": {"split": {"train": "5..2"}}})")),
               HasSubstr("train.data.split.train"));

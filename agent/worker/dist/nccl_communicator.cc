@@ -1,0 +1,288 @@
+#include "agent/worker/dist/nccl_communicator.h"
+
+#include <dlfcn.h>
+
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#include "agent/worker/error.h"
+
+namespace itwin::worker {
+namespace {
+
+// Of nccl.h and cuda_runtime_api.h, which need not be installed; both are fixed by those libraries'
+// binary interface.
+struct UniqueId {
+  char bytes[128];
+};
+constexpr int kNcclSuccess = 0, kNcclInProgress = 7;
+constexpr int kNcclSum = 0, kNcclMax = 2;
+constexpr int kCudaSuccess = 0, kCudaNotReady = 600;
+constexpr unsigned kStreamNonBlocking = 1, kEventDisableTiming = 2;
+
+constexpr auto kPoll = std::chrono::microseconds(20);
+constexpr auto kCheckErrors = std::chrono::milliseconds(100);
+
+int TypeOf(ElementType type) {
+  switch (type) {
+    case ElementType::kByte:
+      return 1;  // ncclUint8
+    case ElementType::kInt64:
+      return 4;
+    case ElementType::kFloat16:
+      return 6;
+    case ElementType::kFloat32:
+      return 7;
+    case ElementType::kFloat64:
+      return 8;
+    case ElementType::kBfloat16:
+      return 9;
+  }
+  return 1;
+}
+int OpOf(Reduction reduction) { return reduction == Reduction::kSum ? kNcclSum : kNcclMax; }
+
+void* Open(const std::vector<std::string>& names, const std::string& what) {
+  std::string reason;
+  for (const std::string& name : names) {
+    if (void* library = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL)) return library;
+    const char* text = dlerror();
+    if (reason.empty() && text != nullptr) reason = text;
+  }
+  throw UserError("GPUs cannot be used: " + what + " is not there (" + reason +
+                  "); load its module, or set LD_LIBRARY_PATH to where it lies");
+}
+
+template <typename F>
+void Find(void* library, const char* name, F* function) {
+  *function = reinterpret_cast<F>(dlsym(library, name));
+  if (*function == nullptr) {
+    throw UserError(std::string("GPUs cannot be used: the library that was found has no function ") +
+                    name + "; it is too old, or not what its name says");
+  }
+}
+
+}  // namespace
+
+struct NcclLibraries::Functions {
+  int (*cudaGetDeviceCount)(int*);
+  int (*cudaSetDevice)(int);
+  int (*cudaStreamCreateWithFlags)(void**, unsigned);
+  int (*cudaStreamDestroy)(void*);
+  int (*cudaStreamWaitEvent)(void*, void*, unsigned);
+  int (*cudaEventCreateWithFlags)(void**, unsigned);
+  int (*cudaEventDestroy)(void*);
+  int (*cudaEventRecord)(void*, void*);
+  int (*cudaEventQuery)(void*);
+  const char* (*cudaGetErrorString)(int);
+  int (*ncclGetUniqueId)(UniqueId*);
+  int (*ncclCommInitRank)(void**, int, UniqueId, int);
+  int (*ncclCommDestroy)(void*);
+  int (*ncclCommAbort)(void*);
+  int (*ncclCommGetAsyncError)(void*, int*);
+  const char* (*ncclGetErrorString)(int);
+  int (*ncclAllReduce)(const void*, void*, size_t, int, int, void*, void*);
+  int (*ncclBroadcast)(const void*, void*, size_t, int, int, void*, void*);
+  int (*ncclAllGather)(const void*, void*, size_t, int, void*, void*);
+  int (*ncclReduceScatter)(const void*, void*, size_t, int, int, void*, void*);
+  int (*ncclSend)(const void*, size_t, int, int, void*, void*);
+  int (*ncclRecv)(void*, size_t, int, int, void*, void*);
+
+  void CheckCuda(int result, const char* call) const {
+    if (result != kCudaSuccess)
+      throw AppError(std::string(call) + ": " + cudaGetErrorString(result));
+  }
+  void CheckNccl(int result, const char* call) const {
+    if (result != kNcclSuccess && result != kNcclInProgress)
+      throw AppError(std::string(call) + ": " + ncclGetErrorString(result));
+  }
+};
+
+NcclLibraries::NcclLibraries() : functions_(std::make_unique<Functions>()) {}
+NcclLibraries::~NcclLibraries() {
+  if (nccl_ != nullptr) dlclose(nccl_);
+  if (cuda_ != nullptr) dlclose(cuda_);
+}
+
+std::unique_ptr<NcclLibraries> NcclLibraries::Load(const Names& names) {
+  std::unique_ptr<NcclLibraries> loaded(new NcclLibraries);
+  loaded->cuda_ = Open(names.cuda, "the CUDA runtime (libcudart)");
+  loaded->nccl_ = Open(names.nccl, "NCCL (libnccl)");
+  Functions& f = *loaded->functions_;
+#define ITWIN_FIND(library, name) Find(loaded->library, #name, &f.name)
+  ITWIN_FIND(cuda_, cudaGetDeviceCount);
+  ITWIN_FIND(cuda_, cudaSetDevice);
+  ITWIN_FIND(cuda_, cudaStreamCreateWithFlags);
+  ITWIN_FIND(cuda_, cudaStreamDestroy);
+  ITWIN_FIND(cuda_, cudaStreamWaitEvent);
+  ITWIN_FIND(cuda_, cudaEventCreateWithFlags);
+  ITWIN_FIND(cuda_, cudaEventDestroy);
+  ITWIN_FIND(cuda_, cudaEventRecord);
+  ITWIN_FIND(cuda_, cudaEventQuery);
+  ITWIN_FIND(cuda_, cudaGetErrorString);
+  ITWIN_FIND(nccl_, ncclGetUniqueId);
+  ITWIN_FIND(nccl_, ncclCommInitRank);
+  ITWIN_FIND(nccl_, ncclCommDestroy);
+  ITWIN_FIND(nccl_, ncclCommAbort);
+  ITWIN_FIND(nccl_, ncclCommGetAsyncError);
+  ITWIN_FIND(nccl_, ncclGetErrorString);
+  ITWIN_FIND(nccl_, ncclAllReduce);
+  ITWIN_FIND(nccl_, ncclBroadcast);
+  ITWIN_FIND(nccl_, ncclAllGather);
+  ITWIN_FIND(nccl_, ncclReduceScatter);
+  ITWIN_FIND(nccl_, ncclSend);
+  ITWIN_FIND(nccl_, ncclRecv);
+#undef ITWIN_FIND
+  return loaded;
+}
+
+NcclLibraries& NcclLibraries::Get() {
+  static const std::unique_ptr<NcclLibraries> loaded = Load({});
+  return *loaded;
+}
+
+int NcclLibraries::CountDevices() const {
+  int count = 0;
+  return functions_->cudaGetDeviceCount(&count) == kCudaSuccess ? count : 0;
+}
+
+bool NcclAvailable(std::string* why_not) {
+  try {
+    if (NcclLibraries::Get().CountDevices() > 0) return true;
+    *why_not = "GPUs cannot be used: this process sees none, or there is no driver";
+  } catch (const WorkerError& error) {
+    *why_not = error.what();
+  }
+  return false;
+}
+
+// A collective on the stream.
+class NcclCommunicator::Event : public Work {
+ public:
+  explicit Event(NcclCommunicator& owner) : owner_(owner), f_(owner.libraries_.functions()) {
+    f_.CheckCuda(f_.cudaEventCreateWithFlags(&event_, kEventDisableTiming), "cudaEventCreate");
+    f_.CheckCuda(f_.cudaEventRecord(event_, owner.stream_), "cudaEventRecord");
+  }
+  ~Event() override { f_.cudaEventDestroy(event_); }
+
+  void Wait() override {
+    using Clock = std::chrono::steady_clock;
+    const auto start = Clock::now();
+    auto next_check = start + kCheckErrors;
+    while (true) {
+      const int state = f_.cudaEventQuery(event_);
+      if (state == kCudaSuccess) return;
+      if (state != kCudaNotReady) f_.CheckCuda(state, "cudaEventQuery");
+      const auto now = Clock::now();
+      if (now >= next_check) {
+        next_check = now + kCheckErrors;
+        int error = kNcclSuccess;
+        if (owner_.communicator_ == nullptr) throw AppError("NCCL was aborted");
+        f_.ncclCommGetAsyncError(owner_.communicator_, &error);
+        if (error != kNcclSuccess && error != kNcclInProgress) {
+          owner_.Abort();
+          f_.CheckNccl(error, "NCCL, while a collective was under way");
+        }
+        if (std::chrono::duration<double>(now - start).count() > owner_.options_.timeout_seconds) {
+          owner_.Abort();
+          throw AppError("a collective has not moved for " +
+                         std::to_string(static_cast<int>(owner_.options_.timeout_seconds)) +
+                         " s on rank " + std::to_string(owner_.rank()) +
+                         "; another rank has ended, hangs, or runs other collectives");
+        }
+      }
+      std::this_thread::sleep_for(kPoll);
+    }
+  }
+
+ private:
+  NcclCommunicator& owner_;
+  const NcclLibraries::Functions& f_;
+  void* event_ = nullptr;
+};
+
+NcclCommunicator::NcclCommunicator(std::unique_ptr<Communicator> control, const Options& options)
+    : control_(std::move(control)), options_(options), libraries_(NcclLibraries::Get()) {
+  const NcclLibraries::Functions& f = libraries_.functions();
+  f.CheckCuda(f.cudaSetDevice(options.device), "cudaSetDevice");
+  f.CheckCuda(f.cudaStreamCreateWithFlags(&stream_, kStreamNonBlocking), "cudaStreamCreate");
+  UniqueId id{};
+  if (control_->rank() == 0) f.CheckNccl(f.ncclGetUniqueId(&id), "ncclGetUniqueId");
+  control_->Broadcast({id.bytes, sizeof(id.bytes)}, 0)->Wait();
+  f.CheckNccl(f.ncclCommInitRank(&communicator_, size(), id, rank()), "ncclCommInitRank");
+}
+
+NcclCommunicator::~NcclCommunicator() {
+  const NcclLibraries::Functions& f = libraries_.functions();
+  if (communicator_ != nullptr) f.ncclCommDestroy(communicator_);
+  f.cudaStreamDestroy(stream_);
+}
+
+void NcclCommunicator::Abort() {
+  if (communicator_ != nullptr) libraries_.functions().ncclCommAbort(communicator_);
+  communicator_ = nullptr;
+}
+
+// What is enqueued on the compute stream so far comes first.
+void NcclCommunicator::WaitForCompute() {
+  if (communicator_ == nullptr) throw AppError("NCCL was aborted");
+  const NcclLibraries::Functions& f = libraries_.functions();
+  void* event = nullptr;
+  f.CheckCuda(f.cudaEventCreateWithFlags(&event, kEventDisableTiming), "cudaEventCreate");
+  f.CheckCuda(f.cudaEventRecord(event, options_.compute_stream), "cudaEventRecord");
+  f.CheckCuda(f.cudaStreamWaitEvent(stream_, event, 0), "cudaStreamWaitEvent");
+  f.cudaEventDestroy(event);  // CUDA keeps it until it is done
+}
+
+std::unique_ptr<Work> NcclCommunicator::After(int result, const char* call) {
+  libraries_.functions().CheckNccl(result, call);
+  return std::make_unique<Event>(*this);
+}
+
+std::unique_ptr<Work> NcclCommunicator::AllReduce(Buffer b, Reduction reduction) {
+  WaitForCompute();
+  return After(libraries_.functions().ncclAllReduce(b.data, b.data, static_cast<size_t>(b.count),
+                                                    TypeOf(b.type), OpOf(reduction), communicator_,
+                                                    stream_),
+               "ncclAllReduce");
+}
+std::unique_ptr<Work> NcclCommunicator::Broadcast(Buffer b, int root) {
+  WaitForCompute();
+  return After(libraries_.functions().ncclBroadcast(b.data, b.data, static_cast<size_t>(b.count),
+                                                    TypeOf(b.type), root, communicator_, stream_),
+               "ncclBroadcast");
+}
+std::unique_ptr<Work> NcclCommunicator::AllGather(Buffer mine, Buffer all) {
+  WaitForCompute();
+  return After(
+      libraries_.functions().ncclAllGather(mine.data, all.data, static_cast<size_t>(mine.count),
+                                           TypeOf(mine.type), communicator_, stream_),
+      "ncclAllGather");
+}
+std::unique_ptr<Work> NcclCommunicator::ReduceScatter(Buffer all, Buffer mine,
+                                                      Reduction reduction) {
+  WaitForCompute();
+  return After(libraries_.functions().ncclReduceScatter(
+                   all.data, mine.data, static_cast<size_t>(mine.count), TypeOf(mine.type),
+                   OpOf(reduction), communicator_, stream_),
+               "ncclReduceScatter");
+}
+std::unique_ptr<Work> NcclCommunicator::Send(Buffer b, int to) {
+  WaitForCompute();
+  return After(libraries_.functions().ncclSend(b.data, static_cast<size_t>(b.count),
+                                               TypeOf(b.type), to, communicator_, stream_),
+               "ncclSend");
+}
+std::unique_ptr<Work> NcclCommunicator::Recv(Buffer b, int from) {
+  WaitForCompute();
+  return After(libraries_.functions().ncclRecv(b.data, static_cast<size_t>(b.count),
+                                               TypeOf(b.type), from, communicator_, stream_),
+               "ncclRecv");
+}
+
+std::unique_ptr<Communicator> NcclCommunicator::Split(int color, int key) {
+  return std::make_unique<NcclCommunicator>(control_->Split(color, key), options_);
+}
+
+}  // namespace itwin::worker

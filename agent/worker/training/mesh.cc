@@ -1,0 +1,387 @@
+#include "agent/worker/training/mesh.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <deque>
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
+
+#include "agent/worker/error.h"
+#include "agent/worker/model/builtin_model.h"
+#include "agent/worker/training/optimizer_kernels.h"
+#include "agent/worker/training/sampler.h"
+
+namespace itwin::worker {
+namespace {
+
+constexpr int64_t kHeader = 10;  // type, dimensions, sizes of a tensor on its way
+
+// Sends and forgets: what is on the network is kept until it has arrived.
+class Outbox {
+ public:
+  explicit Outbox(Communicator& stages) : stages_(stages) {}
+  void Send(const at::Tensor& tensor, int to) {
+    Letter& letter = letters_.emplace_back();
+    letter.tensor = tensor.detach().contiguous();
+    if (letter.tensor.dim() > kHeader - 2)
+      throw AppError("activations with more than 8 dimensions cannot be sent between stages");
+    letter.header[0] = static_cast<int64_t>(letter.tensor.scalar_type());
+    letter.header[1] = letter.tensor.dim();
+    for (int64_t d = 0; d < letter.tensor.dim(); ++d)
+      letter.header[static_cast<size_t>(d) + 2] = letter.tensor.size(d);
+    letter.work[0] = stages_.Send(BufferOf(std::span(letter.header)), to);
+    letter.work[1] = stages_.Send(
+        {letter.tensor.data_ptr(), static_cast<int64_t>(letter.tensor.nbytes())}, to);
+  }
+  void WaitAll() {
+    for (Letter& letter : letters_) {
+      for (auto& work : letter.work) work->Wait();
+    }
+    letters_.clear();
+  }
+
+ private:
+  struct Letter {
+    std::array<int64_t, kHeader> header{};
+    at::Tensor tensor;
+    std::unique_ptr<Work> work[2];
+  };
+  Communicator& stages_;
+  std::deque<Letter> letters_;  // a deque: headers must not move
+};
+
+at::Tensor Receive(Communicator& stages, int from) {
+  std::array<int64_t, kHeader> header{};
+  stages.Recv(BufferOf(std::span(header)), from)->Wait();
+  const at::Tensor tensor =
+      at::empty(at::IntArrayRef(header.data() + 2, static_cast<size_t>(header[1])),
+                at::TensorOptions().dtype(static_cast<at::ScalarType>(header[0])));
+  stages.Recv({tensor.data_ptr(), static_cast<int64_t>(tensor.nbytes())}, from)->Wait();
+  return tensor;
+}
+
+// One rank's part of a model, which answers like a whole one: an evaluation runs through all stages,
+// and every rank gets the last one's figures.
+class MeshModel : public Model {
+ public:
+  MeshModel(std::unique_ptr<Model> part, MeshGroups& groups)
+      : part_(std::move(part)), groups_(groups) {}
+
+  std::vector<std::pair<std::string, at::Tensor>> parameters() override {
+    return part_->parameters();
+  }
+  std::vector<std::pair<std::string, at::Tensor>> buffers() override { return part_->buffers(); }
+  StepOutput TrainingStep(const Batch& batch) override { return part_->TrainingStep(batch); }
+  StepOutput EvaluationStep(const Batch& batch) override {
+    if (groups_.shape().pipeline == 1) return part_->EvaluationStep(batch);
+    const at::NoGradGuard no_grad;
+    const at::Tensor output = RunStages(batch.at("input"));
+    Communicator& stages = groups_.pipeline();
+    const int last = stages.size() - 1;
+    StepOutput result;
+    // Each value on its way: a line with its name and, of a vector of sums, its length.
+    std::string names;
+    std::vector<double> values;
+    if (stages.rank() == last) {
+      result = part_->staged()->LossOf(output, batch.at("target"));
+      values.push_back(result.loss.item<double>());
+      for (const auto& [name, value] : result.metrics) {
+        names += name + " -1\n";
+        values.push_back(value.item<double>());
+      }
+      for (const auto& [name, sums] : result.sums) {
+        const at::Tensor flat = sums.to(at::kDouble).contiguous();
+        names += name + ' ' + std::to_string(flat.numel()) + '\n';
+        values.insert(values.end(), flat.data_ptr<double>(), flat.data_ptr<double>() + flat.numel());
+      }
+    }
+    names = BroadcastText(stages, names, last);
+    auto count = static_cast<int64_t>(values.size());
+    stages.Broadcast(BufferOf(std::span(&count, 1)), last)->Wait();
+    values.resize(static_cast<size_t>(count));
+    stages.Broadcast(BufferOf(std::span(values)), last)->Wait();
+    const auto doubles = at::TensorOptions().dtype(at::kDouble);
+    result.loss = at::scalar_tensor(values[0], doubles);
+    size_t next = 1;
+    for (size_t at = 0; at < names.size();) {
+      const size_t space = names.find(' ', at), end = names.find('\n', at);
+      const std::string name = names.substr(at, space - at);
+      const int64_t length = std::stoll(names.substr(space + 1, end - space - 1));
+      if (length < 0) {
+        result.metrics[name] = at::scalar_tensor(values[next++], doubles);
+      } else {
+        const at::Tensor sums = at::empty({length}, doubles);
+        std::copy_n(values.data() + next, length, sums.data_ptr<double>());
+        result.sums[name] = sums;
+        next += static_cast<size_t>(length);
+      }
+      at = end + 1;
+    }
+    return result;
+  }
+  at::Tensor Predict(const at::Tensor& input) override {
+    if (groups_.shape().pipeline == 1) return part_->Predict(input);
+    throw AppError("a model that is split into stages does not predict; load the saved model");
+  }
+  void Train(bool training) override { part_->Train(training); }
+  void Save(const std::filesystem::path&) override {
+    throw AppError("a part of a model is not saved as a model");
+  }
+  std::string description() override {
+    const MeshSpec& shape = groups_.shape();
+    return part_->description() + " on this rank (mesh " + std::to_string(shape.data) + " x " +
+           std::to_string(shape.tensor) + " x " + std::to_string(shape.pipeline) +
+           ", data x tensor x pipeline)";
+  }
+  std::map<std::string, ParameterPart> parts() override { return part_->parts(); }
+  StagedModel* staged() override { return part_->staged(); }
+
+ private:
+  // The last stage's output; elsewhere what this stage handed on.
+  at::Tensor RunStages(const at::Tensor& input) {
+    Communicator& stages = groups_.pipeline();
+    const int stage = stages.rank();
+    const at::Tensor output =
+        part_->staged()->ForwardStage(stage == 0 ? input : Receive(stages, stage - 1));
+    if (stage + 1 < stages.size()) {
+      Outbox outbox(stages);
+      outbox.Send(output, stage + 1);
+      outbox.WaitAll();
+    }
+    return output;
+  }
+
+  const std::unique_ptr<Model> part_;
+  MeshGroups& groups_;
+};
+
+}  // namespace
+
+MeshGroups::MeshGroups(const MeshSpec& shape, Communicator& gradients, Communicator& control)
+    : shape_(shape) {
+  const int ranks = control.size();
+  if (shape.data * shape.tensor * shape.pipeline != ranks) {
+    throw UserError("train.mesh: " + std::to_string(shape.data) + " x " +
+                    std::to_string(shape.tensor) + " x " + std::to_string(shape.pipeline) +
+                    " (data x tensor x pipeline) is " +
+                    std::to_string(shape.data * shape.tensor * shape.pipeline) +
+                    " ranks, but the job has " + std::to_string(ranks));
+  }
+  const int rank = control.rank();
+  const int part = rank % shape.tensor, replica = rank / shape.tensor % shape.data,
+            stage = rank / (shape.tensor * shape.data);
+  data_gradients_ = gradients.Split(stage * shape.tensor + part, replica);
+  data_ = control.Split(stage * shape.tensor + part, replica);
+  tensor_ = control.Split(stage * shape.data + replica, part);
+  pipeline_ = control.Split(replica * shape.tensor + part, stage);
+}
+
+MeshPlace MeshGroups::place() {
+  return {.tensor = shape_.tensor > 1 ? tensor_.get() : nullptr,
+          .part = tensor_->rank(),
+          .parts = shape_.tensor,
+          .stage = pipeline_->rank(),
+          .stages = shape_.pipeline};
+}
+
+std::unique_ptr<Model> MakeMeshModel(const TrainSpec& spec, const Dataset& dataset,
+                                     MeshGroups& groups) {
+  if (spec.model.builtin.empty()) {
+    throw UserError(
+        "train.strategy: only built-in models can be split between ranks (mlp and transformer); "
+        "use ddp or zero1, zero2, zero3");
+  }
+  const auto refuse = [](bool given, const std::string& what) {
+    if (given) throw UserError(what + " does not go with a strategy that splits the model");
+  };
+  refuse(spec.precision != Precision::kFloat32, "train.precision: other than fp32");
+  refuse(std::holds_alternative<Lamb>(spec.optimizer), "train.optimizer: lamb");
+  refuse(std::holds_alternative<Lars>(spec.optimizer), "train.optimizer: lars");
+  refuse(spec.best.has_value(), "train.best");
+  return std::make_unique<MeshModel>(MakeBuiltinModel(spec, dataset, groups.place()), groups);
+}
+
+Mesh::Mesh(std::string name, FlatParameters& parameters, MeshGroups& groups, Model& model,
+           const DdpSpec& ddp)
+    : name_(std::move(name)),
+      parameters_(parameters),
+      groups_(groups),
+      model_(model),
+      ddp_(parameters, groups.data_gradients(), Ddp::Options{.overlap = ddp.overlap}),
+      parts_(model.parts()) {}
+
+void Mesh::BeginBackward(const StepStatus& status, bool last) {
+  ddp_.BeginBackward(status, last);
+}
+
+StepStatus Mesh::EndStep(bool* agreed) {
+  // Summed over the data group so far. The stages' losses: the last one's, others have none. The
+  // ranks of a tensor group have the same loss, but only one of them may have been asked to stop.
+  StepStatus status = ddp_.EndStep(agreed);
+  std::array<double, 3> sums = {status.loss, status.not_finite, status.stop};
+  if (groups_.shape().pipeline > 1)
+    groups_.pipeline().AllReduce(BufferOf(std::span(sums)), Reduction::kSum)->Wait();
+  std::array<double, 2> flags = {sums[1], sums[2]};
+  if (groups_.shape().tensor > 1)
+    groups_.tensor().AllReduce(BufferOf(std::span(flags)), Reduction::kMax)->Wait();
+  return {.loss = sums[0], .not_finite = flags[0], .stop = flags[1]};
+}
+
+double Mesh::SquaresOfGradients() {
+  // Parameters that a tensor group holds alike count once.
+  double sum = 0;
+  for (const FlatParameters::Parameter& p : parameters_.parameters()) {
+    if (!parts_.contains(p.name) && groups_.tensor().rank() > 0) continue;
+    const at::Tensor g = p.tensor.grad();
+    sum += g.scalar_type() == at::kFloat
+               ? kernels::SumOfSquares(g.data_ptr<float>(), g.numel())
+               : kernels::SumOfSquares(g.data_ptr<double>(), g.numel());
+  }
+  for (Communicator* group : {&groups_.tensor(), &groups_.pipeline()})
+    group->AllReduce(BufferOf(std::span(&sum, 1)), Reduction::kSum)->Wait();
+  return sum;
+}
+
+// ---- the pipeline's schedule
+
+// A micro-batch between its forward and its backward.
+struct Mesh::InFlight {
+  Slice samples;
+  double weight = 0;
+  at::Tensor input, output;  // the last stage's output is the loss
+};
+
+StepStatus Mesh::RunPasses(const BatchSource::Item& item, StepStatus status) {
+  Communicator& stages = groups_.pipeline();
+  const int stage = stages.rank(), count = stages.size();
+  const bool last_stage = stage + 1 == count;
+  const auto passes = static_cast<int>(
+      std::min<int64_t>(groups_.shape().micro_batches, item.local_samples));
+  if (passes == 0) {
+    ddp_.BeginBackward(status, /*last=*/true);
+    ddp_.EndBackward();
+    return status;
+  }
+  std::vector<InFlight> in_flight(static_cast<size_t>(passes));
+  for (int i = 0; i < passes; ++i) {
+    InFlight& pass = in_flight[static_cast<size_t>(i)];
+    pass.samples = SliceOf(item.local_samples, i, passes);
+    pass.weight = Weight(pass.samples.size(), item.local_samples, item.global_samples);
+  }
+  Outbox outbox(stages);
+  const auto forward = [&](int i) {
+    InFlight& pass = in_flight[static_cast<size_t>(i)];
+    const auto part = [&](const char* name) {
+      return item.batch.at(name).narrow(0, pass.samples.first, pass.samples.size());
+    };
+    if (stage == 0) {
+      pass.input = part("input");
+    } else {
+      pass.input = TimedReceive(stages, stage - 1);
+      pass.input.requires_grad_(true);
+    }
+    const at::Tensor output = model_.staged()->ForwardStage(pass.input);
+    if (last_stage) {
+      pass.output = model_.staged()->LossOf(output, part("target")).loss;
+      const double value = pass.output.item<double>();
+      status.loss += value * pass.weight;
+      if (!std::isfinite(value)) status.not_finite = 1;
+    } else {
+      pass.output = output;
+      outbox.Send(output, stage + 1);
+    }
+  };
+  const auto backward = [&](int i) {
+    InFlight& pass = in_flight[static_cast<size_t>(i)];
+    const at::Tensor gradient =
+        last_stage
+            ? at::scalar_tensor(pass.weight, pass.output.options().requires_grad(false))
+            : TimedReceive(stages, stage + 1);
+    ddp_.BeginBackward(status, i + 1 == passes);
+    pass.output.backward(gradient);
+    ddp_.EndBackward();
+    if (stage > 0) outbox.Send(pass.input.grad(), stage - 1);
+    pass = InFlight{};  // its activations go
+  };
+  // 1F1B: as many forwards ahead as there are stages behind, then one of each in turn, so that a
+  // stage keeps at most `count - stage` micro-batches. GPipe: all forwards, then all backwards.
+  const int ahead = groups_.shape().schedule == "gpipe" ? passes : std::min(count - stage - 1, passes);
+  int next_forward = 0, next_backward = 0;
+  while (next_forward < ahead) forward(next_forward++);
+  while (next_backward < passes) {
+    if (next_forward < passes) forward(next_forward++);
+    backward(next_backward++);
+  }
+  outbox.WaitAll();
+  return status;
+}
+
+at::Tensor Mesh::TimedReceive(Communicator& stages, int from) {
+  const auto start = std::chrono::steady_clock::now();
+  at::Tensor tensor = Receive(stages, from);
+  waited_seconds_ +=
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return tensor;
+}
+
+// ---- state
+
+std::vector<StateSlice> Mesh::InWhole(std::vector<StateSlice> held) const {
+  std::vector<StateSlice> whole;
+  for (StateSlice& slice : held) {
+    const std::string parameter = slice.name.substr(slice.name.rfind('/') + 1);
+    const auto found = parts_.find(parameter);
+    if (found == parts_.end()) {
+      whole.push_back(std::move(slice));
+      continue;
+    }
+    // Both are seen as rows of `outer` times `inner` elements; ours begin at `first` in the whole's.
+    const ParameterPart& part = found->second;
+    int64_t inner = 1;
+    for (size_t d = static_cast<size_t>(part.dim) + 1; d < part.shape.size(); ++d)
+      inner *= part.shape[d];
+    const int64_t row_of_whole = part.shape[static_cast<size_t>(part.dim)] * inner;
+    const int64_t row_of_part = slice.shape[static_cast<size_t>(part.dim)] * inner;
+    for (int64_t at = slice.offset; at < slice.offset + slice.count;) {
+      const int64_t row = at / row_of_part, column = at % row_of_part;
+      const int64_t count = std::min(row_of_part - column, slice.offset + slice.count - at);
+      whole.push_back({.name = slice.name,
+                       .shape = part.shape,
+                       .offset = row * row_of_whole + part.first * inner + column,
+                       .count = count,
+                       .view = slice.view.narrow(0, at - slice.offset, count)});
+      at += count;
+    }
+  }
+  return whole;
+}
+
+std::vector<StateSlice> Mesh::Owned(std::vector<StateSlice> held) const {
+  if (groups_.tensor().rank() > 0) {
+    std::erase_if(held, [&](const StateSlice& slice) {
+      return !parts_.contains(slice.name.substr(slice.name.rfind('/') + 1));
+    });
+  }
+  return PartOf(InWhole(std::move(held)), groups_.data().rank(), groups_.data().size());
+}
+
+std::vector<int> Mesh::FindDifferingRanks(Communicator& control) {
+  // Of each data group by itself; every rank learns of all.
+  std::vector<int64_t> differs(static_cast<size_t>(control.size()), 0);
+  const MeshSpec& shape = groups_.shape();
+  const int part = control.rank() % shape.tensor,
+            stage = control.rank() / (shape.tensor * shape.data);
+  for (const int replica : FindDiffering(HashValues(parameters_), groups_.data()))
+    differs[static_cast<size_t>((stage * shape.data + replica) * shape.tensor + part)] = 1;
+  control.AllReduce(BufferOf(std::span(differs)), Reduction::kMax)->Wait();
+  std::vector<int> ranks;
+  for (size_t r = 0; r < differs.size(); ++r) {
+    if (differs[r] != 0) ranks.push_back(static_cast<int>(r));
+  }
+  return ranks;
+}
+
+}  // namespace itwin::worker

@@ -1,0 +1,85 @@
+// Models split between ranks: a mesh data × tensor × pipeline. Ranks of a *tensor* group share every
+// layer (agent/worker/model/tensor_parallel.h); those of a *pipeline* have the layers of one stage
+// each, and a step's micro-batches pass through them; those of a *data* group hold the same part of
+// the model and share the samples, as Ddp does.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "agent/worker/dist/communicator.h"
+#include "agent/worker/model/model.h"
+#include "agent/worker/model/network.h"
+#include "agent/worker/training/batch_source.h"
+#include "agent/worker/training/ddp.h"
+#include "agent/worker/training/strategy.h"
+
+namespace itwin::worker {
+
+// The communicators of a rank's groups. Rank = (stage * data + replica) * tensor + part: ranks that
+// share layers are neighbours, as they talk most.
+class MeshGroups {
+ public:
+  // Every rank calls it; throws UserError when the mesh is not made of as many ranks. `gradients`
+  // and `control` must outlive it.
+  MeshGroups(const MeshSpec& shape, Communicator& gradients, Communicator& control);
+
+  const MeshSpec& shape() const { return shape_; }
+  MeshPlace place();
+  // Ranks that hold the same part of the model, for gradients and for everything else.
+  Communicator& data_gradients() { return *data_gradients_; }
+  Communicator& data() { return *data_; }
+  Communicator& tensor() { return *tensor_; }
+  Communicator& pipeline() { return *pipeline_; }
+
+ private:
+  const MeshSpec shape_;
+  std::unique_ptr<Communicator> data_gradients_, data_, tensor_, pipeline_;
+};
+
+// The part of the model that a rank of the mesh has.
+std::unique_ptr<Model> MakeMeshModel(const TrainSpec& spec, const Dataset& dataset,
+                                     MeshGroups& groups);
+
+class Mesh : public Strategy {
+ public:
+  // The gradients' communicator is groups.data_gradients(). All must outlive it.
+  Mesh(std::string name, FlatParameters& parameters, MeshGroups& groups, Model& model,
+       const DdpSpec& ddp);
+
+  std::string name() const override { return name_; }
+  const std::vector<FlatRange>& ranges() const override { return ddp_.ranges(); }
+  void BeginBackward(const StepStatus& status, bool last) override;
+  void EndBackward() override { ddp_.EndBackward(); }
+  void WaitGradients(size_t range) override { ddp_.WaitGradients(range); }
+  void Updated(size_t range) override { ddp_.Updated(range); }
+  StepStatus EndStep(bool* agreed) override;
+  double SquaresOfGradients() override;
+  bool RunsPasses() const override { return groups_.shape().pipeline > 1; }
+  StepStatus RunPasses(const BatchSource::Item& item, StepStatus status) override;
+  std::vector<StateSlice> InWhole(std::vector<StateSlice> held) const override;
+  std::vector<StateSlice> Owned(std::vector<StateSlice> held) const override;
+  std::vector<int> FindDifferingRanks(Communicator& control) override;
+  std::vector<int64_t> Unused() const override { return ddp_.Unused(); }
+  double waited_seconds() const override { return ddp_.waited_seconds() + waited_seconds_; }
+  Memory memory() const override { return ddp_.memory(); }
+  bool holds_model() const override { return false; }
+
+ private:
+  struct InFlight;
+  at::Tensor TimedReceive(Communicator& stages, int from);
+
+  const std::string name_;
+  FlatParameters& parameters_;
+  MeshGroups& groups_;
+  Model& model_;
+  Ddp ddp_;
+  const std::map<std::string, ParameterPart> parts_;
+  double waited_seconds_ = 0;
+};
+
+}  // namespace itwin::worker
