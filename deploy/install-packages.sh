@@ -2,6 +2,7 @@
 # Installs the Debian packages that a purpose needs, and only those that are missing.
 #   deploy/install-packages.sh build            what compiling needs (quickstart, test)
 #   deploy/install-packages.sh build test       also what the test suites need
+#   deploy/install-packages.sh worker           what the training worker alone and its tests need
 #   deploy/install-packages.sh cluster          SLURM, munge, sshd, MariaDB for deploy/testcluster
 # No service of theirs (sshd, munge ...) is started, and none is enabled at boot.
 # Runs apt-get only when something is missing; uses sudo when not root.
@@ -16,10 +17,15 @@ build_packages=(
   libnetcdf-dev libhdf5-dev ferret-datasets
 )
 test_packages=(
-  sqlite3 python3-pytest python3-grpcio python3-protobuf python3-torch python3-numpy python3-scipy python3-pandas
+  sqlite3 python3-pytest python3-grpcio python3-protobuf python3-torch python3-numpy python3-scipy python3-yaml python3-pandas
   python3-matplotlib python3-ipywidgets python3-ipykernel python3-setuptools python3-pip
-  python3-wheel jupyter-nbconvert jupyter-client zip curl openssl clang libclang-rt-14-dev
+  python3-wheel jupyter-nbconvert jupyter-client zip curl openssl clang libclang-rt-dev
   strace procps util-linux openssh-server openssh-client
+)
+worker_packages=(
+  build-essential cmake ninja-build ccache pkg-config python3 python3-torch python3-numpy python3-scipy python3-pytest
+  python3-yaml libssl-dev nlohmann-json3-dev libgtest-dev libgmock-dev libbenchmark-dev libtorch-dev libopenblas0-pthread
+  libopenblas-dev libopenmpi-dev openmpi-bin libnetcdf-dev libhdf5-dev zlib1g-dev ferret-datasets procps
 )
 # mariadb-server-core is the program without the system service, its user or its data.
 cluster_packages=(
@@ -33,8 +39,9 @@ for purpose in "${@:-build}"; do
   case "$purpose" in
     build) wanted+=("${build_packages[@]}") ;;
     test) wanted+=("${test_packages[@]}") ;;
+    worker) wanted+=("${worker_packages[@]}") ;;
     cluster) wanted+=("${cluster_packages[@]}") ;;
-    *) echo "install-packages.sh: unknown purpose '$purpose'; known: build, test, cluster" >&2; exit 2 ;;
+    *) echo "install-packages.sh: unknown purpose '$purpose'; known: build, test, worker, cluster" >&2; exit 2 ;;
   esac
 done
 

@@ -11,8 +11,9 @@
 namespace itwin::worker {
 
 // Who has to act, and the exit code that says so (docs/worker-contract.md): the request cannot work
-// (2), the training itself failed (3), memory or disk ran out (4).
-enum class FailureClass { kUser, kApp, kResource };
+// (2), the training itself failed (3), memory or disk ran out (4), a node or the network did not do
+// its part (5).
+enum class FailureClass { kUser, kApp, kResource, kInfra };
 
 // `what()` is a sentence for the user: what was wrong, where, what would be right.
 class WorkerError : public std::runtime_error {
@@ -24,6 +25,7 @@ class WorkerError : public std::runtime_error {
   FailureClass failure;
   std::optional<int64_t> step;  // optimiser step at which it happened, if it is about one
   std::optional<int> rank;      // rank it happened on, if not the one that throws
+  std::string host;             // of that rank, where it is known
 };
 
 inline WorkerError UserError(const std::string& message) {

@@ -16,13 +16,17 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <tuple>
 
 #include <c10/util/Exception.h>
 #include <nlohmann/json.hpp>
 
 #include "agent/worker/checkpoint/checkpoint.h"
 #include "agent/worker/checkpoint/durable_file.h"
+#include "agent/worker/checkpoint/state_dict.h"
 #include "agent/worker/data/dataset.h"
+#include "agent/worker/dist/collective_log.h"
+#include "agent/worker/dist/gather_texts.h"
 #include "agent/worker/dist/mpi_communicator.h"
 #include "agent/worker/dist/nccl_communicator.h"
 #include "agent/worker/dist/self_communicator.h"
@@ -31,6 +35,10 @@
 #include "agent/worker/model/model.h"
 #include "agent/worker/model/operators.h"
 #include "agent/worker/monitor/node_monitor.h"
+#include "agent/worker/predict/predict.h"
+#include "agent/worker/profile/hang_detector.h"
+#include "agent/worker/profile/profiler.h"
+#include "agent/worker/profile/trace_session.h"
 #include "agent/worker/report/contract.h"
 #include "agent/worker/report/metric_sink.h"
 #include "agent/worker/report/result.h"
@@ -64,7 +72,7 @@ constexpr char kUsage[] =
     "ITWIN_RESULT, ITWIN_DEADLINE and ITWIN_ATTEMPT win over the options.\n"
     "Exit codes: 0 done, 2 the request cannot work, 3 the training failed, 4 out of memory or "
     "disk,\n"
-    "85 saved and to be continued.\n";
+    "5 a node or the network failed, 85 saved and to be continued.\n";
 
 constexpr auto kOthersWriteFirst =
     std::chrono::milliseconds(300);  // before a rank beyond 0 reports a failure
@@ -111,24 +119,77 @@ Options ParseOptions(int argc, char** argv) {
 
 // The ranks' ways to talk. Alone when no launcher started us.
 struct World {
+  // What each communicator is doing; they outlive these.
+  CollectiveLog gradients_log{"gradients"}, control_log{"control"}, saving_log{"saving"};
   std::unique_ptr<MpiWorld> mpi;  // first in, last out
   std::unique_ptr<Communicator> control;
 
   World() {
     if (MpiWorld::Launched()) {
       mpi = std::make_unique<MpiWorld>();
-      control = mpi->MakeDirect();
+      control = mpi->MakeDirect(&control_log);
     } else {
       control = std::make_unique<SelfCommunicator>();
     }
   }
   int rank() const { return control->rank(); }
   int size() const { return control->size(); }
-  std::unique_ptr<Communicator> MakeGradients(bool overlap) const {
+  // For the thread that saves.
+  std::unique_ptr<Communicator> MakeSaving() {
     if (!mpi) return std::make_unique<SelfCommunicator>();
-    return overlap ? mpi->MakeThreaded() : mpi->MakeDirect();
+    return mpi->MakeDirect(&saving_log);
+  }
+  std::unique_ptr<Communicator> MakeGradients(bool overlap) {
+    if (!mpi) return std::make_unique<SelfCommunicator>();
+    return overlap ? mpi->MakeThreaded(&gradients_log) : mpi->MakeDirect(&gradients_log);
+  }
+  std::vector<std::string> DescribeCommunicators() const {
+    if (!mpi) return {};
+    return {gradients_log.Describe(), control_log.Describe(), saving_log.Describe()};
   }
 };
+
+// Sums over the nodes; absent, with a reason, when a node could not tell.
+struct Energy {
+  std::optional<double> gpu_joules, cpu_joules;
+  std::string gpu_note, cpu_note;
+};
+
+// Every rank calls it; `monitor` is the first rank's of each node.
+Energy SumEnergy(std::optional<NodeMonitor>& monitor, Communicator& control) {
+  double sums[] = {0, 0, 0, 0};  // joules and nodes that do not tell, of GPUs and of processors
+  Energy energy;
+  if (monitor) {
+    const NodeEnergy mine = monitor->Stop();
+    sums[0] = mine.gpu_joules.value_or(0);
+    sums[1] = mine.gpu_joules ? 0 : 1;
+    sums[2] = mine.cpu_joules.value_or(0);
+    sums[3] = mine.cpu_joules ? 0 : 1;
+    energy.gpu_note = mine.gpu_note;
+    energy.cpu_note = mine.cpu_note;
+  }
+  control.AllReduce(BufferOf(std::span(sums)), Reduction::kSum)->Wait();
+  if (sums[1] == 0) energy.gpu_joules = sums[0];
+  if (sums[3] == 0) energy.cpu_joules = sums[2];
+  return energy;
+}
+
+nlohmann::json EnergyJson(const Energy& energy, int64_t samples) {
+  nlohmann::json json = nlohmann::json::object();
+  double joules = 0;
+  for (const auto& [device, value, note] :
+       {std::tuple{"gpu", energy.gpu_joules, energy.gpu_note},
+        std::tuple{"cpu", energy.cpu_joules, energy.cpu_note}}) {
+    if (value) {
+      json[std::string(device) + "_joules"] = *value;
+      joules += *value;
+    } else {
+      json[std::string(device) + "_note"] = note;
+    }
+  }
+  if (joules > 0) json["samples_per_joule"] = static_cast<double>(samples) / joules;
+  return json;
+}
 
 // What is known of a run when it fails.
 struct RunState {
@@ -144,6 +205,8 @@ int CodeOf(const WorkerError& error) {
       return 3;
     case FailureClass::kResource:
       return 4;
+    case FailureClass::kInfra:
+      return 5;
   }
   return 3;
 }
@@ -179,7 +242,9 @@ WorkerError Translate(const std::exception_ptr& error) {
 // Writes the failure as the job's result, unless another rank has. The ranks may all come here, or
 // only one.
 void ReportFailure(const RunState& state, const WorkerError& error) {
-  const bool about_another = error.rank && *error.rank != state.rank;
+  // Who hangs writes nothing.
+  const bool about_another = error.rank && *error.rank != state.rank &&
+                             error.failure != FailureClass::kInfra;
   if (!about_another) {
     std::fprintf(stderr, "itwin-worker: rank %d: %s\n", state.rank, error.what());
     std::fflush(stderr);
@@ -202,7 +267,7 @@ void ReportFailure(const RunState& state, const WorkerError& error) {
   result.failure = Failure{.failure_class = error.failure,
                            .rank = error.rank.value_or(state.rank),
                            .step = error.step,
-                           .host = host};
+                           .host = error.host.empty() ? host : error.host};
   if (error.step) result.steps = *error.step;
   try {
     CreateFileDurably(state.contract->result, RenderResult(result));
@@ -219,6 +284,24 @@ int EndJob(const World* world, const RunState& state) {
   std::fflush(stdout);
   if (world != nullptr && world->size() > 1) MpiWorld::Abort(CodeOf(error));
   return CodeOf(error);
+}
+
+// Watches this rank from now on; gives up on behalf of all when nothing happens any more.
+HangDetector::Options WatchFor(World& world, const RunState& state, const Machine& machine,
+                               double timeout_seconds) {
+  return {.directory = state.contract->spool / "ranks",
+          .rank = world.rank(),
+          .ranks = world.size(),
+          .host = machine.host,
+          .timeout_seconds = timeout_seconds,
+          .collectives = [&world] { return world.gradients_log.counts().started; },
+          .communicators = [&world] { return world.DescribeCommunicators(); },
+          .give_up =
+              [&state](const WorkerError& error) {
+                ReportFailure(state, error);
+                std::fflush(stdout);
+                MpiWorld::Abort(CodeOf(error));
+              }};
 }
 
 nlohmann::json ReadSpecFile(const std::filesystem::path& path) {
@@ -239,6 +322,71 @@ void PrepareSpool(const Contract& contract) {
   std::filesystem::remove(contract.result, ignored);  // of an earlier run in the same directory
 }
 
+nlohmann::json SummaryJson(const StepSummary& run) {
+  nlohmann::json json = {{"steps", run.steps},
+                         {"samples", run.samples},
+                         {"seconds_in_steps", run.seconds},
+                         {"step_seconds",
+                          {{"p50", run.p50},
+                           {"p90", run.p90},
+                           {"p99", run.p99},
+                           {"longest", run.longest}}}};
+  for (size_t p = 0; p < kActivities; ++p) {
+    json["seconds_in"][Name(static_cast<Activity>(p))] = run.seconds_in[p];
+  }
+  return json;
+}
+
+// outputs/report.json: what a scalability or energy report needs of this run. Every rank calls it.
+void WriteReport(const std::filesystem::path& path, World& world, const Profiler& profiler,
+                 const CheckpointStore& checkpoints, nlohmann::json head) {
+  const CollectiveLog::Counts gradients = world.gradients_log.counts();
+  nlohmann::json mine = SummaryJson(profiler.whole_run());
+  mine["collectives"] = {{"count", gradients.finished},
+                         {"bytes", gradients.bytes},
+                         {"seconds", gradients.seconds}};
+  mine["checkpoint"] = {{"stall_seconds", checkpoints.stall_seconds()},
+                        {"longest_save_seconds", checkpoints.longest_save_seconds()},
+                        {"bytes_written", checkpoints.bytes_written()}};
+  const ProcessMemory memory = ReadProcessMemory();
+  mine["rss_peak_bytes"] = memory.peak_bytes;
+  const std::vector<std::string> ranks = GatherTexts(*world.control, mine.dump());
+  if (world.rank() != 0) return;
+  for (const std::string& of_rank : ranks) head["of_rank"].push_back(nlohmann::json::parse(of_rank));
+  WriteFileDurably(path, head.dump(1) + "\n");
+}
+
+// A job that applies a model instead of training it.
+int RunPrediction(World& world, const RunState& state, const TrainSpec& spec, const Dataset& dataset,
+                  Model& model, const std::function<void(const std::string&)>& print,
+                  const std::function<void(int64_t)>& beat) {
+  const Contract& contract = *state.contract;
+  if (!spec.predict->weights.empty()) {
+    LoadWeightsFile(model, ResolveFile(spec.predict->weights, contract.work, "train.predict.weights"));
+  }
+  const std::string& name = spec.predict->split;
+  const Split split = name == "train"        ? Split::kTrain
+                      : name == "validation" ? Split::kValidation
+                                             : Split::kTest;  // or all, see OpenDataset
+  int64_t batches = 0;
+  const Prediction prediction =
+      PredictSplit(model, dataset, split, spec.batch, spec.predict->format, contract.outputs,
+                   *world.control, [&] { beat(++batches); });
+  print("predictions: " + prediction.file.filename().string() + ", " +
+        std::to_string(prediction.shape.front()) + " samples");
+  if (world.rank() != 0) return 0;
+  Result result;
+  result.attempt = contract.attempt;
+  result.outputs = ListOutputs(contract.outputs);
+  result.info = {{"ranks", world.size()},
+                 {"model", model.description()},
+                 {"samples", prediction.shape.front()},
+                 {"shape", prediction.shape},
+                 {"worker", ITWIN_VERSION}};
+  WriteFileDurably(contract.result, RenderResult(result));
+  return ExitCode(result);
+}
+
 int Train(World& world, RunState& state) {
   const auto start = std::chrono::steady_clock::now();
   Communicator& control = *world.control;
@@ -253,7 +401,17 @@ int Train(World& world, RunState& state) {
     std::fflush(stdout);
   };
   const nlohmann::json job = WithArchive(ReadSpecFile(contract.spec), contract.work);
-  const TrainSpec spec = ParseSpec(job);
+  TrainSpec spec = ParseSpec(job);
+  if (spec.predict) {
+    spec.data.all_as_test = spec.predict->split == "all";
+    if (!spec.predict->preprocessing.empty()) {
+      const std::string field = "train.predict.preprocessing";
+      spec.data.statistics = nlohmann::json::parse(
+          ReadWholeFile(ResolveFile(spec.predict->preprocessing, contract.work, field)), nullptr,
+          /*allow_exceptions=*/false);
+      if (!spec.data.statistics.is_object()) throw UserError(field + ": the file is not JSON");
+    }
+  }
   std::string strategy_note;
   const std::string strategy = ChooseStrategy(spec, world.size(), &strategy_note);
 
@@ -278,7 +436,14 @@ int Train(World& world, RunState& state) {
   print("itwin-worker " ITWIN_VERSION ": " + spec.name + ", " + std::to_string(world.size()) +
         " rank(s) on " + std::to_string(machine.nodes) + " node(s), " +
         std::to_string(machine.threads) + " thread(s) each, LibTorch " + TorchVersion());
-  const std::unique_ptr<Dataset> dataset = OpenDataset(spec.data, spec.seed, contract.work);
+  HangDetector hang(WatchFor(world, state, machine, spec.profile.hang_timeout_seconds));
+  const RankShare share{.rank = world.rank(),
+                        .ranks = world.size(),
+                        .ranks_on_node = machine.local_size,
+                        .sum = [&control](std::span<double> values) {
+                          control.AllReduce(BufferOf(values), Reduction::kSum)->Wait();
+                        }};
+  const std::unique_ptr<Dataset> dataset = OpenDataset(spec.data, spec.seed, contract.work, share);
   if (!strategy_note.empty()) print("note: " + strategy_note);
   print("data: " + std::to_string(dataset->size(Split::kTrain)) + " training, " +
         std::to_string(dataset->size(Split::kValidation)) + " validation, " +
@@ -293,10 +458,27 @@ int Train(World& world, RunState& state) {
   const std::unique_ptr<Model> model = mesh ? MakeMeshModel(spec, *dataset, *mesh)
                                             : MakeModel(spec, *dataset, contract.work);
   print("model: " + model->description());
+  if (spec.predict) {
+    const int code = RunPrediction(world, state, spec, *dataset, *model, print,
+                                   [&hang](int64_t batch) { hang.Beat(batch); });
+    control.Barrier()->Wait();
+    return code;
+  }
 
+  Profiler profiler(world.mpi ? &world.gradients_log : nullptr);
+  TraceSession trace({.request = contract.spool / "profile",
+                      .outputs = contract.outputs,
+                      .host = machine.host,
+                      .steps = spec.profile.trace_steps,
+                      .at_step = spec.profile.at_step,
+                      .logs = {&world.gradients_log, &world.control_log, &world.saving_log}},
+                     profiler, control);
   TrainingOutcome outcome;
+  nlohmann::json energy;
   {
-    CheckpointStore checkpoints(contract.checkpoints, spec.checkpoint.keep, control);
+    const std::unique_ptr<Communicator> saving =
+        spec.checkpoint.background ? world.MakeSaving() : nullptr;
+    CheckpointStore checkpoints(contract.checkpoints, spec.checkpoint.keep, control, saving.get());
     StopRequest stop(first ? contract.stop : "", contract.deadline);
     TrainingLoop loop({.spec = spec,
                        .dataset = *dataset,
@@ -308,7 +490,10 @@ int Train(World& world, RunState& state) {
                        .stop = stop,
                        .print = print,
                        .spec_sha256 = HashSpec(job),
-                       .mesh = mesh ? &*mesh : nullptr});
+                       .mesh = mesh ? &*mesh : nullptr,
+                       .profiler = &profiler,
+                       .trace = &trace,
+                       .beat = [&hang](int64_t step) { hang.Beat(step); }});
     if (!contract.resume.empty()) {
       const CheckpointContents checkpoint =
           LoadNewestCheckpoint(contract.resume, control, [&](const std::string& problem) {
@@ -325,9 +510,24 @@ int Train(World& world, RunState& state) {
       // bucket.
       return EndJob(&world, state);
     }
+    metrics->Flush();
+    energy = EnergyJson(SumEnergy(monitor, control), outcome.samples);
+    int64_t parameter_bytes = 0;
+    for (const auto& [name, tensor] : model->parameters())
+      parameter_bytes += static_cast<int64_t>(tensor.nbytes());
+    WriteReport(contract.outputs / "report.json", world, profiler, checkpoints,
+                {{"format", 1},
+                 {"ranks", world.size()},
+                 {"nodes", machine.nodes},
+                 {"threads_per_rank", machine.threads},
+                 {"strategy", strategy},
+                 {"batch", spec.batch},
+                 {"parameter_bytes", parameter_bytes},
+                 {"worker", ITWIN_VERSION},
+                 {"libtorch", TorchVersion()},
+                 {"blas_gflops_per_thread", gflops},
+                 {"energy", energy}});
   }
-  metrics->Flush();
-
   Result result;
   result.attempt = contract.attempt;
   result.outcome = outcome.saved ? Outcome::kSaved : Outcome::kSucceeded;
@@ -346,6 +546,9 @@ int Train(World& world, RunState& state) {
         WriteFileDurably(contract.outputs / name, report.dump(2) + "\n");
       if (!outcome.best.empty())
         WriteSafetensors(contract.outputs / "best.safetensors", outcome.best, {{"format", "pt"}});
+      NamedTensors tensors = model->parameters();
+      for (auto& buffer : model->buffers()) tensors.push_back(std::move(buffer));
+      WriteStateDict(contract.outputs / "state_dict.pt", tensors);
       result.outputs = ListOutputs(contract.outputs);
     }
     result.metrics = outcome.metrics;
@@ -363,7 +566,8 @@ int Train(World& world, RunState& state) {
         {"blas_kernels", machine.blas_kernels},
         {"blas_gflops_per_thread", gflops},
         {"seconds",
-         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()}};
+         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()},
+        {"energy", energy}};
     if (!strategy_note.empty()) result.info["strategy_note"] = strategy_note;
     WriteFileDurably(contract.result, RenderResult(result));
   }

@@ -78,6 +78,14 @@ bool HasControl(absl::string_view text) {
   return std::any_of(text.begin(), text.end(), [](char c) { return absl::ascii_iscntrl(static_cast<unsigned char>(c)); });
 }
 
+// "1982", "1982-01", "1982-01-31", "1982-01-31T12:00".
+bool LooksLikeDate(absl::string_view text) {
+  return !text.empty() && absl::ascii_isdigit(static_cast<unsigned char>(text[0])) &&
+         std::all_of(text.begin(), text.end(), [](char c) {
+           return absl::ascii_isdigit(static_cast<unsigned char>(c)) || c == '-' || c == ':' || c == 'T';
+         });
+}
+
 bool IsEnvName(absl::string_view name) {
   if (name.empty() || absl::ascii_isdigit(static_cast<unsigned char>(name[0]))) return false;
   return std::all_of(name.begin(), name.end(),
@@ -498,6 +506,8 @@ class Checker {
     CheckParameterGroups(train);
     CheckPhases(train);
     CheckLossOptions(train);
+    CheckPredict(train);
+    CheckProfile(train.profile());
   }
 
   void CheckPrecision(const v1::TrainSpec& train) {
@@ -736,6 +746,8 @@ class Checker {
     refuse(train.optimizer().has_lars(), "train.optimizer", "lars");
     refuse(train.has_best(), "train.best", "keeping the best weights");
     refuse(train.has_ema(), "train.ema", "an average of the weights");
+    for (const v1::ParameterGroup& group : train.parameter_groups())
+      refuse(group.freeze(), "train.parameter_groups", "freezing parameters");
     if (mesh.data() < 0 || mesh.tensor() < 0 || mesh.pipeline() < 0) return;
     const int64_t given = std::max<int64_t>(1, mesh.data()) * std::max<int64_t>(1, mesh.tensor()) *
                           std::max<int64_t>(1, mesh.pipeline());
@@ -797,6 +809,29 @@ class Checker {
       }
       if (pipeline > number("layers", 2) + 2) {
         Report("train.mesh.pipeline", absl::StrCat(pipeline, " stages are more than the model's layers"));
+      }
+    }
+  }
+
+  void CheckPredict(const v1::TrainSpec& train) {
+    if (!train.has_predict()) return;
+    const v1::Predict& predict = train.predict();
+    if (!predict.split().empty()) {
+      OneOf("train.predict.split", predict.split(), {"train", "validation", "test", "all"});
+    }
+    if (!predict.format().empty()) OneOf("train.predict.format", predict.format(), {"npy", "netcdf"});
+    if (predict.weights().empty() && train.model().source_case() == v1::Model::kBuiltin) {
+      Report("train.predict.weights", "is missing; a built-in model needs the weights of a job, such as weights.safetensors");
+    }
+  }
+
+  void CheckProfile(const v1::Profile& profile) {
+    Range("train.profile.trace_steps", profile.trace_steps(), 0, 10'000);
+    Range("train.profile.at_step", profile.at_step(), 0, std::numeric_limits<int64_t>::max());
+    if (profile.has_hang_timeout()) {
+      const int64_t seconds = profile.hang_timeout().seconds();
+      if (seconds < 1 || seconds > kMaxWallSeconds) {
+        Report("train.profile.hang_timeout", "is out of range; use 1s to 720h (30 days)");
       }
     }
   }
@@ -904,9 +939,6 @@ class Checker {
           Report("train.data.variables", "is missing; list the variables of the NetCDF file to use, such as [UWND, VWND]");
         }
         break;
-      case v1::Data::kHdf5:
-      case v1::Data::kSafetensors:
-      case v1::Data::kRaw: break;
       case v1::Data::kIdx: {
         const v1::IdxFiles& idx = data.idx();
         Required("train.data.idx.train_images", idx.train_images());
@@ -944,10 +976,30 @@ class Checker {
         Range("train.data.synthetic.classes", synthetic.classes(), 0, 1'000'000'000);
         break;
       }
+      case v1::Data::kHdf5: Required("train.data.hdf5.path", data.hdf5().path()); break;
+      case v1::Data::kSafetensors: break;
+      case v1::Data::kRaw:
+        CheckRaw("train.data.raw.input", data.raw().input());
+        CheckRaw("train.data.raw.target", data.raw().target());
+        break;
       case v1::Data::SOURCE_NOT_SET:
-        Report("train.data", "is missing; give one of netcdf, idx, npz, npy, csv, synthetic");
+        Report("train.data", "is missing; give one of netcdf, hdf5, idx, npz, npy, csv, safetensors, raw, synthetic");
         break;
     }
+    if (data.more_files_size() > 0) {
+      const auto source = data.source_case();
+      if (source != v1::Data::kNetcdf && source != v1::Data::kHdf5 && source != v1::Data::kNpz &&
+          source != v1::Data::kCsv && source != v1::Data::kSafetensors) {
+        Report("train.data.more_files", "belongs to netcdf, hdf5, npz, csv and safetensors data; remove it");
+      }
+    }
+    if (!data.load().empty()) {
+      OneOf("train.data.load", data.load(), {"memory", "stream", "auto"});
+      if (data.load() == "stream" && data.source_case() != v1::Data::kNetcdf && data.source_case() != v1::Data::kHdf5) {
+        Report("train.data.load", "'stream' is for netcdf and hdf5 data; other files are mapped into memory anyway");
+      }
+    }
+    if (!data.cache().empty()) OneOf("train.data.cache", data.cache(), {"node"});
     if (data.variables_size() > 0 && data.source_case() != v1::Data::kNetcdf &&
         data.source_case() != v1::Data::SOURCE_NOT_SET) {
       Report("train.data.variables", "belongs to netcdf data; remove it");
@@ -955,6 +1007,13 @@ class Checker {
     Names("train.data.variables", data.variables());
     CheckSplit(data.split());
     CheckTransforms(data);
+  }
+
+  void CheckRaw(const std::string& at, const v1::RawArray& array) {
+    Required(at + ".path", array.path());
+    OneOf(at + ".type", array.type(),
+          {"float32", "float64", "float16", "int8", "int16", "int32", "int64", "uint8", "bool"});
+    Shape(at + ".shape", array.shape());
   }
 
   void CheckSplit(const v1::Split& split) {
@@ -968,6 +1027,13 @@ class Checker {
     for (const auto& [name, text] : texts) {
       if (text->empty()) continue;
       const std::string at = absl::StrCat("train.data.split.", name);
+      if (absl::StrContains(*text, "-") && absl::StrContains(*text, "..")) {  // dates: read by the worker, which knows the time axis
+        const std::vector<absl::string_view> ends = absl::StrSplit(*text, "..");
+        if (ends.size() != 2 || !LooksLikeDate(ends[0]) || !LooksLikeDate(ends[1])) {
+          Report(at, absl::StrCat(Quoted(*text), " is no range of time; write dates, such as 1982-01..1990-12"));
+        }
+        continue;
+      }
       absl::StatusOr<std::pair<int64_t, int64_t>> range = ParseIndexRange(*text);
       if (!range.ok()) {
         Report(at, range.status().message());
@@ -1005,8 +1071,6 @@ class Checker {
         case v1::Transform::kStandardize:
           Names(at + ".standardize.arrays", transform.standardize().arrays());
           break;
-        case v1::Transform::kLog:
-        case v1::Transform::kClip: break;
         case v1::Transform::kScale:
           Names(at + ".scale.arrays", transform.scale().arrays());
           if (!std::isfinite(transform.scale().multiply())) Report(at + ".scale.multiply", "is not a finite number");
@@ -1042,8 +1106,19 @@ class Checker {
           if (transform.reshape().shape_size() == 0) Report(at + ".reshape.shape", "is missing; such as [1, 28, 28]");
           Shape(at + ".reshape.shape", transform.reshape().shape());
           break;
+        case v1::Transform::kLog:
+          Names(at + ".log.arrays", transform.log().arrays());
+          if (!std::isfinite(transform.log().add())) Report(at + ".log.add", "is not a finite number");
+          break;
+        case v1::Transform::kClip: {
+          const v1::Clip& clip = transform.clip();
+          Names(at + ".clip.arrays", clip.arrays());
+          if (!clip.has_min() && !clip.has_max()) Report(at + ".clip", "has neither min nor max; give one or both");
+          if (clip.has_min() && clip.has_max() && !(clip.min() <= clip.max())) Report(at + ".clip.min", "is above max");
+          break;
+        }
         case v1::Transform::KIND_NOT_SET:
-          Report(at, "is empty; use one of standardize, scale, crop, coarsen, fill_missing, window, reshape");
+          Report(at, "is empty; use one of standardize, scale, crop, coarsen, fill_missing, window, reshape, log, clip");
           break;
       }
     }

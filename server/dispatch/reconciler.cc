@@ -626,6 +626,7 @@ absl::StatusOr<ResultRecord> ParseResult(const std::string& text, const AttemptK
     if (name == "user") out.failure = FailureClass::kUser;
     if (name == "app") out.failure = FailureClass::kApp;
     if (name == "resource") out.failure = FailureClass::kResource;
+    if (name == "infra") out.failure = FailureClass::kInfra;
     out.rank = integer_of(*failure, "rank");
     out.step = integer_of(*failure, "step");
     out.host = string_of(*failure, "host");

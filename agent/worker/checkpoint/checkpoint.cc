@@ -1,17 +1,25 @@
 #include "agent/worker/checkpoint/checkpoint.h"
 
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <charconv>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <system_error>
-#include <vector>
+#include <utility>
+
+#include <ATen/ops/from_blob.h>
 
 #include <nlohmann/json.hpp>
 
 #include "agent/worker/checkpoint/durable_file.h"
 #include "agent/worker/checkpoint/sha256.h"
+#include "agent/worker/dist/gather_texts.h"
 #include "agent/worker/error.h"
 
 namespace itwin::worker {
@@ -20,10 +28,14 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
-constexpr int kFormat = 1;
+constexpr int kFormat = 2;  // 1 had one checksum per file; it is read, too
 constexpr char kManifest[] = "manifest.json";
 constexpr char kWeights[] = "weights.safetensors";
 constexpr char kOptimizer[] = "optimizer.safetensors";
+
+double Seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 std::string RankFile(int rank) { return "rank-" + std::to_string(rank) + ".safetensors"; }
 
@@ -66,7 +78,7 @@ Json ReadManifest(const fs::path& step_directory) {
   if (!manifest.is_object() || !manifest.contains("format")) {
     throw AppError((step_directory / kManifest).string() + " is not a manifest");
   }
-  if (manifest["format"] != kFormat) {
+  if (manifest["format"] != kFormat && manifest["format"] != 1) {
     throw AppError((step_directory / kManifest).string() + " has format " +
                    manifest["format"].dump() + "; this worker reads format " +
                    std::to_string(kFormat));
@@ -79,44 +91,45 @@ Json ReadManifest(const fs::path& step_directory) {
   return manifest;
 }
 
-// Throws AppError that says what is wrong.
-void Verify(const fs::path& step_directory) {
+// Throws AppError that says what is wrong with those pieces of the files that this rank looks at.
+void Verify(const fs::path& step_directory, int rank, int ranks) {
   const Json manifest = ReadManifest(step_directory);
   try {
+    size_t piece_number = 0;
     for (const auto& file : manifest.at("files")) {
       const fs::path path = step_directory / file.at("path").get<std::string>();
-      const FileDigest digest = DigestFile(path);
-      if (digest.size != file.at("size").get<int64_t>()) {
-        throw AppError(path.string() + " has " + std::to_string(digest.size) +
-                       " bytes instead of " + file.at("size").dump());
+      const auto size = file.at("size").get<int64_t>();
+      std::error_code error;
+      const auto found = static_cast<int64_t>(fs::file_size(path, error));
+      if (error) ThrowIoError("cannot read", path, error.value());
+      if (found != size) {
+        throw AppError(path.string() + " has " + std::to_string(found) + " bytes instead of " +
+                       std::to_string(size));
       }
-      if (digest.sha256 != file.at("sha256").get<std::string>()) {
-        throw AppError(path.string() + " does not have the checksum of the manifest");
+      const Json whole = Json::array({{{"offset", 0}, {"size", size}}});
+      int64_t next = 0;
+      for (const auto& piece : file.contains("pieces") ? file.at("pieces") : whole) {
+        const auto offset = piece.at("offset").get<int64_t>();
+        const auto bytes = piece.at("size").get<int64_t>();
+        if (offset != next) throw AppError(path.string() + " has bytes without a checksum");
+        next = offset + bytes;
+        if (piece_number++ % static_cast<size_t>(ranks) != static_cast<size_t>(rank)) continue;
+        const auto& wanted = (piece.contains("sha256") ? piece : file).at("sha256");
+        if (DigestPiece(path, offset, bytes) != wanted.get<std::string>()) {
+          throw AppError(path.string() + " does not have the checksum of the manifest");
+        }
       }
+      if (next != size) throw AppError(path.string() + " has bytes without a checksum");
     }
   } catch (const nlohmann::json::exception&) {
     throw AppError((step_directory / kManifest).string() + " is malformed");
   }
 }
 
-// Path of the newest sound checkpoint, or "" with the reasons in `problems`.
-fs::path FindNewest(const fs::path& directory, std::vector<std::string>& problems) {
+std::vector<fs::path> Candidates(const fs::path& directory) {
   std::error_code error;
-  std::vector<fs::path> candidates;
-  if (fs::exists(directory / kManifest, error)) {
-    candidates = {directory};
-  } else {
-    candidates = ListSteps(directory);
-  }
-  for (const fs::path& candidate : candidates) {
-    try {
-      Verify(candidate);
-      return candidate;
-    } catch (const WorkerError& e) {
-      problems.push_back(e.what());
-    }
-  }
-  return {};
+  if (fs::exists(directory / kManifest, error)) return {directory};
+  return ListSteps(directory);
 }
 
 CheckpointContents Read(const fs::path& directory, int rank, int world_size) {
@@ -136,112 +149,376 @@ CheckpointContents Read(const fs::path& directory, int rank, int world_size) {
   } catch (const nlohmann::json::exception&) {
     throw AppError((directory / kManifest).string() + " is malformed");
   }
-  c.weights = ReadSafetensors(directory / kWeights);
-  c.optimizer = ReadSafetensors(directory / kOptimizer);
+  c.weights = MapSafetensors(directory / kWeights);
+  c.optimizer = MapSafetensors(directory / kOptimizer);
   if (c.world_size == world_size) c.of_rank = ReadSafetensors(directory / RankFile(rank));
   return c;
 }
 
 }  // namespace
 
-CheckpointStore::CheckpointStore(fs::path directory, int keep, Communicator& communicator)
-    : directory_(std::move(directory)), keep_(keep), communicator_(communicator) {}
-
-fs::path CheckpointStore::Save(const CheckpointContents& contents) {
-  const bool first = communicator_.rank() == 0;
-  const fs::path final_path = directory_ / ("step-" + std::to_string(contents.position.step));
-  fs::path partial = final_path;
-  partial += ".partial";
-  std::error_code ignored;
-  if (first) {
-    fs::remove_all(partial, ignored);
-    MakeDirectories(partial);
-  }
-  communicator_.Barrier()->Wait();
-
-  struct Digest {
-    int64_t size = 0;
-    char sha256[64] = {};
+// A file that ranks write together, or one rank's own: this rank's pieces of it.
+struct CheckpointStore::File {
+  std::string name;
+  int64_t size = 0;  // of the whole
+  struct Piece {
+    int64_t offset = 0;  // in the file
+    size_t begin = 0, size = 0;  // in `bytes`
   };
-  const auto describe = [&](const std::string& name) {
-    const FileDigest digest = DigestFile(partial / name);
-    return Json{{"path", name}, {"size", digest.size}, {"sha256", digest.sha256}};
-  };
-  WriteSafetensors(partial / RankFile(communicator_.rank()), contents.of_rank);
-  const FileDigest file = DigestFile(partial / RankFile(communicator_.rank()));
-  Digest mine{.size = file.size};
-  std::memcpy(mine.sha256, file.sha256.data(), sizeof(mine.sha256));
-  Json files = Json::array();
-  if (first) {
-    WriteSafetensors(partial / kWeights, contents.weights);
-    WriteSafetensors(partial / kOptimizer, contents.optimizer);
-    files.push_back(describe(kWeights));
-    files.push_back(describe(kOptimizer));
-  }
-  std::vector<Digest> all(communicator_.size());
-  communicator_
-      .AllGather(
-          BufferOf(std::span(reinterpret_cast<char*>(&mine), sizeof(mine))),
-          BufferOf(std::span(reinterpret_cast<char*>(all.data()), all.size() * sizeof(Digest))))
-      ->Wait();
-  if (first) {
-    for (size_t r = 0; r < all.size(); ++r) {
-      files.push_back({{"path", RankFile(static_cast<int>(r))},
-                       {"size", all[r].size},
-                       {"sha256", std::string(all[r].sha256, sizeof(all[r].sha256))}});
+  std::vector<Piece> pieces;
+  std::unique_ptr<std::byte[]> bytes;  // kept from save to save
+  size_t used = 0, capacity = 0;
+
+  void Clear(std::string file_name, int64_t file_size, size_t room) {
+    name = std::move(file_name);
+    size = file_size;
+    pieces.clear();
+    used = 0;
+    if (room > capacity) {
+      bytes.reset();
+      bytes = std::make_unique_for_overwrite<std::byte[]>(room);
+      capacity = room;
     }
-    const Position& at = contents.position;
-    Json manifest = {{"format", kFormat},
-                     {"step", at.step},
-                     {"epoch", at.epoch},
-                     {"next_batch", at.next_batch},
-                     {"epoch_loss_sum", ExactText(at.epoch_loss_sum)},
-                     {"epoch_samples", at.epoch_samples},
-                     {"world_size", contents.world_size},
-                     {"seed", contents.seed},
-                     {"spec_sha256", contents.spec_sha256},
-                     {"weights_sha256", contents.weights_sha256},
-                     {"files", files}};
-    manifest["manifest_sha256"] = Sha256Hex(manifest.dump());
-    WriteFileDurably(partial / kManifest, manifest.dump(2) + "\n");
-    fs::remove_all(final_path, ignored);  // of an earlier attempt in the same place
-    fs::rename(partial, final_path, ignored);
-    if (ignored) ThrowIoError("cannot create", final_path, ignored.value());
-    SyncDirectory(directory_);
-    DeleteOld();
   }
-  communicator_.Barrier()->Wait();
-  return final_path;
+  // Room for `size` bytes at `offset`, which goes on where the piece before ended or begins a new
+  // one.
+  std::byte* Add(int64_t offset, size_t count) {
+    if (pieces.empty() || pieces.back().offset + static_cast<int64_t>(pieces.back().size) != offset)
+      pieces.push_back({offset, used, 0});
+    pieces.back().size += count;
+    used += count;
+    return bytes.get() + used - count;
+  }
+};
+
+struct CheckpointStore::Writing {
+  CheckpointHead head;
+  fs::path partial, final_path;
+  double start = 0;
+  File rank_file, weights, optimizer;
+};
+
+namespace {
+
+// Writes the pieces of a file that others may write to at the same time.
+void WritePieces(const fs::path& path, const auto& file) {
+  const int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+  if (fd < 0) ThrowIoError("cannot open", path, errno);
+  int problem = 0;
+  for (const auto& piece : file.pieces) {
+    size_t done = 0;
+    while (problem == 0 && done < piece.size) {
+      const ssize_t written = pwrite(fd, file.bytes.get() + piece.begin + done, piece.size - done,
+                                     piece.offset + static_cast<int64_t>(done));
+      if (written < 0 && errno != EINTR) problem = errno;
+      if (written > 0) done += static_cast<size_t>(written);
+    }
+  }
+  if (problem == 0 && fsync(fd) != 0) problem = errno;
+  if (close(fd) != 0 && problem == 0) problem = errno;
+  if (problem != 0) ThrowIoError("cannot write", path, problem);
+}
+
+void CopyTo(std::byte* to, const at::Tensor& values) {
+  if (values.numel() == 0) return;
+  at::from_blob(to, values.sizes(), values.options().device(at::kCPU).requires_grad(false))
+      .copy_(values.detach());
+}
+
+// Copies the parts, sorted by where they lie, as pieces.
+void CopyParts(const char* name, const std::vector<TensorPart>& parts, const FileLayout& layout,
+               bool with_header, auto* file) {
+  size_t room = layout.header().size();
+  std::vector<const TensorPart*> sorted;
+  for (const TensorPart& part : parts) {
+    if (part.values.numel() == 0) continue;
+    sorted.push_back(&part);
+    room += part.values.nbytes();
+  }
+  std::sort(sorted.begin(), sorted.end(), [&](const TensorPart* a, const TensorPart* b) {
+    return layout.OffsetOf(*a) < layout.OffsetOf(*b);
+  });
+  file->Clear(name, layout.size(), room);
+  if (with_header) {
+    const std::string& header = layout.header();
+    std::memcpy(file->Add(0, header.size()), header.data(), header.size());
+  }
+  for (const TensorPart* part : sorted) {
+    CopyTo(file->Add(layout.OffsetOf(*part), part->values.nbytes()), part->values);
+  }
+}
+
+}  // namespace
+
+CheckpointStore::CheckpointStore(fs::path directory, int keep, Communicator& communicator,
+                                 Communicator* background)
+    : directory_(std::move(directory)),
+      keep_(keep),
+      communicator_(communicator),
+      background_(background) {}
+
+CheckpointStore::~CheckpointStore() {
+  if (thread_.joinable()) thread_.join();
+}
+
+void CheckpointStore::Save(const CheckpointContents& contents) {
+  CheckpointParts parts;
+  static_cast<CheckpointHead&>(parts) = contents;
+  if (communicator_.rank() == 0) {
+    parts.weights = WholeParts(contents.weights);
+    parts.optimizer = WholeParts(contents.optimizer);
+  }
+  parts.of_rank = contents.of_rank;
+  Save(parts);
+}
+
+void CheckpointStore::Save(const CheckpointParts& parts) {
+  const double start = Seconds();
+  Wait();
+  Layout weights{.parts = DescribeParts(parts.weights)};
+  Layout optimizer{.parts = DescribeParts(parts.optimizer)};
+  int64_t changed = weights.parts != weights_layout_.parts ||
+                    optimizer.parts != optimizer_layout_.parts || weights_layout_.file.size() == 0;
+  communicator_.AllReduce(BufferOf(std::span(&changed, 1)), Reduction::kMax)->Wait();
+  if (changed != 0) {
+    weights.file = FileLayout(parts.weights, communicator_, kWeights);
+    optimizer.file = FileLayout(parts.optimizer, communicator_, kOptimizer);
+    weights_layout_ = std::move(weights);
+    optimizer_layout_ = std::move(optimizer);
+  }
+
+  if (!writing_) writing_ = std::make_unique<Writing>();
+  Writing& writing = *writing_;
+  writing.head = parts;
+  writing.start = start;
+  writing.final_path = directory_ / ("step-" + std::to_string(parts.position.step));
+  writing.partial = writing.final_path;
+  writing.partial += ".partial";
+  const bool first = communicator_.rank() == 0;
+  CopyParts(kWeights, parts.weights, weights_layout_.file, first, &writing.weights);
+  CopyParts(kOptimizer, parts.optimizer, optimizer_layout_.file, first, &writing.optimizer);
+  std::vector<SafetensorsEntry> entries;
+  for (const auto& [tensor_name, tensor] : parts.of_rank) {
+    entries.push_back(
+        {.name = tensor_name, .type = tensor.scalar_type(), .shape = tensor.sizes().vec()});
+  }
+  const std::string header = SafetensorsHeader(entries);
+  const size_t size = header.size() + static_cast<size_t>(entries.empty() ? 0 : entries.back().end);
+  writing.rank_file.Clear(RankFile(communicator_.rank()), static_cast<int64_t>(size), size);
+  std::memcpy(writing.rank_file.Add(0, header.size()), header.data(), header.size());
+  for (size_t i = 0; i < entries.size(); ++i) {
+    CopyTo(writing.rank_file.Add(static_cast<int64_t>(header.size()) + entries[i].begin,
+                                 parts.of_rank[i].second.nbytes()),
+           parts.of_rank[i].second);
+  }
+  for (const File* file : {&writing.rank_file, &writing.weights, &writing.optimizer}) {
+    bytes_written_ += static_cast<int64_t>(file->used);
+  }
+
+  done_ = false;
+  if (background_ != nullptr) {
+    thread_ = std::thread([this] {
+      try {
+        Write(*writing_, *background_);
+      } catch (...) {
+        error_ = std::current_exception();
+      }
+      save_seconds_ = Seconds() - writing_->start;
+      done_ = true;
+    });
+  } else {
+    Write(writing, communicator_);
+    longest_save_seconds_ = std::max(longest_save_seconds_, Seconds() - start);
+  }
+  last_stall_seconds_ = Seconds() - start;
+  stall_seconds_ += last_stall_seconds_;
+}
+
+void CheckpointStore::Wait() {
+  if (!thread_.joinable()) return;
+  thread_.join();
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  longest_save_seconds_ = std::max(longest_save_seconds_, save_seconds_);
+}
+
+void CheckpointStore::Finish() {
+  const double start = Seconds();
+  Wait();
+  last_stall_seconds_ = Seconds() - start;
+  stall_seconds_ += last_stall_seconds_;
+}
+
+void CheckpointStore::Poll() {
+  if (done_.load(std::memory_order_relaxed) && thread_.joinable()) Wait();
+}
+
+void CheckpointStore::Write(const Writing& writing, Communicator& communicator) {
+  const bool first = communicator.rank() == 0;
+  std::error_code ignored;
+  std::exception_ptr error;
+  // What is thrown here is thrown on every rank, so that none waits for another that has given up.
+  const auto agree = [&](const Json& mine) {
+    Json message = mine;
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const WorkerError& e) {
+      message = {{"error", e.what()}, {"class", static_cast<int>(e.failure)}};
+    } catch (const std::exception& e) {
+      message = {{"error", e.what()}, {"class", static_cast<int>(FailureClass::kApp)}};
+    }
+    const std::vector<std::string> texts = GatherTexts(communicator, message.dump());
+    if (error) std::rethrow_exception(error);
+    for (size_t r = 0; r < texts.size(); ++r) {
+      const Json text = Json::parse(texts[r]);
+      if (!text.contains("error")) continue;
+      WorkerError failed(static_cast<FailureClass>(text["class"].get<int>()),
+                         text["error"].get<std::string>());
+      failed.rank = static_cast<int>(r);
+      throw failed;
+    }
+    return texts;
+  };
+  const auto attempt = [&](auto action) {
+    try {
+      action();
+    } catch (...) {
+      error = std::current_exception();
+    }
+  };
+
+  if (first) {
+    attempt([&] {
+      Step("directory");
+      fs::remove_all(writing.partial, ignored);
+      MakeDirectories(writing.partial);
+    });
+  }
+  agree(Json::object());
+  Json written = Json::array();
+  attempt([&] {
+    for (const File* file : {&writing.rank_file, &writing.weights, &writing.optimizer}) {
+      if (file->pieces.empty()) continue;
+      Step(file->name.c_str());
+      WritePieces(writing.partial / file->name, *file);
+      for (const File::Piece& piece : file->pieces) {
+        written.push_back(
+            {{"path", file->name},
+             {"file_size", file->size},
+             {"offset", piece.offset},
+             {"size", piece.size},
+             {"sha256", Sha256Hex({reinterpret_cast<const char*>(file->bytes.get()) + piece.begin,
+                                   piece.size})}});
+      }
+    }
+  });
+  const std::vector<std::string> of_ranks = agree({{"written", written}});
+  if (first) {
+    attempt([&] {
+      WriteManifest(writing, of_ranks);
+      Step("rename");
+      if (renameat2(AT_FDCWD, writing.partial.c_str(), AT_FDCWD, writing.final_path.c_str(),
+                    RENAME_EXCHANGE) == 0) {
+        fs::remove_all(writing.partial, ignored);  // what an earlier attempt had saved at this step
+      } else {
+        fs::remove_all(writing.final_path, ignored);
+        fs::rename(writing.partial, writing.final_path, ignored);
+        if (ignored) ThrowIoError("cannot create", writing.final_path, ignored.value());
+      }
+      SyncDirectory(directory_);
+      Step("retention");
+      DeleteOld();
+    });
+  }
+  agree(Json::object());
+}
+
+void CheckpointStore::WriteManifest(const Writing& writing,
+                                    const std::vector<std::string>& written) {
+  std::map<std::string, std::map<int64_t, Json>> pieces;
+  std::map<std::string, int64_t> sizes;
+  for (const std::string& text : written) {
+    const Json of_rank = Json::parse(text);
+    for (const Json& piece : of_rank.at("written")) {
+      const auto path = piece.at("path").get<std::string>();
+      const auto offset = piece.at("offset").get<int64_t>();
+      sizes[path] = piece.at("file_size").get<int64_t>();
+      pieces[path][offset] = {
+          {"offset", offset}, {"size", piece.at("size")}, {"sha256", piece.at("sha256")}};
+    }
+  }
+  Json files = Json::array();
+  for (const auto& [path, of_file] : pieces) {
+    Json list = Json::array();
+    for (const auto& [offset, piece] : of_file) list.push_back(piece);
+    files.push_back({{"path", path}, {"size", sizes[path]}, {"pieces", list}});
+  }
+  const CheckpointHead& head = writing.head;
+  const Position& at = head.position;
+  Json manifest = {{"format", kFormat},
+                   {"step", at.step},
+                   {"epoch", at.epoch},
+                   {"next_batch", at.next_batch},
+                   {"epoch_loss_sum", ExactText(at.epoch_loss_sum)},
+                   {"epoch_samples", at.epoch_samples},
+                   {"world_size", head.world_size},
+                   {"seed", head.seed},
+                   {"spec_sha256", head.spec_sha256},
+                   {"weights_sha256", head.weights_sha256},
+                   {"files", files}};
+  manifest["manifest_sha256"] = Sha256Hex(manifest.dump());
+  Step("manifest");
+  WriteFileDurably(writing.partial / kManifest, manifest.dump(1) + "\n");
 }
 
 void CheckpointStore::DeleteOld() {
   std::vector<fs::path> steps = ListSteps(directory_);
   std::error_code ignored;
+  const int64_t best = protected_step_;
   for (size_t i = static_cast<size_t>(keep_); i < steps.size(); ++i) {
+    if (StepOf(steps[i]) == best) continue;
     // The manifest goes first: a half-deleted checkpoint must not look like one.
     fs::remove(steps[i] / kManifest, ignored);
     fs::remove_all(steps[i], ignored);
+  }
+  // Saves that an earlier attempt did not finish.
+  for (fs::directory_iterator it(directory_, ignored), end; !ignored && it != end;
+       it.increment(ignored)) {
+    std::error_code not_removed;
+    if (it->path().extension() == ".partial" && StepOf(it->path().stem())) {
+      fs::remove_all(it->path(), not_removed);
+    }
   }
 }
 
 CheckpointContents LoadNewestCheckpoint(const fs::path& directory, Communicator& communicator,
                                         const std::function<void(const std::string&)>& warn) {
-  std::vector<std::string> problems;
-  std::string found;
-  if (communicator.rank() == 0) {
-    found = FindNewest(directory, problems).string();
-    for (const std::string& problem : problems) warn(problem);
+  const bool first = communicator.rank() == 0;
+  std::vector<fs::path> candidates;
+  if (first) candidates = Candidates(directory);
+  std::string newest_problem;
+  for (size_t i = 0;; ++i) {
+    const fs::path candidate = BroadcastText(
+        communicator, first && i < candidates.size() ? candidates[i].string() : "", 0);
+    if (candidate.empty()) {
+      if (i == 0) {
+        throw UserError("there is no checkpoint in " + directory.string() + " to go on from");
+      }
+      throw AppError("none of the " + std::to_string(i) + " checkpoints in " + directory.string() +
+                     " is sound; the newest: " + newest_problem);
+    }
+    std::string problem;
+    try {
+      Verify(candidate, communicator.rank(), communicator.size());
+    } catch (const WorkerError& e) {
+      problem = e.what();
+    }
+    for (const std::string& of_rank : GatherTexts(communicator, problem)) {
+      if (problem.empty()) problem = of_rank;
+    }
+    if (problem.empty()) return Read(candidate, communicator.rank(), communicator.size());
+    if (first) warn(problem);
+    if (newest_problem.empty()) newest_problem = problem;
   }
-  found = BroadcastText(communicator, found, 0);
-  if (found.empty()) {
-    int64_t any = static_cast<int64_t>(problems.size());
-    communicator.Broadcast(BufferOf(std::span(&any, 1)), 0)->Wait();
-    if (any == 0)
-      throw UserError("there is no checkpoint in " + directory.string() + " to go on from");
-    throw AppError("none of the " + std::to_string(any) + " checkpoints in " + directory.string() +
-                   " is sound" + (problems.empty() ? "" : "; the newest: " + problems.front()));
-  }
-  return Read(found, communicator.rank(), communicator.size());
 }
 
 }  // namespace itwin::worker

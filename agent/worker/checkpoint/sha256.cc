@@ -2,6 +2,7 @@
 
 #include <openssl/evp.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <fstream>
 #include <vector>
@@ -57,6 +58,20 @@ FileDigest DigestFile(const std::filesystem::path& path) {
   if (in.bad()) ThrowIoError("cannot read", path, EIO);
   digest.sha256 = hash.Hex();
   return digest;
+}
+
+std::string DigestPiece(const std::filesystem::path& path, int64_t offset, int64_t size) {
+  std::ifstream in(path, std::ios::binary);
+  if (!in || !in.seekg(offset)) ThrowIoError("cannot read", path, errno);
+  Sha256 hash;
+  std::vector<char> block(1 << 20);
+  while (size > 0) {
+    in.read(block.data(), std::min<int64_t>(size, static_cast<int64_t>(block.size())));
+    if (in.gcount() == 0) ThrowIoError("cannot read", path, EIO);
+    hash.Update(block.data(), static_cast<size_t>(in.gcount()));
+    size -= in.gcount();
+  }
+  return hash.Hex();
 }
 
 }  // namespace itwin::worker

@@ -29,5 +29,7 @@ struct FileDigest {
 };
 // Throws AppError when the file cannot be read.
 FileDigest DigestFile(const std::filesystem::path& path);
+// SHA-256 of `size` bytes from `offset`. Throws AppError when they cannot be read.
+std::string DigestPiece(const std::filesystem::path& path, int64_t offset, int64_t size);
 
 }  // namespace itwin::worker

@@ -5,16 +5,21 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
+#include <tuple>
 #include <utility>
 #include <variant>
 
+#include "agent/worker/checkpoint/safetensors.h"
 #include "agent/worker/data/csv.h"
 #include "agent/worker/data/dataset.h"
 #include "agent/worker/data/idx.h"
 #include "agent/worker/data/nearest_name.h"
 #include "agent/worker/data/netcdf.h"
 #include "agent/worker/data/npy.h"
+#include "agent/worker/data/node_cache.h"
 #include "agent/worker/data/npz.h"
+#include "agent/worker/data/raw.h"
 #include "agent/worker/data/sample_store.h"
 #include "agent/worker/error.h"
 
@@ -25,7 +30,74 @@ namespace {
 struct Loaded {
   SampleStore store;
   int64_t missing_cells = 0;  // that the file marks as such
+  std::shared_ptr<const NetcdfRows> time_axis_of;  // where a time axis may be found
 };
+
+constexpr size_t kRowCacheBytes = size_t{256} << 20;  // of each rank, for streamed data
+
+// Where the files of the data lie: found, and copied to the node where that is wanted.
+class Files {
+ public:
+  Files(const DataSpec& spec, const std::filesystem::path& work_dir)
+      : spec_(spec), work_dir_(work_dir) {
+    if (spec.cache_on_node) {
+      cache_ = NodeCacheDirectory();
+      if (cache_.empty()) {
+        throw UserError(
+            "train.data.cache: \"node\" needs SLURM_TMPDIR or TMPDIR in the job's environment; this "
+            "site sets neither");
+      }
+    }
+  }
+  std::filesystem::path Find(const std::string& name, const std::string& field) const {
+    const std::filesystem::path path = ResolveFile(name, work_dir_, field);
+    return cache_.empty() ? path : CopyToNode(path, cache_);
+  }
+  // The source's file and `more_files`.
+  std::vector<std::filesystem::path> FindAll(const std::string& name,
+                                             const std::string& field) const {
+    std::vector<std::filesystem::path> paths = {Find(name, field)};
+    for (size_t i = 0; i < spec_.more_files.size(); ++i) {
+      paths.push_back(
+          Find(spec_.more_files[i], "train.data.more_files[" + std::to_string(i) + "]"));
+    }
+    return paths;
+  }
+
+ private:
+  const DataSpec& spec_;
+  const std::filesystem::path work_dir_;
+  std::filesystem::path cache_;
+};
+
+// Whether rows are left in their files: as the spec says, else when all ranks of the node together
+// would fill half of its memory with them.
+bool ShallStream(const DataSpec& spec, const NetcdfRows& rows, const RankShare& share) {
+  if (spec.load != "auto") return spec.load == "stream";
+  double bytes = sizeof(float);
+  for (const int64_t size : rows.shape()) bytes *= static_cast<double>(size);
+  const double memory =
+      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
+  return bytes * share.ranks_on_node > memory / 2;
+}
+
+// The samples of one file after those of another, array by array.
+void Append(std::map<std::string, StoredArray> more, const std::filesystem::path& path,
+            std::map<std::string, StoredArray>* part) {
+  for (auto& [name, array] : *part) {
+    const auto found = more.find(name);
+    if (found == more.end()) {
+      throw UserError("train.data.more_files: " + path.string() + " has no array \"" + name + "\"");
+    }
+    if (found->second.sample_shape() != array.sample_shape() ||
+        found->second.is_float != array.is_float) {
+      throw UserError("train.data.more_files: array \"" + name + "\" of " + path.string() +
+                      " has samples of shape " + ShapeText(found->second.sample_shape()) +
+                      " instead of " + ShapeText(array.sample_shape()) + ", or another kind of number");
+    }
+    array.values = at::cat({array.values, found->second.values}, 0);
+  }
+}
 
 std::vector<std::string> Names(const std::map<std::string, StoredArray>& part) {
   std::vector<std::string> names;
@@ -68,23 +140,61 @@ void ResolveNames(const DataSpec& spec, SampleStore* store) {
   }
 }
 
-Loaded Load(const NetcdfFile& source, const DataSpec& spec, uint64_t,
-            const std::filesystem::path& work_dir) {
-  const NetcdfField read =
-      ReadNetcdf(ResolveFile(source.path, work_dir, "train.data.netcdf"), spec.variables);
+Loaded Load(const NetcdfFile& source, const DataSpec& spec, uint64_t, const Files& files,
+            const RankShare& share) {
+  const auto rows =
+      NetcdfRows::Stack(files.FindAll(source.path, "train.data.netcdf"), spec.variables);
   Loaded loaded;
-  loaded.missing_cells = read.missing_cells;
+  loaded.time_axis_of = rows;
   auto& part = loaded.store.parts.emplace_back();
-  const StoredArray field = StoreArray(read.field, false);
+  StoredArray field;
+  if (ShallStream(spec, *rows, share)) {
+    field = StreamArray(std::make_shared<RowCache>(rows, kRowCacheBytes));
+  } else {
+    const NetcdfField read = ReadAll(*rows);
+    loaded.missing_cells = read.missing_cells;
+    field = StoreArray(read.field, false);
+  }
   // Input and target may be single variables of the file.
   for (const std::string& name : {spec.input, spec.target}) {
-    const auto found = std::find(read.variables.begin(), read.variables.end(), name);
-    if (name.empty() || found == read.variables.end()) continue;
+    const auto found = std::find(rows->variables().begin(), rows->variables().end(), name);
+    if (name.empty() || found == rows->variables().end()) continue;
     StoredArray one = field;
-    one.values = field.values.narrow(1, found - read.variables.begin(), 1);
+    const int64_t channel = found - rows->variables().begin();
+    if (one.streamed()) {
+      std::vector<int64_t> shape = one.sample_shape();
+      shape[0] = 1;
+      one.Then([channel](const at::Tensor& x) { return x.narrow(1, channel, 1); }, shape);
+    } else {
+      one.values = field.values.narrow(1, channel, 1);
+    }
     part.emplace(name, one);
   }
   if (part.empty() || spec.input == "field" || spec.target == "field") part.emplace("field", field);
+  return loaded;
+}
+
+Loaded Load(const Hdf5File& source, const DataSpec& spec, uint64_t, const Files& files,
+            const RankShare& share) {
+  const auto paths = files.FindAll(source.path, "train.data.hdf5.path");
+  Loaded loaded;
+  auto& part = loaded.store.parts.emplace_back();
+  for (const auto& [dataset, name, must_exist] :
+       {std::tuple{source.input, "input", true}, {source.target, "target", source.target_named}}) {
+    const auto rows = NetcdfRows::One(paths, dataset, must_exist);
+    if (!rows) continue;
+    StoredArray& array = part[name];
+    if (name == std::string("target") && rows->is_integer()) {
+      array = StoreArray(rows->ReadIntegers(), true);
+    } else if (ShallStream(spec, *rows, share)) {
+      array = StreamArray(std::make_shared<RowCache>(rows, kRowCacheBytes));
+    } else {
+      const NetcdfField read = ReadAll(*rows);
+      loaded.missing_cells += read.missing_cells;
+      array = StoreArray(read.field, false);
+    }
+    if (!loaded.time_axis_of) loaded.time_axis_of = rows;
+  }
   return loaded;
 }
 
@@ -106,12 +216,12 @@ StoredArray LoadImages(const std::filesystem::path& path, const char* field) {
 }
 
 Loaded Load(const IdxFiles& source, const DataSpec&, uint64_t,
-            const std::filesystem::path& work_dir) {
+            const Files& files, const RankShare&) {
   Loaded loaded;
   const auto add = [&](const std::string& images, const std::string& labels,
                        const char* images_field, const char* labels_field) {
-    const auto images_path = ResolveFile(images, work_dir, images_field);
-    const auto labels_path = ResolveFile(labels, work_dir, labels_field);
+    const auto images_path = files.Find(images, images_field);
+    const auto labels_path = files.Find(labels, labels_field);
     auto& part = loaded.store.parts.emplace_back();
     part["input"] = LoadImages(images_path, images_field);
     part["target"] = StoreArray(ReadIdx(labels_path), true);
@@ -140,45 +250,96 @@ void AddArray(const std::string& name, const Array& array, bool as_classes,
   part->emplace(name, StoreArray(array, as_classes));
 }
 
-Loaded Load(const NpzFile& source, const DataSpec& spec, uint64_t,
-            const std::filesystem::path& work_dir) {
-  const std::string target = spec.target.empty() ? "target" : spec.target;
+// Arrays of several files, each read by `read`, one after the other.
+template <typename Read>
+Loaded LoadInTurn(const std::vector<std::filesystem::path>& paths, Read read) {
   Loaded loaded;
   auto& part = loaded.store.parts.emplace_back();
-  for (const auto& [name, array] : ReadNpz(ResolveFile(source.path, work_dir, "train.data.npz"))) {
-    AddArray(name, array, name == target, &part);
+  for (size_t i = 0; i < paths.size(); ++i) {
+    std::map<std::string, StoredArray> arrays = read(paths[i]);
+    if (i == 0) {
+      part = std::move(arrays);
+    } else {
+      Append(std::move(arrays), paths[i], &part);
+    }
   }
   return loaded;
 }
 
-Loaded Load(const NpyFiles& source, const DataSpec&, uint64_t,
-            const std::filesystem::path& work_dir) {
+Loaded Load(const NpzFile& source, const DataSpec& spec, uint64_t, const Files& files,
+            const RankShare&) {
+  const std::string target = spec.target.empty() ? "target" : spec.target;
+  return LoadInTurn(files.FindAll(source.path, "train.data.npz"),
+                    [&](const std::filesystem::path& path) {
+                      std::map<std::string, StoredArray> arrays;
+                      for (const auto& [name, array] : ReadNpz(path))
+                        AddArray(name, array, name == target, &arrays);
+                      return arrays;
+                    });
+}
+
+Loaded Load(const NpyFiles& source, const DataSpec&, uint64_t, const Files& files,
+            const RankShare&) {
   Loaded loaded;
   auto& part = loaded.store.parts.emplace_back();
-  AddArray("input", ReadNpy(ResolveFile(source.input, work_dir, "train.data.npy.input")), false,
-           &part);
+  AddArray("input", ReadNpy(files.Find(source.input, "train.data.npy.input")), false, &part);
   if (!source.target.empty()) {
-    AddArray("target", ReadNpy(ResolveFile(source.target, work_dir, "train.data.npy.target")), true,
-             &part);
+    AddArray("target", ReadNpy(files.Find(source.target, "train.data.npy.target")), true, &part);
   }
   if (part.count("input") == 0)
     throw UserError("train.data.npy.input: is a single number, not samples");
   return loaded;
 }
 
-Loaded Load(const CsvFile& source, const DataSpec&, uint64_t,
-            const std::filesystem::path& work_dir) {
-  const CsvTable table = ReadCsv(ResolveFile(source.path, work_dir, "train.data.csv.path"),
-                                 source.inputs, source.targets, source.target_is_class);
+Loaded Load(const CsvFile& source, const DataSpec&, uint64_t, const Files& files,
+            const RankShare&) {
+  return LoadInTurn(files.FindAll(source.path, "train.data.csv.path"),
+                    [&](const std::filesystem::path& path) {
+                      const CsvTable table =
+                          ReadCsv(path, source.inputs, source.targets, source.target_is_class);
+                      std::map<std::string, StoredArray> arrays;
+                      AddArray("input", table.inputs, false, &arrays);
+                      AddArray("target", table.targets, true, &arrays);
+                      return arrays;
+                    });
+}
+
+Loaded Load(const SafetensorsFile& source, const DataSpec& spec, uint64_t, const Files& files,
+            const RankShare&) {
+  const std::string target = spec.target.empty() ? "target" : spec.target;
+  return LoadInTurn(
+      files.FindAll(source.path, "train.data.safetensors"),
+      [&](const std::filesystem::path& path) {
+        std::map<std::string, StoredArray> arrays;
+        NamedTensors tensors;
+        try {
+          tensors = MapSafetensors(path);
+        } catch (const WorkerError& e) {
+          if (e.failure == FailureClass::kResource) throw;
+          throw UserError("train.data.safetensors: " + std::string(e.what()));
+        }
+        for (auto& [name, tensor] : tensors) {
+          if (tensor.dim() == 0) continue;  // a lone number is not per sample
+          arrays[name] = StoreTensor(tensor, name == target);
+        }
+        return arrays;
+      });
+}
+
+Loaded Load(const RawFiles& source, const DataSpec&, uint64_t, const Files& files,
+            const RankShare&) {
   Loaded loaded;
   auto& part = loaded.store.parts.emplace_back();
-  AddArray("input", table.inputs, false, &part);
-  AddArray("target", table.targets, true, &part);
+  for (const auto& [name, array] : {std::pair{"input", &source.input}, {"target", &source.target}}) {
+    const std::string field = std::string("train.data.raw.") + name;
+    part[name] = StoreArray(ReadRaw(files.Find(array->path, field + ".path"), array->type, array->shape),
+                            name == std::string("target"));
+  }
   return loaded;
 }
 
-Loaded Load(const SyntheticData& source, const DataSpec&, uint64_t seed,
-            const std::filesystem::path&) {
+Loaded Load(const SyntheticData& source, const DataSpec&, uint64_t seed, const Files&,
+            const RankShare&) {
   const std::string field = "train.data.synthetic";
   if (source.samples < 1) {
     throw UserError(field + ".samples: " + std::to_string(source.samples) + " must be at least 1");
@@ -233,7 +394,8 @@ Loaded Load(const SyntheticData& source, const DataSpec&, uint64_t seed,
 
 const char* TransformName(const Transform& transform) {
   constexpr const char* kNames[] = {"standardize",  "scale",  "crop",   "coarsen",
-                                    "fill_missing", "window", "reshape"};
+                                    "fill_missing", "window", "reshape", "log",
+                                    "clip"};
   static_assert(std::variant_size_v<Transform> == std::size(kNames));
   return kNames[transform.index()];
 }
@@ -262,7 +424,16 @@ class ArrayDataset : public Dataset {
       wanted.data_ptr<int64_t>()[i] = member[indices[i]];
     }
     Batch batch;
-    for (const auto& [name, array] : PartOf(split)) batch.emplace(name, array.Select(wanted));
+    for (const auto& [name, array] : PartOf(split)) {
+      at::Tensor values = array.Select(wanted);
+      // What is in memory was looked at when it was read.
+      if (array.streamed() && values.isnan().any().item<bool>()) {
+        throw UserError("train.data: array \"" + name +
+                        "\" has missing cells; add the transform fill_missing: {} (before "
+                        "standardize), or crop them away");
+      }
+      batch.emplace(name, std::move(values));
+    }
     return batch;
   }
 
@@ -327,7 +498,8 @@ void Finish(const DataSpec& spec, int64_t missing_cells, SampleStore* store) {
         throw UserError("train.data: array \"" + name + "\" is empty (shape " +
                         ShapeText(array.values.sizes().vec()) + ")");
       }
-      if (missing_cells > 0 && array.is_float && array.values.isnan().any().item<bool>()) {
+      if (missing_cells > 0 && array.is_float && !array.streamed() &&
+          array.values.isnan().any().item<bool>()) {
         throw UserError("train.data: the file marks " + std::to_string(missing_cells) +
                         " cells as missing and array \"" + name +
                         "\" still has some; add the transform fill_missing: {} (before "
@@ -355,32 +527,68 @@ int64_t CountClasses(const SampleStore& store) {
   return classes;
 }
 
+// Ranges of time become ranges of samples.
+SplitSpec ResolveTimes(const SplitSpec& spec, const Loaded& loaded) {
+  SplitSpec resolved = spec;
+  for (const auto& [name, text, range] :
+       {std::tuple{"train", &spec.train_time, &resolved.train},
+        {"validation", &spec.validation_time, &resolved.validation},
+        {"test", &spec.test_time, &resolved.test}}) {
+    if (text->empty()) continue;
+    const std::string field = std::string("train.data.split.") + name;
+    const std::optional<TimeAxis> axis =
+        loaded.time_axis_of ? loaded.time_axis_of->ReadTimeAxis() : std::nullopt;
+    if (!axis) {
+      throw UserError(field + ": \"" + *text +
+                      "\" is a range of time, but the data have no time axis; give sample numbers, "
+                      "such as \"0..108\"");
+    }
+    const auto [first, last] = StepsWithin(*axis, *text, field);
+    *range = IndexRange{first, last};
+  }
+  return resolved;
+}
+
 }  // namespace
 
 std::unique_ptr<Dataset> OpenDataset(const DataSpec& spec, uint64_t seed,
-                                     const std::filesystem::path& work_dir) {
+                                     const std::filesystem::path& work_dir,
+                                     const RankShare& share) {
   const at::NoGradGuard no_grad;
-  Loaded loaded = std::visit([&](const auto& source) { return Load(source, spec, seed, work_dir); },
-                             spec.source);
+  const Files files(spec, work_dir);
+  Loaded loaded =
+      std::visit([&](const auto& source) { return Load(source, spec, seed, files, share); },
+                 spec.source);
   SampleStore& store = loaded.store;
   for (const auto& part : store.parts) {
     if (part.empty()) throw UserError("train.data: has no arrays of samples");
   }
   ResolveNames(spec, &store);
   const int64_t samples = store.parts.front().at(store.SourceName("train.data")).samples();
-  store.splits = DrawSplits(spec.split, samples, store.separate_test(), seed);
+  store.splits = DrawSplits(ResolveTimes(spec.split, loaded), samples, store.separate_test(), seed);
   if (store.separate_test()) {
     const int64_t test_samples = store.parts.back().at("input").samples();
     auto& test = store.splits[static_cast<size_t>(Split::kTest)];
     for (int64_t i = 0; i < test_samples; ++i) test.push_back(i);
   }
+  store.statistics = spec.statistics;
   for (size_t i = 0; i < spec.transforms.size(); ++i) {
     const Transform& transform = spec.transforms[i];
     ApplyTransform(transform,
                    "train.data.transforms[" + std::to_string(i) + "]." + TransformName(transform),
-                   &store);
+                   share, &store);
   }
   Finish(spec, loaded.missing_cells, &store);
+  if (spec.all_as_test) {
+    if (store.separate_test()) {
+      throw UserError(
+          "train.predict.split: \"all\" does not fit data with test files of their own; predict "
+          "train or test");
+    }
+    auto& test = store.splits[static_cast<size_t>(Split::kTest)];
+    test.resize(static_cast<size_t>(store.parts.front().at("input").samples()));
+    std::iota(test.begin(), test.end(), 0);
+  }
   const int64_t classes = CountClasses(store);
   return std::make_unique<ArrayDataset>(std::move(store), classes);
 }

@@ -1,12 +1,14 @@
 // A dataset is a set of named arrays whose first dimension is the sample, cut into three splits.
-// All of it is in memory (or mapped) after OpenDataset; every rank opens the same files and sees
-// the same samples.
+// All of it is in memory, mapped, or read as it is needed (`load: stream`); every rank opens the same
+// files and sees the same samples.
 #pragma once
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -51,10 +53,19 @@ class Dataset {
   virtual nlohmann::json preprocessing() const { return nlohmann::json::object(); }
 };
 
+// How ranks share the work of opening: each computes a part of the statistics.
+struct RankShare {
+  int rank = 0, ranks = 1;
+  int ranks_on_node = 1;
+  // Sums over the ranks, in place; every rank calls it in the same order.
+  std::function<void(std::span<double>)> sum;
+};
+
 // Reads, splits and transforms. The drawing of fractions depends on the seed alone. Throws
 // UserError for a file, variable, shape or range that cannot work (naming it), and for an empty
 // training split.
 std::unique_ptr<Dataset> OpenDataset(const DataSpec& spec, uint64_t seed,
-                                     const std::filesystem::path& work_dir);
+                                     const std::filesystem::path& work_dir,
+                                     const RankShare& share = {});
 
 }  // namespace itwin::worker

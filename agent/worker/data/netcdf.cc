@@ -5,13 +5,17 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cerrno>
 #include <cstring>
 #include <limits>
-#include <optional>
+#include <map>
+#include <mutex>
+#include <type_traits>
 #include <utility>
 
 #include "agent/worker/data/nearest_name.h"
 #include "agent/worker/data/netcdf_header.h"
+#include "agent/worker/data/netcdf_writer.h"
 #include "agent/worker/error.h"
 
 namespace itwin::worker {
@@ -19,7 +23,11 @@ namespace {
 
 constexpr size_t kMaxListedNames = 40;  // in an error
 
+// For every call into the library: it keeps state of its own.
+std::mutex library_mutex;
+
 struct Variable {
+  int group = 0;  // the library's id of the group it lies in
   int id = 0;
   std::string name;
   nc_type type = NC_NAT;
@@ -47,27 +55,10 @@ class File {
     }
   }
 
+  // Variables of the root and of all groups below; those of groups as "group/name".
   std::vector<Variable> List() const {
-    int count = 0;
-    Check(nc_inq_nvars(id_, &count), "its list of variables");
     std::vector<Variable> variables;
-    for (int v = 0; v < count; ++v) {
-      Variable variable;
-      variable.id = v;
-      char name[NC_MAX_NAME + 1] = {};
-      int dimension_count = 0;
-      int dimension_ids[NC_MAX_VAR_DIMS] = {};
-      Check(nc_inq_var(id_, v, name, &variable.type, &dimension_count, dimension_ids, nullptr),
-            "a variable's header");
-      variable.name = name;
-      for (int d = 0; d < dimension_count; ++d) {
-        size_t length = 0;
-        Check(nc_inq_dim(id_, dimension_ids[d], name, &length), "a dimension's header");
-        variable.dimensions.emplace_back(name);
-        variable.shape.push_back(static_cast<int64_t>(length));
-      }
-      variables.push_back(std::move(variable));
-    }
+    ListGroup(id_, "", &variables);
     return variables;
   }
 
@@ -75,23 +66,101 @@ class File {
   std::optional<double> Number(const Variable& variable, const char* name) const {
     nc_type type = NC_NAT;
     size_t length = 0;
-    if (nc_inq_att(id_, variable.id, name, &type, &length) != NC_NOERR || length != 1 ||
+    if (nc_inq_att(variable.group, variable.id, name, &type, &length) != NC_NOERR || length != 1 ||
         type == NC_CHAR || type == NC_STRING) {
       return std::nullopt;
     }
     double value = 0;
-    Check(nc_get_att_double(id_, variable.id, name, &value), std::string("attribute ") + name);
+    Check(nc_get_att_double(variable.group, variable.id, name, &value),
+          std::string("attribute ") + name);
     return value;
   }
 
-  void Read(const Variable& variable, std::vector<float>* cells) const {
+  std::string Text(const Variable& variable, const char* name) const {
+    nc_type type = NC_NAT;
+    size_t length = 0;
+    if (nc_inq_att(variable.group, variable.id, name, &type, &length) != NC_NOERR) return "";
+    if (type == NC_STRING && length == 1) {
+      char* value = nullptr;
+      Check(nc_get_att_string(variable.group, variable.id, name, &value),
+            std::string("attribute ") + name);
+      std::string text = value == nullptr ? "" : value;
+      nc_free_string(1, &value);
+      return text;
+    }
+    if (type != NC_CHAR) return "";
+    std::string text(length, '\0');
+    Check(nc_get_att_text(variable.group, variable.id, name, text.data()),
+          std::string("attribute ") + name);
+    while (!text.empty() && text.back() == '\0') text.pop_back();
+    return text;
+  }
+
+  // Rows of the first dimension that are stored (and compressed) together; 1 where rows lie alone.
+  int64_t RowsPerChunk(const Variable& variable) const {
+    int storage = NC_CONTIGUOUS;
+    std::vector<size_t> chunks(std::max<size_t>(1, variable.shape.size()), 1);
+    if (nc_inq_var_chunking(variable.group, variable.id, &storage, chunks.data()) != NC_NOERR) return 1;
+    return storage == NC_CHUNKED ? static_cast<int64_t>(chunks.front()) : 1;
+  }
+
+  template <typename T>
+  void Read(const Variable& variable, int64_t first, int64_t count, T* cells) const {
+    std::vector<size_t> start(variable.shape.size(), 0), counts;
+    for (const int64_t length : variable.shape) counts.push_back(static_cast<size_t>(length));
+    if (!start.empty()) {
+      start.front() = static_cast<size_t>(first);
+      counts.front() = static_cast<size_t>(count);
+    }
+    int result = NC_NOERR;
+    if constexpr (std::is_same_v<T, float>) {
+      result = nc_get_vara_float(variable.group, variable.id, start.data(), counts.data(), cells);
+    } else if constexpr (std::is_same_v<T, double>) {
+      result = nc_get_vara_double(variable.group, variable.id, start.data(), counts.data(), cells);
+    } else {
+      result = nc_get_vara_longlong(variable.group, variable.id, start.data(), counts.data(),
+                                    reinterpret_cast<long long*>(cells));
+    }
     // Values beyond float's range become infinite and are reported as NC_ERANGE; that is no reason
     // to stop.
-    const int result = nc_get_var_float(id_, variable.id, cells->data());
     if (result != NC_ERANGE) Check(result, "variable " + variable.name);
   }
 
+  const std::string& path() const { return path_; }
+
  private:
+  void ListGroup(int group, const std::string& prefix, std::vector<Variable>* variables) const {
+    int count = 0;
+    Check(nc_inq_nvars(group, &count), "its list of variables");
+    for (int v = 0; v < count; ++v) {
+      Variable variable;
+      variable.group = group;
+      variable.id = v;
+      char name[NC_MAX_NAME + 1] = {};
+      int dimension_count = 0;
+      int dimension_ids[NC_MAX_VAR_DIMS] = {};
+      Check(nc_inq_var(group, v, name, &variable.type, &dimension_count, dimension_ids, nullptr),
+            "a variable's header");
+      variable.name = prefix + name;
+      for (int d = 0; d < dimension_count; ++d) {
+        size_t length = 0;
+        Check(nc_inq_dim(group, dimension_ids[d], name, &length), "a dimension's header");
+        variable.dimensions.emplace_back(name);
+        variable.shape.push_back(static_cast<int64_t>(length));
+      }
+      variables->push_back(std::move(variable));
+    }
+    int groups = 0;
+    if (nc_inq_grps(group, &groups, nullptr) != NC_NOERR || groups == 0) return;
+    std::vector<int> ids(static_cast<size_t>(groups));
+    Check(nc_inq_grps(group, &groups, ids.data()), "its groups");
+    for (const int id : ids) {
+      char name[NC_MAX_NAME + 1] = {};
+      Check(nc_inq_grpname(id, name), "a group's name");
+      ListGroup(id, prefix + name + "/", variables);
+    }
+  }
+
   int id_ = -1;
   const std::string path_;
 };
@@ -183,57 +252,278 @@ void CheckFitsMemory(const std::filesystem::path& path, size_t bytes) {
   }
 }
 
+// How the cells of a variable become numbers.
+struct Decoding {
+  std::vector<float> missing;
+  double scale = 1, offset = 0;
+
+  // Compared in float, as the cells are: -99.9 in a float file is not the double -99.9.
+  int64_t Apply(float* cells, size_t count) const {
+    int64_t missed = 0;
+    const bool packed = scale != 1.0 || offset != 0.0;
+    for (float* value = cells; value != cells + count; ++value) {
+      if (std::isnan(*value) || std::find(missing.begin(), missing.end(), *value) != missing.end()) {
+        *value = std::numeric_limits<float>::quiet_NaN();
+        ++missed;
+      } else if (packed) {
+        *value = static_cast<float>(*value * scale + offset);
+      }
+    }
+    return missed;
+  }
+};
+
+Decoding DecodingOf(const File& file, const Variable& variable) {
+  Decoding decoding;
+  for (const char* name : {"_FillValue", "missing_value"}) {
+    if (const auto value = file.Number(variable, name))
+      decoding.missing.push_back(static_cast<float>(*value));
+  }
+  if (variable.type == NC_FLOAT || variable.type == NC_DOUBLE) {
+    decoding.missing.push_back(static_cast<float>(NC_FILL_FLOAT));  // never written
+  }
+  decoding.scale = file.Number(variable, "scale_factor").value_or(1.0);
+  decoding.offset = file.Number(variable, "add_offset").value_or(0.0);
+  return decoding;
+}
+
+constexpr size_t kMaxOpenFiles = 64;
+
 }  // namespace
+
+struct NetcdfRows::Files {
+  struct Part {
+    std::filesystem::path path;
+    int64_t first = 0, rows = 0;
+  };
+  struct Opened {
+    std::unique_ptr<File> file;
+    std::vector<Variable> variables;
+    std::vector<Decoding> decodings;
+  };
+  std::vector<Part> parts;
+  std::vector<std::string> wanted;
+  std::map<size_t, Opened> open;  // by part
+  int64_t missing_cells = 0;
+
+  // With library_mutex held.
+  const Opened& Get(size_t part) {
+    const auto found = open.find(part);
+    if (found != open.end()) return found->second;
+    if (open.size() >= kMaxOpenFiles) open.erase(open.begin());
+    Opened opened;
+    opened.file = std::make_unique<File>(parts[part].path);
+    opened.variables = Select(opened.file->List(), wanted, parts[part].path.string());
+    for (const Variable& variable : opened.variables)
+      opened.decodings.push_back(DecodingOf(*opened.file, variable));
+    return open.emplace(part, std::move(opened)).first->second;
+  }
+};
+
+NetcdfRows::NetcdfRows() : files_(std::make_unique<Files>()) {}
+
+NetcdfRows::~NetcdfRows() {
+  std::lock_guard lock(library_mutex);
+  files_.reset();
+}
+
+std::shared_ptr<NetcdfRows> NetcdfRows::Open(const std::vector<std::filesystem::path>& paths,
+                                             const std::vector<std::string>& variables,
+                                             bool stack) {
+  std::shared_ptr<NetcdfRows> rows(new NetcdfRows);
+  rows->stack_ = stack;
+  Files& files = *rows->files_;
+  files.wanted = variables;
+  for (size_t p = 0; p < paths.size(); ++p) {
+    CheckClassicNetcdf(paths[p]);
+    const std::string what = "train.data.netcdf: " + paths[p].string();
+    std::lock_guard lock(library_mutex);
+    files.parts.push_back({.path = paths[p], .first = p == 0 ? 0 : rows->shape_[0]});
+    const Files::Opened& opened = files.Get(p);
+    const Variable& first = opened.variables.front();
+    std::vector<int64_t> shape = first.shape;
+    if (stack) shape.insert(shape.begin() + 1, static_cast<int64_t>(opened.variables.size()));
+    CheckedBytes(shape, ElementType::kFloat32, what);
+    files.parts.back().rows = shape[0];
+    if (p == 0) {
+      for (const Variable& variable : opened.variables) rows->names_.push_back(variable.name);
+      files.wanted = rows->names_;  // of all files the same
+      rows->shape_ = shape;
+      rows->rows_per_chunk_ = opened.file->RowsPerChunk(first);
+      rows->is_integer_ = first.type != NC_FLOAT && first.type != NC_DOUBLE &&
+                          opened.decodings.front().missing.empty() &&
+                          opened.decodings.front().scale == 1 &&
+                          opened.decodings.front().offset == 0;
+      continue;
+    }
+    if (!std::equal(shape.begin() + 1, shape.end(), rows->shape_.begin() + 1, rows->shape_.end())) {
+      throw UserError("train.data.more_files: " + paths[p].string() + " has " +
+                      DimensionsText(first) + ", which cannot follow the first file's " +
+                      ShapeText(rows->shape_) + "; only the first dimension may differ");
+    }
+    rows->shape_[0] += shape[0];
+  }
+  // Chunks that lie across two files are read from both; rows of a chunk count from each file's
+  // start.
+  if (paths.size() > 1 && rows->rows_per_chunk_ > 1) {
+    for (const auto& part : files.parts) {
+      if (part.first % rows->rows_per_chunk_ != 0) rows->rows_per_chunk_ = 1;
+    }
+  }
+  return rows;
+}
+
+std::shared_ptr<const NetcdfRows> NetcdfRows::Stack(
+    const std::vector<std::filesystem::path>& paths, const std::vector<std::string>& variables) {
+  return Open(paths, variables, /*stack=*/true);
+}
+
+std::shared_ptr<const NetcdfRows> NetcdfRows::One(const std::vector<std::filesystem::path>& paths,
+                                                  const std::string& name, bool must_exist) {
+  if (!must_exist) {
+    CheckClassicNetcdf(paths.front());
+    std::lock_guard lock(library_mutex);
+    const File file(paths.front());
+    bool found = false;
+    for (const Variable& variable : file.List()) found = found || variable.name == name;
+    if (!found) return nullptr;
+  }
+  return Open(paths, {name}, /*stack=*/false);
+}
+
+void NetcdfRows::Read(int64_t first, int64_t count, float* to) const {
+  Files& files = *files_;
+  int64_t row_cells = 1;
+  for (size_t d = stack_ ? 2 : 1; d < shape_.size(); ++d) row_cells *= shape_[d];
+  const auto cells = static_cast<size_t>(row_cells);
+  std::vector<float> values;
+  for (size_t p = 0; p < files.parts.size() && count > 0; ++p) {
+    const Files::Part& part = files.parts[p];
+    if (first >= part.first + part.rows) continue;
+    const int64_t take = std::min(count, part.first + part.rows - first);
+    const auto taken = static_cast<size_t>(take);
+    std::lock_guard lock(library_mutex);
+    const Files::Opened& opened = files.Get(p);
+    const size_t channels = opened.variables.size();
+    for (size_t channel = 0; channel < channels; ++channel) {
+      float* straight = to;
+      if (channels > 1) {
+        values.resize(taken * cells);
+        straight = values.data();
+      }
+      opened.file->Read(opened.variables[channel], first - part.first, take, straight);
+      files.missing_cells += opened.decodings[channel].Apply(straight, taken * cells);
+      for (size_t row = 0; channels > 1 && row < taken; ++row) {
+        std::memcpy(to + (row * channels + channel) * cells, straight + row * cells,
+                    cells * sizeof(float));
+      }
+    }
+    to += taken * channels * cells;
+    first += take;
+    count -= take;
+  }
+}
+
+int64_t NetcdfRows::missing_cells() const {
+  std::lock_guard lock(library_mutex);
+  return files_->missing_cells;
+}
+
+Array NetcdfRows::ReadIntegers() const {
+  const size_t bytes = CheckedBytes(shape_, ElementType::kInt64, "train.data.hdf5");
+  CheckFitsMemory(files_->parts.front().path, bytes);
+  std::vector<std::byte> all(bytes);
+  auto* to = reinterpret_cast<int64_t*>(all.data());
+  std::lock_guard lock(library_mutex);
+  for (size_t p = 0; p < files_->parts.size(); ++p) {
+    const Files::Opened& opened = files_->Get(p);
+    const int64_t rows = files_->parts[p].rows;
+    opened.file->Read(opened.variables.front(), 0, rows, to);
+    int64_t elements = rows;
+    for (size_t d = 1; d < shape_.size(); ++d) elements *= shape_[d];
+    to += elements;
+  }
+  return OwnedArray(ElementType::kInt64, shape_, std::move(all));
+}
+
+std::optional<TimeAxis> NetcdfRows::ReadTimeAxis() const {
+  TimeAxis axis;
+  std::lock_guard lock(library_mutex);
+  for (size_t p = 0; p < files_->parts.size(); ++p) {
+    const Files::Opened& opened = files_->Get(p);
+    const std::string& dimension = opened.variables.front().dimensions.front();
+    const std::string what =
+        "train.data.netcdf: " + opened.file->path() + ", variable " + dimension;
+    const Variable* coordinate = nullptr;
+    const std::vector<Variable> all = opened.file->List();
+    for (const Variable& variable : all) {
+      if (variable.name == dimension && variable.dimensions.size() == 1) coordinate = &variable;
+    }
+    if (coordinate == nullptr) return std::nullopt;
+    const std::string units = opened.file->Text(*coordinate, "units");
+    if (p == 0) axis.calendar = opened.file->Text(*coordinate, "calendar");
+    std::vector<double> values(static_cast<size_t>(coordinate->shape.front()));
+    opened.file->Read(*coordinate, 0, coordinate->shape.front(), values.data());
+    for (const double value : values) {
+      axis.seconds.push_back(CfSeconds(value, units, axis.calendar, what));
+    }
+  }
+  return axis;
+}
+
+NetcdfField ReadAll(const NetcdfRows& rows) {
+  const size_t bytes = CheckedBytes(rows.shape(), ElementType::kFloat32, "train.data.netcdf");
+  CheckFitsMemory("train.data.netcdf", bytes);
+  std::vector<std::byte> field(bytes);
+  rows.Read(0, rows.shape()[0], reinterpret_cast<float*>(field.data()));
+  return {.field = OwnedArray(ElementType::kFloat32, rows.shape(), std::move(field)),
+          .variables = rows.variables(),
+          .missing_cells = rows.missing_cells()};
+}
 
 NetcdfField ReadNetcdf(const std::filesystem::path& path,
                        const std::vector<std::string>& variables) {
-  CheckClassicNetcdf(path);
-  const File file(path);
-  const std::vector<Variable> selected = Select(file.List(), variables, path.string());
-  const std::vector<int64_t>& shape = selected.front().shape;
-  std::vector<int64_t> stacked = shape;
-  stacked.insert(stacked.begin() + 1, static_cast<int64_t>(selected.size()));
-  const size_t bytes =
-      CheckedBytes(stacked, ElementType::kFloat32, "train.data.netcdf: " + path.string());
-  CheckFitsMemory(path, bytes);
+  return ReadAll(*NetcdfRows::Stack({path}, variables));
+}
 
-  NetcdfField result;
-  std::vector<std::byte> field(bytes);
-  const auto samples = static_cast<size_t>(shape[0]);
-  const size_t total = bytes / sizeof(float) / selected.size();  // cells of one variable
-  const size_t cells = samples == 0 ? 0 : total / samples;       // of one sample
-  std::vector<float> values(total);
-  for (size_t channel = 0; channel < selected.size(); ++channel) {
-    const Variable& variable = selected[channel];
-    file.Read(variable, &values);
-    // Compared in float, as the cells are: -99.9 in a float file is not the double -99.9.
-    std::vector<float> missing;
-    for (const char* name : {"_FillValue", "missing_value"}) {
-      if (const auto value = file.Number(variable, name))
-        missing.push_back(static_cast<float>(*value));
-    }
-    if (variable.type == NC_FLOAT || variable.type == NC_DOUBLE) {
-      missing.push_back(static_cast<float>(NC_FILL_FLOAT));  // never written
-    }
-    const double scale = file.Number(variable, "scale_factor").value_or(1.0);
-    const double offset = file.Number(variable, "add_offset").value_or(0.0);
-    const bool packed = scale != 1.0 || offset != 0.0;
-    for (float& value : values) {
-      if (std::isnan(value) || std::find(missing.begin(), missing.end(), value) != missing.end()) {
-        value = std::numeric_limits<float>::quiet_NaN();
-        ++result.missing_cells;
-      } else if (packed) {
-        value = static_cast<float>(value * scale + offset);
-      }
-    }
-    for (size_t sample = 0; sample < samples; ++sample) {
-      std::memcpy(field.data() + (sample * selected.size() + channel) * cells * sizeof(float),
-                  values.data() + sample * cells, cells * sizeof(float));
-    }
-    result.variables.push_back(variable.name);
+NetcdfWriter::NetcdfWriter(const std::filesystem::path& path, const std::vector<int64_t>& shape)
+    : path_(path.string()), shape_(shape) {
+  std::lock_guard lock(library_mutex);
+  Check(nc_create(path.c_str(), NC_NETCDF4 | NC_CLOBBER, &file_));
+  std::vector<int> dimensions(shape.size());
+  for (size_t d = 0; d < shape.size(); ++d) {
+    const std::string name = d == 0 ? "sample" : "dim_" + std::to_string(d);
+    Check(nc_def_dim(file_, name.c_str(), static_cast<size_t>(shape[d]), &dimensions[d]));
   }
-  result.field = OwnedArray(ElementType::kFloat32, std::move(stacked), std::move(field));
-  return result;
+  Check(nc_def_var(file_, "prediction", NC_FLOAT, static_cast<int>(shape.size()), dimensions.data(),
+                   &variable_));
+  Check(nc_enddef(file_));
+}
+
+NetcdfWriter::~NetcdfWriter() {
+  std::lock_guard lock(library_mutex);
+  if (file_ >= 0) nc_close(file_);
+}
+
+void NetcdfWriter::Check(int result) const {
+  if (result == NC_NOERR) return;
+  const std::string message = "cannot write " + path_ + ": " + nc_strerror(result);
+  if (result == ENOSPC || result == EDQUOT) throw ResourceError(message);
+  throw AppError(message);
+}
+
+void NetcdfWriter::Write(int64_t first, int64_t count, const float* values) {
+  std::vector<size_t> start(shape_.size(), 0), counts;
+  for (const int64_t size : shape_) counts.push_back(static_cast<size_t>(size));
+  start[0] = static_cast<size_t>(first);
+  counts[0] = static_cast<size_t>(count);
+  std::lock_guard lock(library_mutex);
+  Check(nc_put_vara_float(file_, variable_, start.data(), counts.data(), values));
+}
+
+void NetcdfWriter::Close() {
+  std::lock_guard lock(library_mutex);
+  Check(nc_close(std::exchange(file_, -1)));
 }
 
 }  // namespace itwin::worker

@@ -40,6 +40,14 @@ int64_t CountOf(const char* field, double fraction, size_t pool) {
   return count;
 }
 
+// In [0, 1), by SplitMix64 of both.
+double HashDraw(uint64_t seed, uint64_t sample) {
+  uint64_t z = (seed ^ 0x5eed5b117ULL) + (sample + 1) * 0x9e3779b97f4a7c15ULL;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
+  return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-53;
+}
+
 }  // namespace
 
 SplitIndices DrawSplits(const SplitSpec& spec, int64_t samples, bool separate_test, uint64_t seed) {
@@ -80,7 +88,30 @@ SplitIndices DrawSplits(const SplitSpec& spec, int64_t samples, bool separate_te
       spec.test ? 0 : CountOf("test_fraction", spec.test_fraction, train.size());
   const int64_t validation_count =
       spec.validation ? 0 : CountOf("validation_fraction", spec.validation_fraction, train.size());
-  if (test_count + validation_count > 0) {
+  if (test_count + validation_count > 0 && spec.by_hash) {
+    // Each sample's own draw: its place among the splits does not depend on how many there are.
+    std::vector<int64_t> rest;
+    const double test_end = spec.test ? 0 : spec.test_fraction;
+    const double validation_end = test_end + (spec.validation ? 0 : spec.validation_fraction);
+    for (const int64_t sample : train) {
+      const double draw = HashDraw(seed, static_cast<uint64_t>(sample));
+      if (draw < test_end) {
+        indices[static_cast<size_t>(Split::kTest)].push_back(sample);
+      } else if (draw < validation_end) {
+        indices[static_cast<size_t>(Split::kValidation)].push_back(sample);
+      } else {
+        rest.push_back(sample);
+      }
+    }
+    train = std::move(rest);
+    for (const auto& [split, count] :
+         {std::pair{Split::kValidation, validation_count}, {Split::kTest, test_count}}) {
+      if (count > 0 && indices[static_cast<size_t>(split)].empty()) {
+        throw UserError(std::string("train.data.split.by_hash: leaves no samples in the ") +
+                        SplitName(split) + " split; ask for a larger fraction");
+      }
+    }
+  } else if (test_count + validation_count > 0) {
     // Fisher-Yates by hand: std::shuffle differs between standard libraries.
     std::mt19937_64 random(seed ^ 0x5eed5b117ULL);
     for (size_t i = train.size(); i > 1; --i) std::swap(train[i - 1], train[random() % i]);

@@ -143,10 +143,25 @@ class Messages : public Work {
   }
 };
 
+// Tells the log, if there is one, what this thread is blocked in.
+class Logged {
+ public:
+  Logged(CollectiveLog* log, const char* operation, const Buffer& buffer) : log_(log) {
+    if (log_ != nullptr) log_->Begin(operation, SizeInBytes(buffer));
+  }
+  ~Logged() {
+    if (log_ != nullptr) log_->End();
+  }
+  Logged(const Logged&) = delete;
+
+ private:
+  CollectiveLog* const log_;
+};
+
 // Shared by both kinds: owns an MPI communicator.
 class MpiBase : public Communicator {
  public:
-  explicit MpiBase(MPI_Comm owned) : comm_(owned) {
+  MpiBase(MPI_Comm owned, CollectiveLog* log) : log_(log), comm_(owned) {
     MPI_Comm_rank(comm_, &rank_);
     MPI_Comm_size(comm_, &size_);
   }
@@ -155,19 +170,34 @@ class MpiBase : public Communicator {
   int rank() const override { return rank_; }
   int size() const override { return size_; }
   std::unique_ptr<Work> AllReduce(Buffer buffer, Reduction reduction) override {
-    return Start([=, this] { BlockingAllReduce(comm_, buffer, reduction); });
+    return Start([=, this] {
+      const Logged logged(log_, "all-reduce", buffer);
+      BlockingAllReduce(comm_, buffer, reduction);
+    });
   }
   std::unique_ptr<Work> Broadcast(Buffer buffer, int root) override {
-    return Start([=, this] { BlockingBroadcast(comm_, buffer, root); });
+    return Start([=, this] {
+      const Logged logged(log_, "broadcast", buffer);
+      BlockingBroadcast(comm_, buffer, root);
+    });
   }
   std::unique_ptr<Work> AllGather(Buffer mine, Buffer all) override {
-    return Start([=, this] { BlockingAllGather(comm_, mine, all); });
+    return Start([=, this] {
+      const Logged logged(log_, "all-gather", all);
+      BlockingAllGather(comm_, mine, all);
+    });
   }
   std::unique_ptr<Work> ReduceScatter(Buffer all, Buffer mine, Reduction reduction) override {
-    return Start([=, this] { BlockingReduceScatter(comm_, all, mine, reduction); });
+    return Start([=, this] {
+      const Logged logged(log_, "reduce-scatter", all);
+      BlockingReduceScatter(comm_, all, mine, reduction);
+    });
   }
   std::unique_ptr<Work> Barrier() override {
-    return Start([this] { Check(MPI_Barrier(comm_), "MPI_Barrier"); });
+    return Start([this] {
+      const Logged logged(log_, "barrier", Buffer{});
+      Check(MPI_Barrier(comm_), "MPI_Barrier");
+    });
   }
   // Started at once by the caller, whatever collectives are queued.
   std::unique_ptr<Work> Send(Buffer buffer, int to) override {
@@ -201,6 +231,8 @@ class MpiBase : public Communicator {
   // A communicator of the same kind.
   virtual std::unique_ptr<Communicator> Wrap(MPI_Comm owned) const = 0;
 
+  CollectiveLog* const log_;  // may be null
+
  private:
   MPI_Comm comm_ = MPI_COMM_NULL;
   int rank_ = 0;
@@ -219,7 +251,7 @@ class DirectMpiCommunicator : public MpiBase {
 
  private:
   std::unique_ptr<Communicator> Wrap(MPI_Comm owned) const override {
-    return std::make_unique<DirectMpiCommunicator>(owned);
+    return std::make_unique<DirectMpiCommunicator>(owned, log_);
   }
   std::unique_ptr<Work> Start(std::function<void()> collective) override {
     collective();
@@ -229,7 +261,8 @@ class DirectMpiCommunicator : public MpiBase {
 
 class ThreadedMpiCommunicator : public MpiBase {
  public:
-  explicit ThreadedMpiCommunicator(MPI_Comm owned) : MpiBase(owned), thread_([this] { Run(); }) {}
+  ThreadedMpiCommunicator(MPI_Comm owned, CollectiveLog* log)
+      : MpiBase(owned, log), thread_([this] { Run(); }) {}
   ~ThreadedMpiCommunicator() override {
     {
       std::lock_guard lock(mutex_);
@@ -261,7 +294,7 @@ class ThreadedMpiCommunicator : public MpiBase {
   };
 
   std::unique_ptr<Communicator> Wrap(MPI_Comm owned) const override {
-    return std::make_unique<ThreadedMpiCommunicator>(owned);
+    return std::make_unique<ThreadedMpiCommunicator>(owned, log_);
   }
   std::unique_ptr<Work> Start(std::function<void()> collective) override {
     auto state = std::make_shared<State>();
@@ -359,11 +392,11 @@ int MpiWorld::size() const {
   return size;
 }
 
-std::unique_ptr<Communicator> MpiWorld::MakeThreaded() {
-  return std::make_unique<ThreadedMpiCommunicator>(DuplicateOfWorld());
+std::unique_ptr<Communicator> MpiWorld::MakeThreaded(CollectiveLog* log) {
+  return std::make_unique<ThreadedMpiCommunicator>(DuplicateOfWorld(), log);
 }
-std::unique_ptr<Communicator> MpiWorld::MakeDirect() {
-  return std::make_unique<DirectMpiCommunicator>(DuplicateOfWorld());
+std::unique_ptr<Communicator> MpiWorld::MakeDirect(CollectiveLog* log) {
+  return std::make_unique<DirectMpiCommunicator>(DuplicateOfWorld(), log);
 }
 
 void MpiWorld::Abort(int exit_code) {

@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 
+#include "agent/worker/dist/collective_log.h"
 #include "agent/worker/dist/communicator.h"
 
 namespace itwin::worker {
@@ -30,8 +31,9 @@ class MpiWorld {
   int size() const;
 
   // Every rank calls these in the same order.
-  std::unique_ptr<Communicator> MakeThreaded();
-  std::unique_ptr<Communicator> MakeDirect();
+  // The log, if given, must outlive the communicator and what is split from it.
+  std::unique_ptr<Communicator> MakeThreaded(CollectiveLog* log = nullptr);
+  std::unique_ptr<Communicator> MakeDirect(CollectiveLog* log = nullptr);
 
   // Ends every rank of the job; the launcher's exit code becomes `exit_code`. May be called by any
   // thread.

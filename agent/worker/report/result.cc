@@ -32,6 +32,8 @@ const char* Name(FailureClass failure_class) {
       return "app";
     case FailureClass::kResource:
       return "resource";
+    case FailureClass::kInfra:
+      return "infra";
   }
   return "";
 }
@@ -54,6 +56,8 @@ int ExitCode(const Result& result) {
       return 3;
     case FailureClass::kResource:
       return 4;
+    case FailureClass::kInfra:
+      return 5;
   }
   return 3;
 }

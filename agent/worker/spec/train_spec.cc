@@ -241,10 +241,15 @@ ModelSpec ParseModel(const Json& json) {
   return m;
 }
 
-std::optional<IndexRange> ParseRange(Object& in, const std::string& key) {
+std::optional<IndexRange> ParseRange(Object& in, const std::string& key, std::string& time) {
   std::string text;
   in.Get(key, text);
   if (text.empty()) return std::nullopt;
+  const bool dates = text.find('-') != std::string::npos && text.find("..") != std::string::npos;
+  if (dates) {  // read where the time axis is known
+    time = text;
+    return std::nullopt;
+  }
   IndexRange range;
   const char* end = text.data() + text.size();
   const auto first = std::from_chars(text.data(), end, range.first);
@@ -254,7 +259,8 @@ std::optional<IndexRange> ParseRange(Object& in, const std::string& key) {
                          : std::from_chars_result{end, std::errc::invalid_argument};
   if (last.ec != std::errc() || last.ptr != end || range.first < 0 || range.last < range.first) {
     in.Refuse(key, "is \"" + text +
-                       "\"; it must be a half-open range of sample numbers such as \"0..108\"");
+                       "\"; it must be a half-open range of sample numbers such as \"0..108\", or of time "
+                       "such as \"1982-01..1990-12\"");
   }
   return range;
 }
@@ -262,9 +268,10 @@ std::optional<IndexRange> ParseRange(Object& in, const std::string& key) {
 SplitSpec ParseSplit(const Json& json) {
   Object in(json, "train.data.split");
   SplitSpec s;
-  s.train = ParseRange(in, "train");
-  s.validation = ParseRange(in, "validation");
-  s.test = ParseRange(in, "test");
+  s.train = ParseRange(in, "train", s.train_time);
+  s.validation = ParseRange(in, "validation", s.validation_time);
+  s.test = ParseRange(in, "test", s.test_time);
+  in.Get("by_hash", s.by_hash);
   in.Get("validation_fraction", s.validation_fraction);
   in.Get("test_fraction", s.test_fraction);
   in.Done();
@@ -277,14 +284,14 @@ SplitSpec ParseSplit(const Json& json) {
 
 Transform ParseTransform(const Json& json, const std::string& path) {
   Object in(json, path);
-  const std::vector<std::string> kinds = {"standardize",  "scale",  "crop",   "coarsen",
-                                          "fill_missing", "window", "reshape"};
+  const std::vector<std::string> kinds = {"standardize", "scale",   "crop", "coarsen", "fill_missing",
+                                          "window",      "reshape", "log",  "clip"};
   const std::string kind = in.OneOf(kinds);
   in.Done();
   if (kind.empty()) {
     in.Refuse("",
               "names no transform; known: standardize, scale, crop, coarsen, fill_missing, window, "
-              "reshape");
+              "reshape, log, clip");
   }
   Object body(*in.Find(kind), path + "." + kind);
   Transform result;
@@ -326,6 +333,19 @@ Transform ParseTransform(const Json& json, const std::string& path) {
     body.AtLeast("length", t.length, 1);
     body.AtLeast("horizon", t.horizon, 1);
     result = t;
+  } else if (kind == "log") {
+    Log t;
+    body.Get("arrays", t.arrays);
+    body.Get("add", t.add);
+    result = t;
+  } else if (kind == "clip") {
+    Clip t;
+    body.Get("arrays", t.arrays);
+    body.Get("min", t.min);
+    body.Get("max", t.max);
+    if (!t.min && !t.max) body.Refuse("", "has neither `min` nor `max`; give one or both");
+    if (t.min && t.max && !(*t.min <= *t.max)) body.Refuse("min", "is above `max`");
+    result = t;
   } else {
     Reshape t;
     body.Get("array", t.array);
@@ -338,12 +358,30 @@ Transform ParseTransform(const Json& json, const std::string& path) {
   return result;
 }
 
+RawArray ParseRawArray(Object& parent, const std::string& key, const std::string& path) {
+  const Json* json = parent.Find(key);
+  if (json == nullptr) parent.Refuse(key, "is missing; give path, type and shape");
+  Object in(*json, path);
+  RawArray a;
+  in.Get("path", a.path);
+  in.Get("type", a.type);
+  in.Get("shape", a.shape);
+  in.Done();
+  if (a.path.empty()) in.Refuse("path", "is missing");
+  if (a.type.empty()) in.Refuse("type", "is missing; such as float32");
+  for (int64_t size : a.shape) in.AtLeast("shape", static_cast<double>(size), 1);
+  return a;
+}
+
 DataSpec ParseData(const Json& json) {
   Object in(json, "train.data");
   DataSpec d;
-  const std::string source = in.OneOf({"netcdf", "idx", "npz", "npy", "csv", "synthetic"});
-  if (source.empty())
-    in.Refuse("", "names no source; give one of netcdf, idx, npz, npy, csv, synthetic");
+  const std::string source = in.OneOf(
+      {"netcdf", "idx", "npz", "npy", "csv", "synthetic", "hdf5", "safetensors", "raw"});
+  if (source.empty()) {
+    in.Refuse("", "names no source; give one of netcdf, hdf5, idx, npz, npy, csv, safetensors, raw, "
+                  "synthetic");
+  }
   const std::string at = "train.data." + source;
   if (source == "netcdf") {
     NetcdfFile s;
@@ -391,6 +429,30 @@ DataSpec ParseData(const Json& json) {
       body.Refuse("targets", "must name one column when `target_is_class` is true");
     }
     d.source = s;
+  } else if (source == "hdf5") {
+    Object body(*in.Find(source), at);
+    Hdf5File s;
+    std::string input, target;
+    body.Get("path", s.path);
+    body.Get("input", input);
+    body.Get("target", target);
+    body.Done();
+    if (s.path.empty()) body.Refuse("path", "is missing");
+    if (!input.empty()) s.input = input;
+    s.target_named = !target.empty();
+    if (!target.empty()) s.target = target;
+    d.source = s;
+  } else if (source == "safetensors") {
+    SafetensorsFile s;
+    in.Get("safetensors", s.path);
+    d.source = s;
+  } else if (source == "raw") {
+    Object body(*in.Find(source), at);
+    RawFiles s;
+    s.input = ParseRawArray(body, "input", at + ".input");
+    s.target = ParseRawArray(body, "target", at + ".target");
+    body.Done();
+    d.source = s;
   } else {
     Object body(*in.Find(source), at);
     SyntheticData s;
@@ -407,6 +469,26 @@ DataSpec ParseData(const Json& json) {
     body.AtLeast("classes", static_cast<double>(s.classes), 0);
     d.source = s;
   }
+  in.Get("more_files", d.more_files);
+  if (!d.more_files.empty() && source != "netcdf" && source != "hdf5" && source != "npz" &&
+      source != "csv" && source != "safetensors") {
+    in.Refuse("more_files", "belongs to netcdf, hdf5, npz, csv and safetensors data");
+  }
+  in.Get("load", d.load);
+  if (d.load.empty()) d.load = "auto";
+  if (d.load != "auto" && d.load != "memory" && d.load != "stream") {
+    in.Refuse("load", "is \"" + d.load + "\"; known: memory, stream, auto");
+  }
+  if (d.load == "stream" && source != "netcdf" && source != "hdf5") {
+    in.Refuse("load", "is \"stream\", which is for netcdf and hdf5 data; other files are mapped into "
+                      "memory and read as needed anyway");
+  }
+  std::string cache;
+  in.Get("cache", cache);
+  if (!cache.empty() && cache != "node") {
+    in.Refuse("cache", "is \"" + cache + "\"; known: node");
+  }
+  d.cache_on_node = cache == "node";
   in.Get("variables", d.variables);
   in.Get("input", d.input);
   in.Get("target", d.target);
@@ -597,6 +679,7 @@ CheckpointSpec ParseCheckpoint(const Json& json) {
   CheckpointSpec c;
   in.Get("every_epochs", c.every_epochs);
   in.Get("keep", c.keep);
+  in.Get("background", c.background);
   in.Done();
   if (c.keep == 0) c.keep = CheckpointSpec{}.keep;
   in.AtLeast("every_epochs", c.every_epochs, 0);
@@ -877,6 +960,40 @@ LossOptions ParseLossOptions(const Json& json, const std::string& loss) {
   return o;
 }
 
+PredictSpec ParsePredict(const Json& json) {
+  Object in(json, "train.predict");
+  PredictSpec p;
+  std::string split, format;
+  in.Get("weights", p.weights);
+  in.Get("preprocessing", p.preprocessing);
+  in.Get("split", split);
+  in.Get("format", format);
+  in.Done();
+  if (!split.empty()) p.split = split;
+  if (!format.empty()) p.format = format;
+  if (p.split != "train" && p.split != "validation" && p.split != "test" && p.split != "all") {
+    in.Refuse("split", "is \"" + p.split + "\"; known: train, validation, test, all");
+  }
+  if (p.format != "npy" && p.format != "netcdf") {
+    in.Refuse("format", "is \"" + p.format + "\"; known: npy, netcdf");
+  }
+  return p;
+}
+
+ProfileSpec ParseProfile(const Json& json) {
+  Object in(json, "train.profile");
+  ProfileSpec p;
+  in.Get("trace_steps", p.trace_steps);
+  in.Get("at_step", p.at_step);
+  p.hang_timeout_seconds = ParseDuration(in, "hang_timeout", p.hang_timeout_seconds);
+  in.Done();
+  if (p.at_step == 0) p.at_step = ProfileSpec{}.at_step;
+  in.AtLeast("trace_steps", p.trace_steps, 0);
+  in.AtLeast("at_step", static_cast<double>(p.at_step), 1);
+  in.AtLeast("hang_timeout", p.hang_timeout_seconds, 1);
+  return p;
+}
+
 void ParseTrain(const Json& json, TrainSpec& t) {
   Object in(json, "train");
   const Json* model = in.Find("model");
@@ -938,6 +1055,8 @@ void ParseTrain(const Json& json, TrainSpec& t) {
   in.AtLeast("top_k", t.top_k, 1);
   if (t.loss == "quantile" && t.loss_options.quantiles.empty())
     in.Refuse("loss_options.quantiles", "is missing; the loss quantile needs them, as in [0.1, 0.5, 0.9]");
+  if (const Json* predict = in.Find("predict")) t.predict = ParsePredict(*predict);
+  if (const Json* profile = in.Find("profile")) t.profile = ParseProfile(*profile);
   in.Done();
   // Zero is how protobuf spells "not given" for these.
   if (t.batch == 0) t.batch = 32;

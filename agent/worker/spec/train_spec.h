@@ -54,6 +54,22 @@ struct SyntheticData {
   int64_t classes = 0;
 };
 
+struct Hdf5File {
+  std::string path;
+  std::string input = "input", target = "target";
+  bool target_named = false;  // it must be there
+};
+struct SafetensorsFile {
+  std::string path;
+};
+struct RawArray {
+  std::string path, type;
+  std::vector<int64_t> shape;  // of one sample
+};
+struct RawFiles {
+  RawArray input, target;
+};
+
 struct IndexRange {  // half-open
   int64_t first = 0;
   int64_t last = 0;
@@ -62,6 +78,10 @@ struct SplitSpec {
   std::optional<IndexRange> train = {}, validation = {}, test = {};
   double validation_fraction = 0;
   double test_fraction = 0;
+  bool by_hash = false;
+  // "1982-01..1990-12" where that was written instead of sample numbers; becomes the range above
+  // once the data's time axis is known.
+  std::string train_time = {}, validation_time = {}, test_time = {};
 };
 
 struct Standardize {
@@ -90,15 +110,32 @@ struct Reshape {
   std::string array;
   std::vector<int64_t> shape;
 };
-using Transform = std::variant<Standardize, Scale, Crop, Coarsen, FillMissing, Window, Reshape>;
+struct Log {
+  std::vector<std::string> arrays;
+  double add = 0;
+};
+struct Clip {
+  std::vector<std::string> arrays;
+  std::optional<double> min, max;
+};
+using Transform = std::variant<Standardize, Scale, Crop, Coarsen, FillMissing, Window, Reshape, Log,
+                               Clip>;
 
 struct DataSpec {
-  std::variant<NetcdfFile, IdxFiles, NpzFile, NpyFiles, CsvFile, SyntheticData> source;
+  std::variant<NetcdfFile, IdxFiles, NpzFile, NpyFiles, CsvFile, SyntheticData, Hdf5File,
+               SafetensorsFile, RawFiles>
+      source;
   std::vector<std::string> variables;
   std::string input;   // empty: "input" where present
   std::string target;  // empty: "target" where present
   SplitSpec split;
   std::vector<Transform> transforms;
+  std::vector<std::string> more_files;
+  std::string load = "auto";  // memory, stream, auto
+  bool cache_on_node = false;
+  // Not of the spec's data: what a prediction sets.
+  nlohmann::json statistics = nullptr;  // preprocessing.json of the training
+  bool all_as_test = false;             // the test split holds every sample, in order
 };
 
 struct Sgd {
@@ -252,6 +289,20 @@ struct MeshSpec {
 struct CheckpointSpec {
   int every_epochs = 0;  // 0: only at the end, on request and before the deadline
   int keep = 2;
+  bool background = true;  // training goes on while the bytes reach the disk
+};
+
+struct PredictSpec {
+  std::string weights;         // empty: the model's own
+  std::string preprocessing;   // empty: statistics are this data's own
+  std::string split = "all";   // train, validation, test, all
+  std::string format = "npy";  // npy, netcdf
+};
+
+struct ProfileSpec {
+  int trace_steps = 0;  // 0: only when asked for while it runs
+  int64_t at_step = 10;
+  double hang_timeout_seconds = 1800;
 };
 
 struct TrainSpec {
@@ -292,6 +343,8 @@ struct TrainSpec {
   std::optional<BestSpec> best;
   int64_t validate_every_steps = 0;  // 0: at the ends of epochs alone
   bool deterministic = false;
+  std::optional<PredictSpec> predict;
+  ProfileSpec profile;
 };
 
 // Reads a whole job spec, {"name": …, "resources": …, "train": {…}}, in protobuf JSON with the

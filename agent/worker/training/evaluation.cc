@@ -110,10 +110,12 @@ std::string RootName(const std::string& metric) {
 }
 
 Evaluation Evaluate(Model& model, const Dataset& dataset, Split split, int64_t batch,
-                    Communicator& communicator, bool lockstep) {
+                    Communicator& communicator, bool lockstep,
+                    const std::function<void()>& each_batch) {
   WeightedSums sums;
   VectorSums vectors;
   ForEachBatch(dataset, split, batch, communicator, [&](const Batch& samples, int64_t count) {
+    if (each_batch) each_batch();
     const StepOutput output = model.EvaluationStep(samples);
     sums.AddSamples(count);
     sums.Add("loss", output.loss.item<double>(), count);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -22,9 +23,10 @@ struct Evaluation {
 
 // Every rank calls it and gets the same values. The model must be in evaluation mode; the split must
 // not be empty. With `lockstep` every rank runs the model equally often, on a sample that does not
-// count where it has none left.
+// count where it has none left. `each_batch` is called for each one.
 Evaluation Evaluate(Model& model, const Dataset& dataset, Split split, int64_t batch,
-                    Communicator& communicator, bool lockstep = false);
+                    Communicator& communicator, bool lockstep = false,
+                    const std::function<void()>& each_batch = {});
 
 // "<baseline>_rmse" over the split for each baseline of the dataset. Like Evaluate.
 std::map<std::string, double> EvaluateBaselines(const Dataset& dataset, Split split, int64_t batch,

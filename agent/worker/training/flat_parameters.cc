@@ -10,7 +10,7 @@ namespace itwin::worker {
 namespace {
 
 constexpr int64_t kAlignmentBytes = 64;  // vector loads and cache lines
-constexpr int64_t kStatusElements = 3;
+constexpr int64_t kStatusElements = 4;
 
 int64_t RoundUp(int64_t elements, int64_t element_size) {
   const int64_t unit = kAlignmentBytes / element_size;
@@ -77,7 +77,8 @@ at::Tensor FlatParameters::ViewOf(const at::Tensor& flat, size_t i) const {
 
 void FlatParameters::WriteStatus(const StepStatus& status) {
   at::Tensor& flat = buckets_.back().gradients;
-  const double values[kStatusElements] = {status.loss, status.not_finite, status.stop};
+  const double values[kStatusElements] = {status.loss, status.not_finite, status.stop,
+                                          status.trace};
   const int64_t at = flat.numel() - kStatusElements;
   for (int64_t i = 0; i < kStatusElements; ++i) {
     if (flat.scalar_type() == at::kFloat) {
@@ -95,7 +96,7 @@ StepStatus FlatParameters::ReadStatus() const {
     return flat.scalar_type() == at::kFloat ? static_cast<double>(flat.data_ptr<float>()[at + i])
                                             : flat.data_ptr<double>()[at + i];
   };
-  return {.loss = value(0), .not_finite = value(1), .stop = value(2)};
+  return {.loss = value(0), .not_finite = value(1), .stop = value(2), .trace = value(3)};
 }
 
 void FlatParameters::CheckGradientViews() const {

@@ -19,6 +19,7 @@ struct StepStatus {
   double loss = 0;        // local mean loss times local samples / global samples
   double not_finite = 0;  // 1 when this rank's loss is not finite
   double stop = 0;        // 1 when this rank was asked to stop
+  double trace = 0;       // steps to trace from the next one on, where somebody asked for that
 };
 
 class FlatParameters {

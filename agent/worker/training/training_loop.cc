@@ -4,10 +4,13 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <optional>
 #include <set>
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/scalar_tensor.h>
 
 #include "agent/worker/checkpoint/sha256.h"
@@ -53,6 +56,13 @@ Batch PartOfBatch(const BatchSource::Item& item, const Slice& part) {
   for (const auto& [name, tensor] : item.batch)
     batch[name] = tensor.narrow(0, part.size() == 0 ? 0 : part.first, count);
   return batch;
+}
+
+void AppendParts(const std::vector<StateSlice>& slices, std::vector<TensorPart>* parts) {
+  for (const StateSlice& s : slices) parts->push_back({s.name, s.shape, s.offset, s.view});
+}
+void AppendParts(std::vector<TensorPart> more, std::vector<TensorPart>* parts) {
+  for (TensorPart& part : more) parts->push_back(std::move(part));
 }
 
 at::Generator Generator() { return at::detail::getDefaultCPUGenerator(); }
@@ -116,8 +126,11 @@ std::string HashSpec(const nlohmann::json& job) {
   nlohmann::json train = job.value("train", nlohmann::json::object());
   for (const char* key :
        {"epochs", "steps", "validate_every", "checkpoint", "metrics", "strategy", "ddp",
-        "accumulate", "check_every", "local_sgd", "horovod", "zero", "mesh"}) {
+        "accumulate", "check_every", "local_sgd", "horovod", "zero", "mesh", "profile"}) {
     train.erase(key);
+  }
+  if (train.contains("data") && train["data"].is_object()) {  // how they are read is no matter
+    for (const char* key : {"load", "cache"}) train["data"].erase(key);
   }
   return Sha256Hex(train.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
 }
@@ -141,7 +154,8 @@ TrainingLoop::TrainingLoop(const TrainingSetup& setup)
                      (setup.dataset.size(Split::kTrain) + spec_.batch - 1) / spec_.batch},
                 setup.dataset.size(Split::kValidation) > 0, strategy_name_, parameters_),
       batches_(setup.dataset, data_.rank(), data_.size(), /*stand_in=*/strategy_->lockstep()),
-      clock_(std::make_unique<Clock>()) {
+      clock_(std::make_unique<Clock>()),
+      profiler_(setup.profiler != nullptr ? *setup.profiler : own_profiler_) {
   if (spec_.phases.empty()) {
     phases_.push_back({"", "", 1, Optimizer(spec_.optimizer, parameters_, strategy_->ranges(), spec_.parameter_groups)});
   } else {
@@ -250,6 +264,7 @@ TrainingOutcome TrainingLoop::Run() {
   }
   if (stopped) {
     Save();
+    FinishSaving();
     outcome.saved = true;
     outcome.message =
         setup_.stop.reason().empty() ? "another rank was asked to stop" : setup_.stop.reason();
@@ -258,9 +273,12 @@ TrainingOutcome TrainingLoop::Run() {
   } else {
     FinishRun(outcome);
   }
+  if (setup_.trace != nullptr) setup_.trace->Finish(position_.step);
+  profiler_.TakeEpoch();
   ReportProgress(/*now=*/true);
   outcome.steps = position_.step;
   outcome.epochs = position_.epoch;
+  outcome.samples = clock_->samples;
   outcome.metrics = last_metrics_;
   outcome.weights_sha256 = weights_sha256_;
   return outcome;
@@ -285,20 +303,35 @@ bool TrainingLoop::RunEpoch() {
   return true;
 }
 
+Activity TrainingLoop::Enter(Activity activity) {
+  const double waited = strategy_->waited_seconds();
+  const Activity before = profiler_.Enter(activity);
+  profiler_.Move(before, Activity::kCommunication, waited - waited_seen_);
+  waited_seen_ = waited;
+  return before;
+}
+
 bool TrainingLoop::Step() {
   const double start = Seconds();
+  Beat();
+  setup_.checkpoints.Poll();
+  if (setup_.trace != nullptr) setup_.trace->BeforeStep();
+  profiler_.BeginStep();
   const BatchSource::Item item = batches_.Next();
   StepStatus status;
   if (step_values_.empty()) step_values_ = {{"train/loss", 0.0}};
   for (size_t p = 0; p < phases_.size(); ++p) {
     StartPhase(p);
     for (int n = 0; n < phases_[p].repeats; ++n) {
+      Enter(Activity::kForward);
       ForwardAndBackward(item);
+      Enter(Activity::kOptimizer);
       if (!reported_unused_) parameters_.CheckGradientViews();
       const StepStatus mine = UpdateParameters();
       if (n == 0) status.loss += mine.loss;
       status.not_finite += mine.not_finite;
       status.stop += mine.stop;
+      status.trace = std::max(status.trace, mine.trace);
       if (phases_.size() == 1) continue;
       if (step_values_.size() < 2 + p) step_values_.emplace_back("train/" + phases_[p].name + "_loss", 0.0);
       step_values_[1 + p].second = mine.loss;
@@ -307,6 +340,7 @@ bool TrainingLoop::Step() {
   if (phases_.size() > 1) {
     for (const auto& parameter : parameters_.parameters()) parameter.tensor.set_requires_grad(true);
   }
+  Enter(Activity::kOther);
   ++position_.step;
   ++position_.next_batch;
   position_.epoch_loss_sum += status.loss * static_cast<double>(item.global_samples);
@@ -323,6 +357,11 @@ bool TrainingLoop::Step() {
   clock_->longest_step = std::max(clock_->longest_step, seconds);
   clock_->samples += item.global_samples;
   clock_->epoch_samples += item.global_samples;
+  profiler_.EndStep(item.global_samples);
+  if (setup_.trace != nullptr) {
+    if (status.trace > 0) setup_.trace->Start(std::llround(status.trace));
+    setup_.trace->AfterStep(position_.step);
+  }
   ReportProgress(/*now=*/false);
   if (status.stop != 0) return false;
   if (spec_.validate_every_steps > 0 && position_.step % spec_.validate_every_steps == 0 &&
@@ -338,6 +377,7 @@ bool TrainingLoop::Step() {
 void TrainingLoop::ForwardAndBackward(const BatchSource::Item& item) {
   StepStatus status;
   status.stop = setup_.stop.Poll(ReserveSeconds()) ? 1 : 0;
+  if (setup_.trace != nullptr) status.trace = static_cast<double>(setup_.trace->Asked());
   local_not_finite_ = false;
   strategy_->BeginStep();
   if (strategy_->RunsPasses()) {
@@ -375,6 +415,7 @@ void TrainingLoop::RunMicroBatches(const BatchSource::Item& item, StepStatus sta
       status.not_finite = local_not_finite_ ? 1 : 0;
     }
     strategy_->BeginBackward(status, last);
+    Enter(Activity::kBackward);
     const double scaled = features_.scaler() == nullptr ? weight : weight * features_.scaler()->scale();
     if (scaled == 1) {
       loss.backward();
@@ -386,6 +427,7 @@ void TrainingLoop::RunMicroBatches(const BatchSource::Item& item, StepStatus sta
       loss.backward(gradient_of_loss_);
     }
     strategy_->EndBackward();
+    Enter(Activity::kForward);
   }
 }
 
@@ -511,6 +553,9 @@ void TrainingLoop::FinishEpoch() {
     values.emplace_back("train/loss_scale", scaler->scale());
     values.emplace_back("train/skipped_steps", static_cast<double>(scaler->state().skipped));
   }
+  for (auto& value : profiler_.EpochValues(profiler_.TakeEpoch(), setup_.control)) {
+    values.push_back(std::move(value));
+  }
   setup_.metrics.Write(position_.step, values);
   for (const auto& [name, value] : values) epoch_metrics_[name] = last_metrics_[name] = value;
   if (whole) {
@@ -518,7 +563,7 @@ void TrainingLoop::FinishEpoch() {
   }
   strategy_->Consolidate(OptimizerState());
   AverageBuffers(model_, data_);
-  weights_sha256_ = HashAllWeights();
+  HashNow();
 
   if (!Done()) {
     // What follows from the evaluation is saved with it.
@@ -567,6 +612,7 @@ void TrainingLoop::Validate() {
 
 void TrainingLoop::EvaluateSplit(Split split) {
   if (setup_.dataset.size(split) == 0) return;
+  const Activity before = Enter(Activity::kEvaluation);
   const double start = Seconds();
   const std::string prefix = split == Split::kValidation ? "validation/" : "test/";
   // Without gradients a batch needs less than half the memory of a training batch.
@@ -575,7 +621,7 @@ void TrainingLoop::EvaluateSplit(Split split) {
   at::NoGradGuard no_grad;
   const Evaluation evaluation = [&] {
     const AutocastScope autocast(spec_.precision);
-    return Evaluate(model_, setup_.dataset, split, batch, data_, strategy_->lockstep());
+    return Evaluate(model_, setup_.dataset, split, batch, data_, strategy_->lockstep(), [this] { Beat(); });
   }();
   std::map<std::string, double> metrics = evaluation.metrics;
   if (const auto confusion = evaluation.sums.find("confusion"); confusion != evaluation.sums.end()) {
@@ -602,13 +648,14 @@ void TrainingLoop::EvaluateSplit(Split split) {
   const double seconds = Seconds() - start;
   clock_->evaluation = std::max(clock_->evaluation, seconds);
   clock_->total_evaluation += seconds;
+  Enter(before);
 }
 
 void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
   // Saved before the last evaluation: if that meets the wall limit, the next attempt only
   // evaluates.
   if (saved_step_ != position_.step) Save();
-  if (weights_sha256_.empty()) weights_sha256_ = HashAllWeights();
+  if (weights_sha256_.empty()) HashNow();
   // What is given back is what is evaluated: the average of the weights, or the best ones.
   if (features_.average() != nullptr) features_.average()->Swap();
   EvaluateSplit(Split::kValidation);
@@ -635,6 +682,7 @@ void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
     if (name.starts_with("test/") || name.starts_with("validation/"))
       setup_.print(name + Text(" %.6g", value));
   }
+  FinishSaving();
   outcome.message = "";
   strategy_->GatherParameters();  // for good: the model is whole from here on
   if (!strategy_->holds_model()) outcome.weights = GatherWeights();
@@ -642,6 +690,8 @@ void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
 
 void TrainingLoop::Save() {
   const double start = Seconds();
+  const Activity before = Enter(Activity::kCheckpoint);
+  Beat();
   strategy_->Consolidate(OptimizerState());
   int64_t not_finite = AllFinite(strategy_->ranges()) ? 0 : 1;
   setup_.control.AllReduce(BufferOf(std::span(&not_finite, 1)), Reduction::kMax)->Wait();
@@ -651,33 +701,75 @@ void TrainingLoop::Save() {
                         static_cast<long long>(position_.step)),
                    position_.step);
   }
-  const FullParameters full(*strategy_);
-  CheckpointContents contents;
-  contents.position = position_;
-  contents.world_size = ranks_;
-  contents.seed = spec_.seed;
-  contents.spec_sha256 = setup_.spec_sha256;
-  weights_sha256_ = HashAllWeights();
-  contents.weights_sha256 = weights_sha256_;
-  contents.of_rank.emplace_back(kGenerator, Generator().get_state());
-  if (strategy_->holds_model()) {
-    for (const auto& [name, tensor] : model_.parameters())
-      contents.weights.emplace_back(name, tensor);
-  } else {
-    contents.weights = GatherWeights();
-  }
+  CheckpointParts parts;
+  parts.position = position_;
+  parts.world_size = ranks_;
+  parts.seed = spec_.seed;
+  parts.spec_sha256 = setup_.spec_sha256;
+  if (hashed_step_ != position_.step) HashNow();
+  parts.weights_sha256 = weights_sha256_;
+  parts.of_rank.emplace_back(kGenerator, Generator().get_state());
+  NamedTensors buffers;
   for (const auto& [name, tensor] : model_.buffers()) {
-    contents.weights.emplace_back(name, tensor);
-    contents.of_rank.emplace_back(kBuffer + name, tensor);
+    buffers.emplace_back(name, tensor);
+    parts.of_rank.emplace_back(kBuffer + name, tensor);
+  }
+  // Every tensor's place first, in the model's order (where a rank has the whole model); then what
+  // this rank holds of them.
+  NamedTensors whole;
+  if (strategy_->holds_model()) whole = model_.parameters();
+  for (const auto& [name, tensor] : whole) {
+    parts.weights.push_back(
+        {name, tensor.sizes().vec(), 0, at::empty({0}, tensor.options().requires_grad(false))});
+  }
+  AppendParts(strategy_->Owned(ParameterSlices(parameters_, strategy_->ranges())), &parts.weights);
+  // What the strategy does not have is rank 0's to write: parameters that are not trained, second
+  // names of tensors, buffers.
+  std::set<std::string> trained;
+  for (const auto& parameter : parameters_.parameters()) trained.insert(parameter.name);
+  NamedTensors only_first;
+  for (const auto& [name, tensor] : whole) {
+    if (!trained.contains(name)) only_first.emplace_back(name, tensor);
+  }
+  std::optional<FullParameters> full;
+  if (!only_first.empty()) full.emplace(*strategy_);
+  if (rank_ == 0) {
+    only_first.insert(only_first.end(), buffers.begin(), buffers.end());
+    AppendParts(WholeParts(only_first), &parts.weights);
+    for (const Phase& phase : phases_) {
+      AppendParts(WholeParts({{phase.optimizer.step_name(),
+                               at::full({1}, at::Scalar(phase.optimizer.step()),
+                                        at::TensorOptions().dtype(at::kLong))}}),
+                  &parts.optimizer);
+    }
+    AppendParts(WholeParts(features_.State()), &parts.optimizer);
   }
   for (const Phase& phase : phases_) {
-    for (auto& entry : GatherState(phase.optimizer, *strategy_, setup_.control))
-      contents.optimizer.push_back(std::move(entry));
+    AppendParts(strategy_->Owned(phase.optimizer.Slices()), &parts.optimizer);
   }
-  for (auto& entry : features_.State()) contents.optimizer.push_back(std::move(entry));
-  setup_.checkpoints.Save(contents);
+  setup_.checkpoints.Save(parts);
   saved_step_ = position_.step;
   clock_->save = std::max(clock_->save, Seconds() - start);
+  ReportStall();
+  Enter(before);
+}
+
+void TrainingLoop::FinishSaving() {
+  const Activity before = Enter(Activity::kCheckpoint);
+  setup_.checkpoints.Finish();
+  ReportStall();
+  Enter(before);
+}
+
+void TrainingLoop::ReportStall() {
+  setup_.metrics.Write(position_.step,
+                       {{"perf/checkpoint_stall_s", setup_.checkpoints.last_stall_seconds()}});
+  last_metrics_["perf/checkpoint_stall_s"] = setup_.checkpoints.stall_seconds();
+}
+
+void TrainingLoop::HashNow() {
+  weights_sha256_ = HashAllWeights();
+  hashed_step_ = position_.step;
 }
 
 // Compares on the way: throws where ranks that hold the same do not.
@@ -735,7 +827,9 @@ int64_t TrainingLoop::TotalSteps() const {
 }
 
 double TrainingLoop::ReserveSeconds() const {
-  const double save = clock_->save < 0 ? kFirstSaveSeconds : 2 * clock_->save;
+  // A save in flight has to end before the last one begins.
+  const double longest = std::max(clock_->save, setup_.checkpoints.longest_save_seconds());
+  const double save = longest < 0 ? kFirstSaveSeconds : 2 * longest;
   return save + kReserveSeconds + clock_->evaluation +
          (1 + std::max(1, spec_.local_sgd.every)) * clock_->longest_step;
 }

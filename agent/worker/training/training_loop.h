@@ -12,6 +12,8 @@
 #include "agent/worker/data/dataset.h"
 #include "agent/worker/dist/communicator.h"
 #include "agent/worker/model/model.h"
+#include "agent/worker/profile/profiler.h"
+#include "agent/worker/profile/trace_session.h"
 #include "agent/worker/report/metric_sink.h"
 #include "agent/worker/spec/train_spec.h"
 #include "agent/worker/training/batch_source.h"
@@ -36,8 +38,12 @@ struct TrainingSetup {
   StopRequest& stop;
   // A line for people; rank 0's prints, the others' drops it.
   std::function<void(const std::string&)> print;
-  std::string spec_sha256;  // see CheckpointContents
+  std::string spec_sha256;  // see CheckpointHead
   MeshGroups* mesh = nullptr;  // of a strategy that splits the model (IsMesh); the model is its part
+  Profiler* profiler = nullptr;   // null: the loop has its own
+  TraceSession* trace = nullptr;  // null: no traces
+  // Told of every sign of life, with the steps done.
+  std::function<void(int64_t)> beat = {};
 };
 
 struct TrainingOutcome {
@@ -45,6 +51,7 @@ struct TrainingOutcome {
   std::string message;
   int64_t steps = 0;  // done since the very start
   int64_t epochs = 0;
+  int64_t samples = 0;  // trained in this attempt, over all ranks
   std::map<std::string, double> metrics;  // last value of each series that is no per-step series
   std::string weights_sha256;
   std::map<std::string, nlohmann::json> reports;  // files for the outputs, by name
@@ -87,7 +94,14 @@ class TrainingLoop {
   void FinishRun(TrainingOutcome& outcome);
   void Validate();  // and lets the features see it
   void EvaluateSplit(Split split);
-  void Save();
+  void Save();          // begins it; FinishSaving() waits for the disk
+  void FinishSaving();
+  void ReportStall();
+  void HashNow();
+  Activity Enter(Activity activity);  // see Profiler; waiting for other ranks is taken out of the one before
+  void Beat() const {
+    if (setup_.beat) setup_.beat(position_.step);
+  }
   std::string HashAllWeights();
   NamedTensors GatherWeights();
   [[noreturn]] void FailNotFinite();
@@ -122,13 +136,16 @@ class TrainingLoop {
 
   Position position_;
   std::string weights_sha256_;
-  int64_t saved_step_ = -1;
+  int64_t saved_step_ = -1, hashed_step_ = -1;
   std::map<std::string, double> last_metrics_;
   std::map<std::string, double> epoch_metrics_;  // those of the epoch just done
   std::map<std::string, double> test_baselines_;
   std::map<std::string, nlohmann::json> reports_;
   MetricSink::Values step_values_;
   std::unique_ptr<Clock> clock_;
+  Profiler own_profiler_;
+  Profiler& profiler_;
+  double waited_seen_ = 0;  // of the strategy's waits, by the profiler
   bool reported_unused_ = false;
   at::Tensor gradient_of_loss_;  // local samples / global samples, of the step before
   double gradient_weight_ = -1;

@@ -43,6 +43,11 @@ TEST(ValidateSpec, AcceptsGoodSpecs) {
   EXPECT_OK(Check(kTrain, {"resources.partition=booster,devel", "resources.account=hpc-1", "resources.constraint=[a&b]",
                            "resources.exclude_nodes=[\"n[1-3]\"]", "resources.scheduler_options=[\"--licenses=matlab:1\"]",
                            "resources.gpus_per_node=4", "resources.gpu_type=a100", "resources.exclusive=true"}));
+  EXPECT_OK(Check(kTrain, {"train.data={hdf5: {path: a.h5}, more_files: [b.h5], load: stream, cache: node}"}));
+  EXPECT_OK(Check(kTrain, {"train.data={raw: {input: {path: x, type: float32, shape: [3]}, target: {path: y, type: int64}}}"}));
+  EXPECT_OK(Check(kTrain, {"train.data.split={train: 1982-01..1990-12, test_fraction: 0.1, by_hash: true}"}));
+  EXPECT_OK(Check(kTrain, {"train.data.transforms=[{log: {add: 1}}, {clip: {max: 3}}]"}));
+  EXPECT_OK(Check(kTrain, {"train.predict={split: all, format: netcdf}", "train.profile={trace_steps: 20, hang_timeout: 90s}"}));
   EXPECT_OK(Check(kTrain, {"train.data.transforms=[standardize, {scale: {add: 1}}, {coarsen: {factor: 4}}, "
                            "{window: {length: 3, horizon: 1}}, {reshape: {array: input, shape: [1, 28]}}]"}));
   for (const std::string& name : BuiltinModels()) {
@@ -76,6 +81,13 @@ TEST(ValidateSpec, NamesTheFieldWhatWasWrongAndWhatWouldBeRight) {
       {"resources.time=0s", "resources.time: 0 is out of range; use 1s to 720h (30 days)"},
       {"resources.time=31d", "resources.time: 744h is out of range"},
       {"resources.time=-5m", "resources.time: -5m is out of range"},
+      {"train.predict={split: some}", "train.predict.split: 'some' is unknown"},
+      {"train.profile={hang_timeout: 0s}", "train.profile.hang_timeout: is out of range"},
+      {"train.data.split.train=1982-01..tomorrow", "train.data.split.train: '1982-01..tomorrow' is no range of time"},
+      {"train.data.load=lazy", "train.data.load: 'lazy' is unknown"},
+      {"train.data.transforms=[{clip: {}}]", "train.data.transforms[0].clip: has neither min nor max"},
+      {"train.data={npy: {input: x, target: y}, more_files: [z]}", "train.data.more_files: belongs to"},
+      {"train.data={raw: {input: {path: x, type: float31}, target: {path: y, type: int64}}}", "train.data.raw.input.type: 'float31' is unknown"},
       {"train.model={}", "train.model: is missing; give {archive: <file>}, {torchscript: <file>} or {builtin: <name>}"},
       {"train.model.builtin=resnet", "train.model.builtin: 'resnet' is unknown; did you mean 'resnet18'?"},
       {"train.model.builtin=gpt", "train.model.builtin: 'gpt' is unknown; use one of mlp, cnn"},

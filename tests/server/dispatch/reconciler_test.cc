@@ -189,6 +189,7 @@ TEST(Reconciler, Table) {
       {"user", Exited(2, ResultJson("failed")), "failed(user)"},
       {"app", Exited(3, ResultJson("failed")), "failed(app)"},
       {"resource", Exited(4), "failed(resource)"},
+      {"a hang that the worker found", Exited(5, ResultJson("failed", R"(,"failure":{"class":"infra","rank":3})")), "requeued(infra)"},
       {"class from the record", Exited(9, ResultJson("failed", R"(,"failure":{"class":"resource"})")), "failed(resource)"},
       {"app with a budget", With(Exited(1), [](auto& j) { j.retry.set_app(1); }), "requeued(app)"},
       {"app, budget used up", With(Exited(1), [](auto& j) { j.retry.set_app(1); j.record.retries_app = 1; }), "failed(app)"},

@@ -3,10 +3,20 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <condition_variable>
+#include <mutex>
+#include <set>
+
+#include <ATen/ops/arange.h>
 #include <ATen/ops/full.h>
+#include <nlohmann/json.hpp>
 
 #include "agent/worker/checkpoint/durable_file.h"
 #include "agent/worker/checkpoint/sha256.h"
+#include "agent/worker/checkpoint/state_dict.h"
 #include "agent/worker/dist/self_communicator.h"
 #include "agent/worker/error.h"
 #include "tests/worker/data/scratch.h"
@@ -134,6 +144,260 @@ TEST_F(CheckpointFiles, EachRankGetsItsOwnFileAtTheSameWorldSizeOnly) {
   });
   EXPECT_EQ(Load().world_size, 3);
   EXPECT_TRUE(Load().of_rank.empty());
+}
+
+// Tensors whose bytes do not divide evenly, of several types.
+NamedTensors Mixed() {
+  return {{"a", at::arange(7, at::kFloat).view({7, 1})},
+          {"b", at::arange(5, at::kByte)},
+          {"c", at::arange(33, at::kDouble).view({3, 11})},
+          {"none", at::arange(0, at::kFloat)},
+          {"d", at::arange(101, at::kLong)}};
+}
+
+CheckpointParts PartsOf(int64_t step, Communicator& ranks) {
+  CheckpointParts parts;
+  parts.position.step = step;
+  parts.world_size = ranks.size();
+  parts.weights = EvenParts(Mixed(), ranks.rank(), ranks.size());
+  parts.of_rank.emplace_back("r", at::full({3}, ranks.rank()));
+  return parts;
+}
+
+TEST_F(CheckpointFiles, RanksTogetherWriteTheFileThatOneWouldWrite) {
+  WriteSafetensors(scratch_ / "whole", Mixed());
+  for (const int ranks : {1, 2, 3, 7}) {
+    RunRanksOrThrow(ranks, [&](Communicator&, Communicator& control) {
+      CheckpointStore store(scratch_.path(), 1, control);
+      store.Save(PartsOf(ranks, control));
+    });
+    const fs::path step = scratch_ / ("step-" + std::to_string(ranks));
+    EXPECT_EQ(ReadWholeFile(step / "weights.safetensors"), ReadWholeFile(scratch_ / "whole"));
+    EXPECT_EQ(Load().position.step, ranks);
+  }
+}
+
+TEST_F(CheckpointFiles, AnyRangesMayBeHeldByAnyRank) {
+  RunRanksOrThrow(3, [&](Communicator&, Communicator& control) {
+    const int rank = control.rank();
+    CheckpointParts parts;
+    parts.position.step = 1;
+    parts.world_size = 3;
+    const at::Tensor whole = at::arange(100, at::kFloat);
+    // Strips of ten elements in turn, the later first; "late" is known to rank 2 only.
+    for (int64_t strip = 9; strip >= 0; --strip) {
+      if (strip % 3 != rank) continue;
+      parts.weights.push_back({"w", {10, 10}, strip * 10, whole.narrow(0, strip * 10, 10)});
+    }
+    if (rank == 2) parts.weights.push_back({"late", {2}, 0, at::full({2}, 5.0)});
+    CheckpointStore store(scratch_.path(), 1, control);
+    store.Save(parts);
+    parts.position.step = 2;
+    store.Save(parts);  // with the layout of before
+  });
+  const CheckpointContents c = Load();
+  EXPECT_EQ(c.position.step, 2);
+  ASSERT_EQ(c.weights.size(), 2u);
+  EXPECT_TRUE(c.weights[0].second.equal(at::arange(100, at::kFloat).view({10, 10})));
+  EXPECT_EQ(c.weights[1].first, "late");
+}
+
+TEST_F(CheckpointFiles, ElementsOfNobodyOrOfTwoAreRefusedOnEveryRank) {
+  for (const auto& [from, to, problem] :
+       {std::tuple{0, 4, "element 4 of w is held by no rank"}, {0, 6, "element 5 of w is held twice"},
+        {1, 5, "element 0 of w is held by no rank"}}) {
+    std::mutex mutex;
+    std::multiset<std::string> messages;
+    testing::RunRanks(2, [&, first = from, last = to](Communicator&, Communicator& control) {
+      CheckpointParts parts;
+      const at::Tensor whole = at::arange(10, at::kFloat);
+      parts.weights = {control.rank() == 0
+                           ? TensorPart{"w", {10}, first, whole.narrow(0, first, last - first)}
+                           : TensorPart{"w", {10}, 5, whole.narrow(0, 5, 5)}};
+      CheckpointStore store(scratch_.path(), 1, control);
+      try {
+        store.Save(parts);
+      } catch (const WorkerError& e) {
+        std::lock_guard lock(mutex);
+        messages.insert(e.what());
+      }
+    });
+    EXPECT_EQ(messages.size(), 2u);
+    for (const std::string& message : messages) EXPECT_THAT(message, HasSubstr(problem));
+  }
+}
+
+// A gate that the writing thread waits at.
+class Gate {
+ public:
+  void Open() {
+    {
+      std::lock_guard lock(mutex_);
+      open_ = true;
+    }
+    changed_.notify_all();
+  }
+  void Pass() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return open_; });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool open_ = false;
+};
+
+TEST_F(CheckpointFiles, TrainingGoesOnWhileTheBytesReachTheDisk) {
+  Gate gate;
+  SelfCommunicator background;
+  CheckpointStore store(scratch_.path(), 2, self_, &background);
+  store.OnStep([&](const char*) { gate.Pass(); });
+  CheckpointContents contents = Contents(1, 0, 1);
+  store.Save(contents);
+  EXPECT_FALSE(fs::exists(scratch_ / "step-1"));
+  EXPECT_EQ(store.longest_save_seconds(), -1);
+  contents.weights[0].second.fill_(-77);  // the next step of the training
+  store.Poll();
+  gate.Open();
+  store.Finish();
+  EXPECT_EQ(Load().weights[0].second[3].item<float>(), 1);
+  EXPECT_GE(store.longest_save_seconds(), 0);
+  // A second save waits for the first.
+  store.Save(Contents(2, 0, 1));
+  store.Save(Contents(3, 0, 1));
+  EXPECT_TRUE(fs::exists(scratch_ / "step-2"));
+  store.Finish();
+  EXPECT_EQ(Load().position.step, 3);
+}
+
+TEST_F(CheckpointFiles, WhatASaveInTheBackgroundMeetsSurfacesOnEveryRank) {
+  InProcessGroup behind(2);
+  std::vector<std::string> messages(2);
+  std::vector<int> about(2, -1);
+  RunRanksOrThrow(2, [&](Communicator&, Communicator& control) {
+    const int rank = control.rank();
+    InProcessCommunicator background(behind, rank);
+    CheckpointStore store(rank == 1 ? scratch_ / "no" / "such" : scratch_.path(), 2, control,
+                          &background);
+    store.Save(PartsOf(1, control));
+    try {
+      store.Finish();
+    } catch (const WorkerError& e) {
+      messages[rank] = e.what();
+      about[rank] = e.rank.value_or(rank);
+    }
+  });
+  EXPECT_THAT(messages[0], HasSubstr("rank-1.safetensors"));
+  EXPECT_EQ(messages[0], messages[1]);
+  EXPECT_EQ(about, (std::vector<int>{1, 1}));
+  EXPECT_FALSE(fs::exists(scratch_ / "step-1"));
+}
+
+// A process that saves step 1, then dies in front of the n-th thing that the save of step 2 does.
+// True while there was such a thing.
+bool DieAt(const fs::path& directory, int n, bool in_background, bool again) {
+  const pid_t child = fork();
+  if (child == 0) {
+    SelfCommunicator self, background;
+    CheckpointStore store(directory, 1, self, in_background ? &background : nullptr);
+    store.Save(Contents(1, 0, 1));
+    store.Finish();
+    if (again) store.Save(Contents(2, 0, 1));  // then step 2 is replaced
+    store.Finish();
+    int steps = 0;
+    store.OnStep([&](const char*) {
+      if (++steps == n) _exit(9);
+    });
+    store.Save(Contents(2, 0, 1));
+    store.Finish();
+    _exit(0);
+  }
+  int status = 0;
+  EXPECT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status)) << status;
+  return WEXITSTATUS(status) == 9;
+}
+
+TEST_F(CheckpointFiles, DeathAtAnyStepLeavesOneThatLoads) {
+  for (const bool in_background : {false, true}) {
+    for (const bool again : {false, true}) {
+      int n = 1;
+      for (bool died = true; died; ++n) {
+        const fs::path directory = scratch_ / "crash";
+        died = DieAt(directory, n, in_background, again);
+        warnings_.clear();
+        const CheckpointContents c = LoadNewestCheckpoint(
+            directory, self_, [&](const std::string& w) { warnings_.push_back(w); });
+        EXPECT_TRUE(warnings_.empty()) << warnings_.front();
+        const int64_t step = c.position.step;
+        EXPECT_TRUE(step == 1 || step == 2);
+        if (!died) {
+          EXPECT_EQ(step, 2);
+        }
+        EXPECT_EQ(c.weights[0].second[3].item<float>(), static_cast<float>(step));
+        // The next attempt saves in the same place.
+        CheckpointStore store(directory, 1, self_);
+        store.Save(Contents(3, 0, 1));
+        EXPECT_EQ(std::distance(fs::directory_iterator(directory), fs::directory_iterator()), 1);
+        fs::remove_all(directory);
+      }
+      EXPECT_GT(n, 6) << "too few steps were tried";
+    }
+  }
+}
+
+TEST_F(CheckpointFiles, TheProtectedOneStays) {
+  CheckpointStore store(scratch_.path(), 1, self_);
+  store.Save(Contents(1, 0, 1));
+  store.Save(Contents(2, 0, 1));
+  store.Protect(2);
+  store.Save(Contents(3, 0, 1));
+  store.Save(Contents(4, 0, 1));
+  EXPECT_FALSE(fs::exists(scratch_ / "step-1"));
+  EXPECT_TRUE(fs::exists(scratch_ / "step-2"));
+  EXPECT_FALSE(fs::exists(scratch_ / "step-3"));
+  EXPECT_TRUE(fs::exists(scratch_ / "step-4"));
+}
+
+TEST_F(CheckpointFiles, ACheckpointOfTheFormatBeforeIsRead) {
+  SaveSteps({1});
+  // As it was: a checksum of each whole file.
+  auto manifest = nlohmann::ordered_json::parse(ReadWholeFile(scratch_ / "step-1/manifest.json"));
+  manifest.erase("manifest_sha256");
+  manifest["format"] = 1;
+  for (auto& file : manifest["files"]) {
+    file.erase("pieces");
+    file["sha256"] = DigestFile(scratch_ / "step-1" / file["path"].get<std::string>()).sha256;
+  }
+  manifest["manifest_sha256"] = Sha256Hex(manifest.dump());
+  WriteFileDurably(scratch_ / "step-1/manifest.json", manifest.dump());
+  EXPECT_EQ(Load().weights[0].second[3].item<float>(), 1);
+  std::string bytes = ReadWholeFile(scratch_ / "step-1/weights.safetensors");
+  bytes.back() ^= 1;
+  WriteFileDurably(scratch_ / "step-1/weights.safetensors", bytes);
+  EXPECT_THROW(Load(), WorkerError);
+}
+
+TEST(StateDict, IsADictionaryOfTensorsForPython) {
+  const Scratch scratch;
+  const at::Tensor large = at::arange(1000000, at::kFloat);
+  WriteStateDict(scratch / "state_dict.pt",
+                 {{"layer.weight", large.narrow(0, 10, 6).view({2, 3})},
+                  {"layer.count", at::full({}, 7, at::kLong)}});
+  EXPECT_LT(fs::file_size(scratch / "state_dict.pt"), 10000u) << "the whole buffer was stored";
+  scratch.Python(R"(
+import torch
+state = torch.load('state_dict.pt')
+assert sorted(state) == ['layer.count', 'layer.weight'], state
+assert state['layer.weight'].tolist() == [[10, 11, 12], [13, 14, 15]]
+assert state['layer.count'].item() == 7 and state['layer.count'].dtype == torch.int64
+model = torch.nn.Module()
+model.layer = torch.nn.Module()
+model.layer.weight = torch.nn.Parameter(torch.zeros(2, 3))
+model.layer.register_buffer('count', torch.tensor(0))
+model.load_state_dict(state)
+)");
 }
 
 TEST(Sha256, KnownDigests) {

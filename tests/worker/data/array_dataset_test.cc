@@ -1,6 +1,9 @@
 // Data from files to samples: sources, transforms against closed forms, and the wind example's
 // published baselines.
 #include <cmath>
+#include <cstdlib>
+#include <map>
+#include <span>
 
 #include <ATen/ATen.h>
 #include <gmock/gmock.h>
@@ -347,6 +350,200 @@ TEST(WindData, BaselinesAreThePublishedOnes) {
   };
   EXPECT_NEAR(rmse("bilinear"), 0.3419, 5e-5);
   EXPECT_NEAR(rmse("bicubic"), 0.2921, 5e-5);
+}
+
+// A field [time 30, channels 2, 4, 6] in NetCDF with a monthly axis, in two files, with some cells
+// missing in the second month.
+class StreamedData : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    scratch_.Python(R"(
+import numpy as np
+from scipy.io import netcdf_file
+random = np.random.RandomState(3)
+values = {v: (5 + 3 * c + random.randn(30, 4, 6)).astype('f4') for c, v in enumerate('UV')}
+values['U'][1, 0, :2] = -99
+for name, first, last in (('a.nc', 0, 17), ('b.nc', 17, 30)):
+    with netcdf_file(name, 'w') as f:
+        for dimension, size in (('time', last - first), ('lat', 4), ('lon', 6)):
+            f.createDimension(dimension, size)
+        t = f.createVariable('time', 'f8', ('time',))
+        t[:] = [(30.4375 * i) for i in range(first, last)]
+        t.units = 'days since 1982-01-10'
+        for v in 'UV':
+            x = f.createVariable(v, 'f4', ('time', 'lat', 'lon'))
+            x.missing_value = np.float32(-99)
+            x[:] = values[v][first:last]
+)");
+  }
+  DataSpec Spec(std::vector<Transform> transforms, const std::string& load) const {
+    DataSpec spec;
+    spec.source = NetcdfFile{"a.nc"};
+    spec.more_files = {"b.nc"};
+    spec.variables = {"U", "V"};
+    spec.split = {.test = IndexRange{22, 30}};
+    spec.transforms = std::move(transforms);
+    spec.load = load;
+    return spec;
+  }
+  const Scratch scratch_;
+};
+
+TEST_F(StreamedData, EqualsWhatIsReadAtOnce) {
+  const std::vector<std::vector<Transform>> chains = {
+      {FillMissing{}, Standardize{}, Crop{{4, 4}}, Coarsen{.factor = 2, .baselines = {"bilinear"}}},
+      {FillMissing{.value = 1.5}, Clip{.arrays = {}, .min = 0.5, .max = 9}, Log{.arrays = {}, .add = 1},
+       Standardize{}, Window{.length = 3, .horizon = 2}, Reshape{"target", {48}}},
+      {FillMissing{}, Window{.length = 2, .horizon = 1}, Standardize{}, Scale{{"target"}, 2, 1},
+       Crop{{3}}},
+  };
+  for (const auto& chain : chains) {
+    const auto memory = Open(Spec(chain, "memory"), scratch_);
+    const auto stream = Open(Spec(chain, "stream"), scratch_);
+    EXPECT_EQ(memory->sample_shapes(), stream->sample_shapes());
+    EXPECT_EQ(memory->preprocessing(), stream->preprocessing());
+    for (const Split split : {Split::kTrain, Split::kTest}) {
+      ASSERT_EQ(memory->size(split), stream->size(split));
+      const Batch a = Whole(*memory, split), b = Whole(*stream, split);
+      for (const auto& [name, values] : a) EXPECT_TRUE(values.equal(b.at(name))) << name;
+    }
+    const Batch some = stream->Gather(Split::kTrain, {7, 2, 7});
+    const Batch whole = Whole(*memory, Split::kTrain);
+    EXPECT_TRUE(some.at("input").equal(whole.at("input").index_select(0, at::tensor({7, 2, 7}))));
+  }
+}
+
+TEST_F(StreamedData, MissingCellsAreFoundWhenTheyAreRead) {
+  const std::vector<Transform> chain = {Coarsen{.factor = 2, .baselines = {}}};
+  EXPECT_THAT(UserErrorOf([&] { Open(Spec(chain, "memory"), scratch_); }), HasSubstr("fill_missing"));
+  const auto stream = Open(Spec(chain, "stream"), scratch_);
+  stream->Gather(Split::kTrain, {0, 2});
+  EXPECT_THAT(UserErrorOf([&] { stream->Gather(Split::kTrain, {1}); }), HasSubstr("fill_missing"));
+}
+
+TEST_F(StreamedData, StatisticsHaveTheSameBitsForAnyNumberOfRanks) {
+  DataSpec spec;
+  spec.source = SyntheticData{.samples = 20000, .input_shape = {5}};
+  spec.transforms = {Scale{{}, 3, 1000}, Standardize{}};
+  const nlohmann::json alone = OpenDataset(spec, 1, scratch_.path())->preprocessing();
+  for (const int ranks : {2, 3, 8}) {
+    std::vector<nlohmann::json> found(static_cast<size_t>(ranks));
+    // Each rank's part is recorded in a first round and handed out as the sum in a second.
+    std::vector<std::vector<std::vector<double>>> parts(static_cast<size_t>(ranks));
+    for (int rank = 0; rank < ranks; ++rank) {
+      OpenDataset(spec, 1, scratch_.path(),
+                  {.rank = rank, .ranks = ranks, .ranks_on_node = 1, .sum = [&](std::span<double> v) {
+                     parts[rank].emplace_back(v.begin(), v.end());
+                   }});
+    }
+    size_t call = 0;
+    const auto data = OpenDataset(
+        spec, 1, scratch_.path(),
+        {.rank = 0, .ranks = ranks, .ranks_on_node = 1, .sum = [&](std::span<double> v) {
+           std::fill(v.begin(), v.end(), 0.0);
+           for (const auto& of_rank : parts) {
+             for (size_t i = 0; i < v.size(); ++i) v[i] += of_rank[call][i];
+           }
+           ++call;
+         }});
+    EXPECT_EQ(data->preprocessing(), alone) << ranks << " ranks";
+    EXPECT_GT(call, 0u);
+  }
+}
+
+TEST_F(StreamedData, SplitsByTime) {
+  DataSpec spec = Spec({FillMissing{}, Coarsen{.factor = 2, .baselines = {}}}, "memory");
+  spec.split = {};
+  spec.split.train_time = "1982..1983-06";
+  spec.split.test_time = "1984-01..1984-06";
+  const auto data = Open(spec, scratch_);
+  EXPECT_EQ(data->size(Split::kTrain), 18);
+  EXPECT_EQ(data->size(Split::kTest), 6);
+  spec.split.test_time = "1983-05..1984";
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("shares sample"));
+  DataSpec untimed = Npy();
+  untimed.split.train_time = "1982..1983";
+  EXPECT_NE(UserErrorOf([&] { Open(untimed, scratch_); }), "");
+}
+
+TEST_F(StreamedData, AllSamplesInOrderForAPredictionWithTheTrainingsStatistics) {
+  const std::vector<Transform> chain = {FillMissing{}, Standardize{}, Window{.length = 2, .horizon = 1}};
+  const auto training = Open(Spec(chain, "memory"), scratch_);
+  DataSpec spec = Spec(chain, "memory");
+  spec.split = {};  // other statistics, were they this data's own
+  spec.all_as_test = true;
+  spec.statistics = training->preprocessing();
+  const auto data = Open(spec, scratch_);
+  EXPECT_EQ(data->size(Split::kTest), 28);
+  EXPECT_TRUE(data->Gather(Split::kTest, {0, 1}).at("input").equal(
+      training->Gather(Split::kTrain, {0, 1}).at("input")));
+  spec.transforms = {FillMissing{}, Window{.length = 2, .horizon = 1}, Standardize{}};
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("must be those of the training"));
+}
+
+TEST_F(StreamedData, FilesAreCopiedOncePerNode) {
+  DataSpec spec = Spec({FillMissing{}, Coarsen{.factor = 2, .baselines = {}}}, "stream");
+  spec.cache_on_node = true;
+  unsetenv("SLURM_TMPDIR");
+  unsetenv("TMPDIR");
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("SLURM_TMPDIR"));
+  const auto disk = scratch_ / "disk";
+  setenv("SLURM_TMPDIR", disk.c_str(), 1);
+  const auto first = Open(spec, scratch_);
+  std::map<std::string, std::filesystem::file_time_type> copies;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(disk)) {
+    if (entry.path().extension() == ".nc") copies[entry.path()] = entry.last_write_time();
+  }
+  EXPECT_EQ(copies.size(), 2u);
+  const auto second = Open(spec, scratch_);
+  for (const auto& [path, time] : copies) EXPECT_EQ(std::filesystem::last_write_time(path), time);
+  EXPECT_TRUE(Whole(*first, Split::kTest).at("input").equal(Whole(*second, Split::kTest).at("input")));
+  // A source that has changed is another file.
+  scratch_.Python("open('b.nc', 'ab').write(b'x' * 4)");
+  EXPECT_EQ(Open(spec, scratch_)->size(Split::kTest), 8);
+  int64_t files = 0;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(disk)) {
+    files += entry.path().extension() == ".nc" ? 1 : 0;
+  }
+  EXPECT_EQ(files, 3);
+  unsetenv("SLURM_TMPDIR");
+}
+
+TEST_F(ArrayDatasetTest, SafetensorsAndRawArrays) {
+  scratch_.Python(R"(
+import json, struct
+import numpy as np
+x, y = np.arange(12, dtype='f4').reshape(6, 2), np.arange(6, dtype='i8') % 3
+header = json.dumps({'input': {'dtype': 'F32', 'shape': [6, 2], 'data_offsets': [0, 48]},
+                     'target': {'dtype': 'I64', 'shape': [6], 'data_offsets': [48, 96]}}).encode()
+open('a.safetensors', 'wb').write(struct.pack('<Q', len(header)) + header + x.tobytes() + y.tobytes())
+x.tofile('x.raw')
+y.tofile('y.raw')
+)");
+  DataSpec tensors;
+  tensors.source = SafetensorsFile{"a.safetensors"};
+  tensors.more_files = {"a.safetensors"};
+  DataSpec raw;
+  raw.source = RawFiles{{"x.raw", "float32", {2}}, {"y.raw", "int64", {}}};
+  const auto a = Open(tensors, scratch_), b = Open(raw, scratch_);
+  EXPECT_EQ(a->size(Split::kTrain), 12);
+  EXPECT_EQ(b->size(Split::kTrain), 6);
+  EXPECT_EQ(a->classes(), 3);
+  EXPECT_TRUE(a->Gather(Split::kTrain, {8, 1}).at("input").equal(
+      b->Gather(Split::kTrain, {2, 1}).at("input")));
+  EXPECT_THAT(Longs(b->Gather(Split::kTrain, {5, 1}).at("target")), ElementsAre(2, 1));
+  scratch_.Write("cut.safetensors", scratch_.Read("a.safetensors").substr(0, 100));
+  tensors.source = SafetensorsFile{"cut.safetensors"};
+  EXPECT_THAT(UserErrorOf([&] { Open(tensors, scratch_); }), HasSubstr("not a sound safetensors"));
+}
+
+TEST_F(ArrayDatasetTest, LogAndClip) {
+  DataSpec spec = Npy({Clip{.arrays = {}, .min = std::nullopt, .max = 3}, Log{.arrays = {}, .add = 1}});
+  const std::vector<float> values = Floats(Open(spec, scratch_)->Gather(Split::kTrain, {0}).at("input"));
+  EXPECT_FLOAT_EQ(values[2], std::log(3.0f));
+  EXPECT_FLOAT_EQ(values[9], std::log(4.0f));
+  spec.transforms = {Log{}};
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("is not above 0 and has no logarithm"));
 }
 
 }  // namespace

@@ -8,11 +8,13 @@
 
 #include <gtest/gtest.h>
 
+#include "agent/worker/data/cf_time.h"
 #include "agent/worker/data/csv.h"
 #include "agent/worker/data/idx.h"
 #include "agent/worker/data/netcdf.h"
 #include "agent/worker/data/npy.h"
 #include "agent/worker/data/npz.h"
+#include "agent/worker/data/raw.h"
 #include "tests/worker/data/scratch.h"
 
 namespace itwin::worker {
@@ -127,6 +129,22 @@ with netcdf_file('a.nc', 'w') as f:
         f.variables[name].missing_value = np.float32(-99.9)
 )");
   Damage(scratch, "a.nc", [](const auto& path) { Sum(ReadNetcdf(path, {"U", "V"}).field); });
+}
+
+TEST(Damage, Raw) {
+  const Scratch scratch;
+  scratch.Write("a.raw", std::string(160, 'x'));
+  Damage(scratch, "a.raw", [](const auto& path) { Sum(ReadRaw(path, "float32", {4})); });
+}
+
+TEST(Damage, TimeUnits) {
+  const Scratch scratch;
+  scratch.Write("a.txt", "hours since 1901-01-15 00:00:00");
+  Damage(scratch, "a.txt", [&](const auto&) {
+    const std::string text = scratch.Read("damaged");
+    const double seconds = CfSeconds(3, text, "", "time");
+    StepsWithin({{seconds}, ""}, text, "field");
+  });
 }
 
 }  // namespace

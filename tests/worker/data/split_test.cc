@@ -83,5 +83,20 @@ TEST(Split, SaysFieldValueAndWhatWouldBeRight) {
   EXPECT_THAT(error({.test_fraction = 0.1}, 132, true), HasSubstr("test files of their own"));
 }
 
+TEST(Split, ByHashASampleStaysWhereItIsWhenOthersAreAdded) {
+  const SplitSpec spec{.validation_fraction = 0.2, .test_fraction = 0.1, .by_hash = true};
+  const SplitIndices few = DrawSplits(spec, 2000, false, 5), more = DrawSplits(spec, 3000, false, 5);
+  for (size_t split = 0; split < 3; ++split) {
+    std::vector<int64_t> of_first;
+    for (const int64_t sample : more[split]) {
+      if (sample < 2000) of_first.push_back(sample);
+    }
+    EXPECT_EQ(few[split], of_first);
+  }
+  EXPECT_NEAR(static_cast<double>(more[1].size()) / 3000, 0.2, 0.03);
+  EXPECT_NEAR(static_cast<double>(more[2].size()) / 3000, 0.1, 0.03);
+  EXPECT_NE(few[2], DrawSplits(spec, 2000, false, 6)[2]) << "the seed counts";
+}
+
 }  // namespace
 }  // namespace itwin::worker

@@ -97,6 +97,10 @@ TEST_F(WorkerProgram, TrainsAloneAndUnderMpi) {
               output["size"]);
   }
   EXPECT_EQ(Losses("two").size(), 54u);
+  EXPECT_TRUE(fs::exists(Spool("two") / "outputs" / "state_dict.pt"));
+  const Json& energy = two["info"]["energy"];
+  EXPECT_TRUE(energy.contains("gpu_joules") || energy.contains("gpu_note")) << energy;
+  EXPECT_TRUE(energy.contains("cpu_joules") || energy.contains("cpu_note")) << energy;
   EXPECT_TRUE(fs::exists(Spool("two") / "checkpoints" / "step-54" / "manifest.json"));
 }
 
@@ -281,6 +285,134 @@ TEST_F(WorkerProgram, DamagedCheckpointFallsBackToTheOneBefore) {
   }
   EXPECT_EQ(Run(2, job, "none", {{"ITWIN_RESUME", Spool("whole") / "checkpoints"}}), 3) << log_;
   EXPECT_EQ(Run(2, job, "nowhere", {{"ITWIN_RESUME", Spool("nothing")}}), 2) << log_;
+}
+
+TEST_F(WorkerProgram, PredictsInTheOrderOfTheSamplesWhateverTheRanks) {
+  Json job = Job();
+  job["train"]["data"]["transforms"] = Json::parse(R"([{"standardize": {"arrays": ["input"]}}])");
+  ASSERT_EQ(Run(2, job, "training"), 0) << log_;
+  const std::string outputs = (Spool("training") / "outputs").string();
+  std::map<std::string, std::string> files;
+  for (const auto& [name, ranks, weights] :
+       {std::tuple{"alone", 0, "weights.safetensors"}, {"three", 3, "weights.safetensors"},
+        {"dict", 2, "state_dict.pt"}}) {
+    Json predict = job;
+    predict["train"]["predict"] = {{"weights", outputs + "/" + weights},
+                                   {"preprocessing", outputs + "/preprocessing.json"}};
+    ASSERT_EQ(Run(ranks, predict, name), 0) << log_;
+    EXPECT_EQ(Result(name)["info"]["shape"], Json({403, 4}));
+    ASSERT_EQ(Result(name)["outputs"].size(), 1u);
+    files[name] = ReadWholeFile(Spool(name) / "outputs" / "predictions.npy");
+  }
+  EXPECT_EQ(files["alone"], files["three"]);
+  EXPECT_EQ(files["alone"], files["dict"]);
+  EXPECT_FALSE(fs::exists(Spool("alone") / "checkpoints"));
+
+  Json netcdf = job;
+  netcdf["train"]["predict"] = {
+      {"weights", outputs + "/weights.safetensors"}, {"split", "test"}, {"format", "netcdf"}};
+  ASSERT_EQ(Run(2, netcdf, "nc"), 0) << log_;
+  const int64_t samples = Result("nc")["info"]["samples"];
+  EXPECT_EQ(samples, 81);
+  EXPECT_GT(fs::file_size(Spool("nc") / "outputs" / "predictions.nc"), 81u * 16);
+  // The test split's accuracy, computed from its predictions, is the one of the training.
+  scratch_.Python("import numpy as np\n"
+                  "p = np.load('alone/outputs/predictions.npy')\n"
+                  "assert p.shape == (403, 4) and p.dtype == np.float32 and np.isfinite(p).all()\n");
+
+  netcdf["train"]["predict"]["weights"] = outputs + "/preprocessing.json";
+  EXPECT_EQ(Run(2, netcdf, "bad"), 2) << log_;
+  EXPECT_THAT(Result("bad")["message"].get<std::string>(), HasSubstr("train.predict.weights"));
+}
+
+TEST_F(WorkerProgram, TracesTheStepsOfAllRanksOnOneClock) {
+  Json job = Job();
+  job["train"]["epochs"] = 100000;
+  job["train"]["profile"] = {{"trace_steps", 5}, {"at_step", 3}};
+  auto program = Start(2, job, "trace");
+  const fs::path outputs = Spool("trace") / "outputs";
+  ASSERT_TRUE(PollUntil([&] { return fs::exists(outputs / "trace.json"); }));
+  scratch_.Write("trace/profile", "7\n");  // and once more, on demand
+  const auto on_demand = [&]() -> fs::path {
+    for (const auto& entry : fs::directory_iterator(outputs)) {
+      if (entry.path().filename().string().starts_with("trace-step-") &&
+          entry.path().extension() == ".json")
+        return entry.path();
+    }
+    return {};
+  };
+  ASSERT_TRUE(PollUntil([&] { return !on_demand().empty(); })) << program->Output();
+  EXPECT_FALSE(fs::exists(Spool("trace") / "profile"));
+  program->Signal(SIGUSR1);
+  EXPECT_EQ(program->Wait(), 85) << program->Output();
+  for (const auto& [path, steps] : {std::pair{outputs / "trace.json", 5}, {on_demand(), 7}}) {
+    const Json trace = Json::parse(ReadWholeFile(path));
+    std::map<int, int> found;
+    std::map<int, double> begin, end;
+    int collectives = 0;
+    for (const Json& event : trace["traceEvents"]) {
+      if (event["ph"] != "X") continue;
+      if (event["name"] == "all-reduce") ++collectives;
+      if (event["name"] != "step") continue;
+      const int rank = event["pid"];
+      ++found[rank];
+      const double at = event["ts"];
+      if (!begin.contains(rank)) begin[rank] = at;
+      end[rank] = at + event["dur"].get<double>();
+    }
+    EXPECT_EQ(found, (std::map<int, int>{{0, steps}, {1, steps}}));
+    EXPECT_GE(collectives, 2 * steps);
+    // Steps are synchronous: on one clock the ranks' spans overlap.
+    EXPECT_LT(begin[0], end[1]);
+    EXPECT_LT(begin[1], end[0]);
+  }
+}
+
+TEST_F(WorkerProgram, AStoppedRankIsFoundAndNamed) {
+  Json job = Job();
+  job["train"]["epochs"] = 100000;
+  job["train"]["profile"] = {{"hang_timeout", "3s"}};
+  auto program = Start(2, job, "hang");
+  ASSERT_TRUE(PollUntil([&] {
+    std::error_code error;
+    return fs::file_size(Spool("hang") / "metrics.jsonl", error) > 3000 && !error;
+  }));
+  const std::string sign = ReadWholeFile(Spool("hang") / "ranks" / "1.json");
+  const pid_t laggard = Json::parse(sign)["pid"];
+  kill(laggard, SIGSTOP);
+  const int code = program->Wait(std::chrono::seconds(60));
+  EXPECT_EQ(code, 5) << program->Output();
+  const Json result = Result("hang");
+  EXPECT_EQ(result["failure"]["class"], "infra");
+  EXPECT_EQ(result["failure"]["rank"], 1) << result;
+  EXPECT_FALSE(result["failure"]["host"].get<std::string>().empty());
+  EXPECT_THAT(result["message"].get<std::string>(), HasSubstr("has not been running for"));
+  // What the other rank was doing is in the log.
+  EXPECT_THAT(program->Output(), HasSubstr("gradients: in all-reduce number"));
+  EXPECT_THAT(program->Output(), HasSubstr("the training thread"));
+  EXPECT_THAT(program->Output(), HasSubstr("MPI_Allreduce"));
+  kill(laggard, SIGKILL);  // in case the launcher did not
+}
+
+TEST_F(WorkerProgram, ReportHasWhatAStudyNeeds) {
+  ASSERT_EQ(Run(2, Job(), "report"), 0) << log_;
+  const Json report = Json::parse(ReadWholeFile(Spool("report") / "outputs" / "report.json"));
+  EXPECT_EQ(report["ranks"], 2);
+  EXPECT_GT(report["parameter_bytes"], 1000);
+  ASSERT_EQ(report["of_rank"].size(), 2u);
+  for (const Json& of_rank : report["of_rank"]) {
+    EXPECT_EQ(of_rank["steps"], 54);
+    EXPECT_GT(of_rank["seconds_in"]["forward"], 0);
+    EXPECT_GT(of_rank["seconds_in"]["backward"], 0);
+    EXPECT_GT(of_rank["collectives"]["bytes"], 0);
+    EXPECT_GT(of_rank["checkpoint"]["bytes_written"], 0);
+    EXPECT_LE(of_rank["step_seconds"]["p50"], of_rank["step_seconds"]["p99"]);
+  }
+  const std::map<std::string, double> metrics = Result("report")["metrics"];
+  for (const char* name : {"perf/forward_s", "perf/backward_s", "perf/optimizer_s", "perf/step_p50_s",
+                           "perf/rss_bytes", "perf/comm_bytes_per_second", "perf/checkpoint_stall_s"}) {
+    EXPECT_TRUE(metrics.contains(name)) << name;
+  }
 }
 
 TEST_F(WorkerProgram, SelfTestAndVersion) {

@@ -139,6 +139,42 @@ TEST(TrainSpec, ReadsDataAndTransforms) {
   EXPECT_EQ(std::get<Coarsen>(data.transforms[3]).factor, 4);
 }
 
+TEST(TrainSpec, ReadsDataSourcesSplitsByTimePredictionAndProfile) {
+  Json job = SmallJob();
+  job["train"]["data"] = Json::parse(R"({"hdf5": {"path": "a.h5", "target": "labels"}, "more_files": ["b.h5"],
+      "load": "stream", "cache": "node", "split": {"train": "1982-01..1990-12", "test_fraction": 0.1, "by_hash": true},
+      "transforms": [{"log": {"arrays": ["input"], "add": 1}}, {"clip": {"max": 3}}]})");
+  job["train"]["predict"] = Json::parse(R"({"weights": "w.safetensors", "split": "test", "format": "netcdf"})");
+  job["train"]["profile"] = Json::parse(R"({"trace_steps": 7, "hang_timeout": "90s"})");
+  const TrainSpec spec = ParseSpec(job);
+  const auto& file = std::get<Hdf5File>(spec.data.source);
+  EXPECT_EQ(file.input, "input");
+  EXPECT_EQ(file.target, "labels");
+  EXPECT_TRUE(file.target_named);
+  EXPECT_THAT(spec.data.more_files, ElementsAre("b.h5"));
+  EXPECT_EQ(spec.data.load, "stream");
+  EXPECT_TRUE(spec.data.cache_on_node);
+  EXPECT_FALSE(spec.data.split.train);
+  EXPECT_EQ(spec.data.split.train_time, "1982-01..1990-12");
+  EXPECT_TRUE(spec.data.split.by_hash);
+  EXPECT_EQ(std::get<Log>(spec.data.transforms[0]).add, 1);
+  EXPECT_EQ(std::get<Clip>(spec.data.transforms[1]).max, 3);
+  EXPECT_EQ(spec.predict->format, "netcdf");
+  EXPECT_EQ(spec.profile.at_step, 10);
+  EXPECT_EQ(spec.profile.hang_timeout_seconds, 90);
+  EXPECT_FALSE(ParseSpec(SmallJob()).predict);
+
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"predict": {"split": "some"}})")), HasSubstr("train.predict.split"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"profile": {"hang_timeout": "0s"}})")),
+              HasSubstr("train.profile.hang_timeout"));
+  job["train"]["data"] = Json::parse(R"({"npz": "a.npz", "load": "stream"})");
+  EXPECT_THAT(ErrorOf(job), HasSubstr("train.data.load"));
+  job["train"]["data"] = Json::parse(R"({"raw": {"input": {"path": "x", "type": "float32", "shape": ["0"]}}})");
+  EXPECT_THAT(ErrorOf(job), HasSubstr("train.data.raw.input.shape"));
+  job["train"]["data"] = Json::parse(R"({"npz": "a.npz", "transforms": [{"clip": {"min": 2, "max": 1}}]})");
+  EXPECT_THAT(ErrorOf(job), HasSubstr("transforms[0].clip.min"));
+}
+
 TEST(TrainSpec, NamesTheBadField) {
   EXPECT_THAT(ErrorOf(WithTrain(R"({"epoch": 3})")), HasSubstr("train.epoch is not a known field"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"adam": {"lr": "fast"}}})")),

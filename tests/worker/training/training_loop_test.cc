@@ -68,14 +68,16 @@ struct Training {
     parameters.resize(ranks);
     buffers.resize(ranks);
     outcomes.resize(ranks);
+    InProcessGroup saving(ranks);
     errors = RunRanks(ranks, [&](Communicator& gradients, Communicator& control) {
       const int rank = control.rank();
+      InProcessCommunicator background(saving, rank);
       TinyModel::Options mine = model;
       mine.start += 0.1 * rank;
       if (rank != model.corrupt_rank) mine.corrupt_step = -1;
       TinyModel tiny(mine);
       NullMetricSink drop;
-      CheckpointStore store(checkpoints, spec.checkpoint.keep, control);
+      CheckpointStore store(checkpoints, spec.checkpoint.keep, control, &background);
       StopRequest stop(rank == 0 ? stop_file : "", deadline);
       TrainingLoop loop({.spec = spec,
                          .dataset = dataset,
@@ -345,12 +347,17 @@ TEST(TrainingLoop, GoesOnAtAnotherNumberOfRanks) {
   const TinyDataset dataset(43, 5, 6);
   Training whole{.checkpoints = scratch / "w"};
   whole.GoOrThrow(dataset);
-  Training first{.ranks = 3, .checkpoints = scratch / "c"};
-  first.spec.steps = 9;
-  first.GoOrThrow(dataset);
-  Training second{.ranks = 2, .checkpoints = scratch / "c", .resume = scratch / "c"};
-  second.GoOrThrow(dataset);
-  EXPECT_LT(LargestDifference(whole.parameters[0], second.parameters[0]), 1e-12);
+  for (const auto& [before, after] : {std::pair{3, 2}, {2, 1}, {1, 3}}) {
+    const std::filesystem::path directory = scratch / ("c" + std::to_string(before));
+    Training first{.ranks = before, .checkpoints = directory};
+    first.spec.steps = 9;
+    first.GoOrThrow(dataset);
+    Training second{.ranks = after, .checkpoints = directory, .resume = directory};
+    second.GoOrThrow(dataset);
+    EXPECT_LT(LargestDifference(whole.parameters[0], second.parameters[0]), 1e-12)
+        << before << " ranks, then " << after;
+    EXPECT_EQ(second.sink.points["train/loss"].front().first, 10);
+  }
 }
 
 TEST(TrainingLoop, RefusesACheckpointOfAnotherSpec) {

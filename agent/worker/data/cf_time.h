@@ -1,0 +1,30 @@
+// Time axes as the CF conventions write them: numbers with units such as "hours since 1901-01-15
+// 00:00:00" in one of several calendars.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace itwin::worker {
+
+// Seconds since the beginning of the calendar of a time given as a number. Months are a twelfth of
+// a year of 365.242198781 days, as UDUNITS has them. Throws UserError for units or a calendar that
+// cannot be read; `what` names the variable.
+double CfSeconds(double value, const std::string& units, const std::string& calendar,
+                 const std::string& what);
+
+struct TimeAxis {
+  std::vector<double> seconds;  // of each step, by CfSeconds
+  std::string calendar;
+};
+
+// The half-open range of steps within "1982-01..1990-12": both ends are included, each to its
+// precision (year, month, day, or minute: "1982-01-31T12:00"). Throws UserError for a text that is no
+// such range, for one without a step in it, and where the axis does not increase; `field` names the
+// key.
+std::pair<int64_t, int64_t> StepsWithin(const TimeAxis& axis, const std::string& text,
+                                        const std::string& field);
+
+}  // namespace itwin::worker

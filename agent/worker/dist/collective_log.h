@@ -1,0 +1,54 @@
+// What one communicator is doing: for the figures of an epoch, for traces, and for saying where a
+// job hangs. Written by the thread that runs the collectives, read by any.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace itwin::worker {
+
+class CollectiveLog {
+ public:
+  explicit CollectiveLog(std::string name) : name_(std::move(name)) {}
+
+  // Around each operation that moves bytes, by the thread that blocks in it. `operation` is a
+  // literal.
+  void Begin(const char* operation, int64_t bytes);
+  void End();
+
+  struct Counts {
+    int64_t started = 0, finished = 0;
+    int64_t bytes = 0;    // of the finished ones, as the caller gave them
+    double seconds = 0;   // in the finished ones
+  };
+  Counts counts() const;
+
+  // "gradients: in all-reduce number 12 of 25.0 MB for 61.2 s", "control: nothing under way, 3 done"
+  std::string Describe() const;
+
+  // While recording, operations are kept, up to a bound.
+  struct Event {
+    const char* operation = "";
+    int64_t bytes = 0;
+    double start = 0, end = 0;  // steady clock, seconds
+  };
+  void Record(bool on);
+  std::vector<Event> TakeEvents();
+
+  const std::string& name() const { return name_; }
+
+ private:
+  const std::string name_;
+  mutable std::mutex mutex_;  // guards what follows; free but when somebody asks
+  Counts counts_;
+  Event current_;  // operation "": none
+  bool recording_ = false;
+  std::vector<Event> events_;
+};
+
+// The time that all of the log's times are of.
+double SteadySeconds();
+
+}  // namespace itwin::worker

@@ -1,0 +1,88 @@
+#include "agent/worker/data/cf_time.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "tests/worker/data/scratch.h"
+
+namespace itwin::worker {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Pair;
+using testing::UserErrorOf;
+
+constexpr double kDay = 86400;
+
+double Between(const std::string& a, const std::string& b, const std::string& calendar) {
+  return (CfSeconds(0, "days since " + b, calendar, "t") -
+          CfSeconds(0, "days since " + a, calendar, "t")) /
+         kDay;
+}
+
+TEST(CfTime, CountsTheDaysOfEachCalendar) {
+  EXPECT_EQ(Between("1999-12-31", "2000-03-01", "standard"), 61);
+  EXPECT_EQ(Between("1900-02-28", "1900-03-01", "gregorian"), 1);
+  EXPECT_EQ(Between("1900-02-28", "1900-03-01", "julian"), 2);
+  EXPECT_EQ(Between("1582-10-04", "1582-10-15", "standard"), 1) << "the days that were left out";
+  EXPECT_EQ(Between("1582-10-04", "1582-10-15", "proleptic_gregorian"), 11);
+  EXPECT_EQ(Between("2000-02-28", "2000-03-01", "noleap"), 1);
+  EXPECT_EQ(Between("2001-02-28", "2001-03-01", "all_leap"), 2);
+  EXPECT_EQ(Between("2001-02-28", "2001-03-01", "360_day"), 3);
+  EXPECT_EQ(Between("2000-01-01", "2001-01-01", "360_day"), 360);
+  EXPECT_EQ(Between("-0001-01-01", "0001-01-01", "365_day"), 730);
+}
+
+TEST(CfTime, ReadsUnitsAsTheyAreWritten) {
+  const double begin = CfSeconds(0, "seconds since 1970-01-01", "", "t");
+  EXPECT_EQ(CfSeconds(25, "hours since 1970-1-1 00:00:00", "", "t") - begin, 25 * 3600);
+  EXPECT_EQ(CfSeconds(1, "day since 1970-01-01T12:30:15.5Z", "", "t") - begin, kDay + 45015.5);
+  EXPECT_EQ(CfSeconds(-2, "minutes since 1970-01-01 00:00:0.0 UTC", "standard", "t") - begin, -120);
+  EXPECT_NEAR(CfSeconds(12, "months since 1970-01-01", "", "t") - begin, 365.242198781 * kDay, 1e-3);
+  EXPECT_THAT(UserErrorOf([] { CfSeconds(0, "fortnights since 1970-01-01", "", "time"); }),
+              HasSubstr("time: the units \"fortnights since 1970-01-01\" are not"));
+  EXPECT_NE(UserErrorOf([] { CfSeconds(0, "degrees_north", "", "t"); }), "");
+  EXPECT_NE(UserErrorOf([] { CfSeconds(0, "days since 1970-13-01", "", "t"); }), "");
+  EXPECT_NE(UserErrorOf([] { CfSeconds(0, "days since", "", "t"); }), "");
+  EXPECT_THAT(UserErrorOf([] { CfSeconds(0, "days since 1970-01-01", "maya", "t"); }),
+              HasSubstr("the calendar \"maya\" is unknown"));
+}
+
+// The 15th of each month from January 1982 on.
+TimeAxis Monthly(int months) {
+  TimeAxis axis;
+  for (int i = 0; i < months; ++i) {
+    char text[40];
+    std::snprintf(text, sizeof(text), "days since %d-%02d-15", 1982 + i / 12, i % 12 + 1);
+    axis.seconds.push_back(CfSeconds(0, text, "", "t"));
+  }
+  return axis;
+}
+
+TEST(CfTime, RangesIncludeBothEndsToTheirPrecision) {
+  const TimeAxis axis = Monthly(132);
+  EXPECT_THAT(StepsWithin(axis, "1982-01..1990-12", "f"), Pair(0, 108));
+  EXPECT_THAT(StepsWithin(axis, "1991..1992", "f"), Pair(108, 132));
+  EXPECT_THAT(StepsWithin(axis, "1982-02-15..1982-03-15", "f"), Pair(1, 3));
+  EXPECT_THAT(StepsWithin(axis, "1982-02-16..1982-03-15T00:00", "f"), Pair(2, 3));
+  EXPECT_THAT(UserErrorOf([&] { StepsWithin(axis, "1982-02-16..1982-03-14T23:58", "f"); }),
+              HasSubstr("no step"));
+}
+
+TEST(CfTime, RefusesWhatIsNoRange) {
+  const TimeAxis axis = Monthly(24);
+  EXPECT_THAT(UserErrorOf([&] { StepsWithin(axis, "1990-01..1991-01", "f"); }),
+              HasSubstr("no step of the data lies within"));
+  EXPECT_THAT(UserErrorOf([&] { StepsWithin(axis, "1982-02-30..1983-01", "f"); }),
+              HasSubstr("a day that its month does not have"));
+  for (const char* text : {"1982-01", "1982-01..", "..", "1982-01...1983", "x..y", "1982-00..1983"}) {
+    EXPECT_NE(UserErrorOf([&] { StepsWithin(axis, text, "f"); }), "") << text;
+  }
+  TimeAxis back = axis;
+  std::swap(back.seconds[3], back.seconds[4]);
+  EXPECT_THAT(UserErrorOf([&] { StepsWithin(back, "1982-01..1982-12", "f"); }),
+              HasSubstr("does not increase at step 4"));
+}
+
+}  // namespace
+}  // namespace itwin::worker
