@@ -26,6 +26,7 @@ def data_of(name):
                    torch.randint(0, 5, (SAMPLES,), generator=generator)),
         "lstm": (modules.Recurrent, "mse", draw(SAMPLES, 5, 3), draw(SAMPLES, 2)),
         "transformer": (modules.Transformer, "mse", draw(SAMPLES, 6, 16), draw(SAMPLES, 2)),
+        "encoder": (modules.Encoder, "mse", draw(SAMPLES, 6, 16), draw(SAMPLES, 2)),
     }[name]
 
 
@@ -61,8 +62,8 @@ def eager(net, loss, x, y):
     return values
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet", "lstm", "transformer"])
-@pytest.mark.parametrize("form", ["graph", "script"])
+@pytest.mark.parametrize("name, form", [(name, form) for name in ("mlp", "resnet", "lstm", "transformer")
+                                        for form in ("graph", "script")] + [("encoder", "graph")])
 def test_the_losses_are_those_of_pytorch(name, form, tmp_path):
     kind, loss, x, y = data_of(name)
     net = make(kind)
@@ -222,12 +223,15 @@ def test_bf16_trains_and_fp16_says_where_it_cannot(tmp_path):
     kind, loss, x, y = data_of("mlp")
     torch.jit.script(make(kind)).save(tmp_path / "net.pt")
     train = {"model": {"torchscript": "net.pt"}, "loss": loss, "optimizer": {"sgd": {"lr": LR, "momentum": 0.9}}}
-    _, full = run(tmp_path, train, {"input": x, "target": y})
-    _, half = run(tmp_path, {**train, "precision": "bf16"}, {"input": x, "target": y})
+    for part in ("full", "half", "none"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "net.pt").write_bytes((tmp_path / "net.pt").read_bytes())
+    _, full = run(tmp_path / "full", train, {"input": x, "target": y})
+    _, half = run(tmp_path / "half", {**train, "precision": "bf16"}, {"input": x, "target": y})
     np.testing.assert_allclose(half, full, rtol=0.03)
     assert half != full
     if torch.__version__.startswith("1."):
-        result, _ = run(tmp_path, {**train, "precision": "fp16"}, {"input": x, "target": y}, expect=2)
+        result, _ = run(tmp_path / "none", {**train, "precision": "fp16"}, {"input": x, "target": y}, expect=2)
         assert "train.precision" in result["message"] and "bf16" in result["message"]
 
 

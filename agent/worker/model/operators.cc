@@ -25,7 +25,8 @@ const std::set<std::string>& AllowedPrims() {
       "ListConstruct", "ListUnpack", "Loop", "ModuleContainerIndex", "NumToTensor", "Param",
       "Print", "RaiseException", "Return", "SetAttr", "StringIndex", "TupleConstruct",
       "TupleIndex", "TupleSlice", "TupleUnpack", "Uninitialized", "VarConcat", "VarStack", "abs",
-      "annotate", "device", "dtype", "index", "is_cpu", "is_cuda", "is_sparse", "layout", "max",
+      "annotate", "device", "dtype", "index", "is_cpu", "is_cuda", "is_meta", "is_mkldnn", "is_nested",
+      "is_quantized", "is_sparse", "layout", "max",
       "min", "name", "rangelist", "requires_grad", "shape", "tolist", "type", "unchecked_cast",
       "unchecked_unwrap_optional", "data"};
   return *kNames;

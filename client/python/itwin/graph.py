@@ -159,6 +159,7 @@ def _literal(torch, value, argument, weights):
 
 def _traced(torch, call, arrays, names, outputs):
     """(graph, tensors, places): places[i] is where in the user's code node i comes from."""
+    untouched = copy.deepcopy(call)  # tracing runs the module, which changes running statistics
     with warnings.catch_warnings(record=True) as caught, torch.random.fork_rng(devices=[]):
         warnings.simplefilter("always")
         try:
@@ -176,7 +177,7 @@ def _traced(torch, call, arrays, names, outputs):
                 "as torch.where, or write that part so that torch.jit.script takes it.")
     graph = traced.inlined_graph.copy()
     torch._C._jit_pass_inline(graph)
-    reader = _TraceReader(torch, call, names)
+    reader = _TraceReader(torch, untouched, names)
     return reader.read(graph, outputs)
 
 

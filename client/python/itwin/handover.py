@@ -102,6 +102,11 @@ def save(scripted, path):
     scripted.save(str(path))
 
 
+def is_script(module):
+    torch = require("torch", "handing over a module")
+    return isinstance(module, torch.jit.ScriptModule)
+
+
 def to_bytes(scripted):
     """What save() would write."""
     torch = require("torch", "handing over a module")

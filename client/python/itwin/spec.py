@@ -199,11 +199,13 @@ def _hand_over(module, directory, loss, options, batch, check):
 
 
 def _checked(module, loss):
-    """What the first step is tried on: the scripted module where there is one, with what it says when it cannot be one."""
+    """What the first step is tried on: the scripted module where there is one, else the module itself, which becomes a graph. There
+    training flags obey train() and eval() whatever the code says (nn.TransformerEncoderLayer fixes one)."""
     try:
         return handover.script(module, loss)
     except ModelError as error:
-        if "cannot be scripted" not in str(error):
+        other_way = "cannot be scripted" in str(error) or "fixed training flag" in str(error)
+        if not other_way or handover.is_script(module):
             raise
         return module
 
