@@ -115,6 +115,9 @@ TEST(SshHostKey, PinnedFingerprintOfAnyOfItsKeysWillDo) {
   for (const char* type : {"ed25519", "ecdsa", "rsa"}) {
     options.fingerprints = {FingerprintOfFile(sshd.host_key(type) + ".pub")};
     EXPECT_OK(TryOpen(options)) << type;
+    const auto key = FetchHostKey(options, sshd.host(), Soon());
+    ASSERT_OK(key);
+    EXPECT_EQ(key->fingerprint, options.fingerprints[0]) << type;
   }
   options.fingerprints = {FingerprintOfFile(sshd.client_key() + ".pub")};
   EXPECT_THAT(TryOpen(options), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr(options.fingerprints[0])));
