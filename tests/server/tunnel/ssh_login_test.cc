@@ -33,7 +33,7 @@ using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-absl::Time Soon() { return absl::Now() + absl::Seconds(30); }
+absl::Time Soon() { return absl::Now() + absl::Minutes(2); }
 
 absl::Status TryOpen(const SshTunnelOptions& options) {
   auto tunnel = SshTunnel::Create(options);
