@@ -115,6 +115,8 @@ query_interval: 1s""")
 PY
   echo "a SLURM cluster of two nodes is up; this is its site file ($site):"
   sed 's/^/    /' "$site"
+  # Each cluster of this script is a new one under the same name.
+  "$bin/itwin-gateway" accept-spool testcluster --data "$data" >/dev/null
   "$bin/itwin" site add "$site" --replace
 fi
 "$bin/itwin" sites

@@ -359,6 +359,8 @@ absl::Status SiteRegistry::RemoveSite(const std::string& name) {
     }
     if (unlink(FileOf(name, ".yaml").c_str()) != 0 && errno != ENOENT) return ErrnoStatus(errno, FileOf(name, ".yaml"));
     unlink(FileOf(name, ".paused").c_str());
+    // A site that comes back under this name may have a spool made anew.
+    dependencies_.store->ForgetSpool(name).IgnoreError();  // then accept-spool is asked for, as ever
     changing_.insert(name);
     old = std::move(sites_[name]);
     sites_.erase(name);

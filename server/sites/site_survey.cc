@@ -258,7 +258,11 @@ absl::Status SiteSurvey::SayHello() {
     request.set_scheduler(options_.site.settings.scheduler);
     absl::StatusOr<agent::v1::HelloResponse> hello = agent_->Hello(request, deadline);
     if (!hello.ok()) {
+      // One that runs something else than the file says is not left behind.
+      if (options_.install && hello.status().code() == absl::StatusCode::kFailedPrecondition) EndAgent();
+      agent_->Close();  // its last words are complete then
       const std::string words = agent_->Diagnostics();
+      agent_.reset();
       return Failed("agent", words.empty() ? hello.status()
                                            : absl::Status(hello.status().code(), absl::StrCat(hello.status().message(), "; the far side says: ", words)));
     }

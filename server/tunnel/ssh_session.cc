@@ -563,10 +563,9 @@ struct SshSession::Parts {
     }
   }
 
-  absl::Status Join(const SshHost& host, absl::Time deadline) {
-    ITWIN_ASSIGN_OR_RETURN(const std::string known_hosts, KnownHosts());
-    const std::string name = KnownHostsName(host.host, host.port);
-    const std::vector<std::string> types = KnownKeyTypes(known_hosts, name);
+  // Connects to the host and has it show its key: one that is known, if it has such a one.
+  absl::StatusOr<HostKey> ShowKey(const SshHost& host, const std::string& known_hosts, absl::Time deadline) {
+    const std::vector<std::string> types = KnownKeyTypes(known_hosts, KnownHostsName(host.host, host.port));
     // What we know first; the rest too, so that a changed key is seen and told.
     std::vector<std::string> algorithms;
     for (const auto& [type, signatures] : kHostKeys) {
@@ -577,24 +576,26 @@ struct SshSession::Parts {
     }
     const size_t depth = links.size();
     ITWIN_ASSIGN_OR_RETURN(FileDescriptor socket, Reach(host, deadline));
-    ITWIN_ASSIGN_OR_RETURN(const HostKey shown, Handshake(host, absl::StrJoin(algorithms, ","), std::move(socket), deadline));
-    absl::Status verdict = Judge(known_hosts, shown);
-    if (!verdict.ok() && !options_.fingerprints.empty()) {
-      // The fingerprint may be that of another key of the same host.
-      for (const auto& [type, signatures] : kHostKeys) {
-        if (type == shown.type || verdict.ok()) continue;
-        while (links.size() > depth) DropLast();
-        ITWIN_ASSIGN_OR_RETURN(FileDescriptor again, Reach(host, deadline));
-        const absl::StatusOr<HostKey> other = Handshake(host, signatures, std::move(again), deadline);
-        if (other.ok() && Judge(known_hosts, *other).ok()) {
-          verdict = absl::OkStatus();
-        } else if (!other.ok() && (other.status().code() == absl::StatusCode::kCancelled ||
-                                   other.status().code() == absl::StatusCode::kDeadlineExceeded)) {
-          return other.status();
-        }
+    ITWIN_ASSIGN_OR_RETURN(HostKey shown, Handshake(host, absl::StrJoin(algorithms, ","), std::move(socket), deadline));
+    if (options_.fingerprints.empty() || Judge(known_hosts, shown).ok()) return shown;
+    // A fingerprint does not tell the type of its key: it may be that of another one.
+    for (const auto& [type, signatures] : kHostKeys) {
+      if (type == shown.type) continue;
+      while (links.size() > depth) DropLast();
+      ITWIN_ASSIGN_OR_RETURN(FileDescriptor again, Reach(host, deadline));
+      absl::StatusOr<HostKey> other = Handshake(host, signatures, std::move(again), deadline);
+      if (other.ok() && Judge(known_hosts, *other).ok()) return other;
+      if (other.status().code() == absl::StatusCode::kCancelled || other.status().code() == absl::StatusCode::kDeadlineExceeded) {
+        return other.status();
       }
     }
-    return verdict;
+    return shown;
+  }
+
+  absl::Status Join(const SshHost& host, absl::Time deadline) {
+    ITWIN_ASSIGN_OR_RETURN(const std::string known_hosts, KnownHosts());
+    ITWIN_ASSIGN_OR_RETURN(const HostKey shown, ShowKey(host, known_hosts, deadline));
+    return Judge(known_hosts, shown);
   }
 
   absl::StatusOr<std::string> KnownHosts() const {
@@ -882,11 +883,8 @@ absl::StatusOr<HostKey> SshSession::FetchKey(const SshTunnelOptions& options, co
     ITWIN_RETURN_IF_ERROR(Parts::Where(parts.Join(next, deadline), next, "connecting"));
     ITWIN_RETURN_IF_ERROR(Parts::Where(parts.LogIn(deadline), next, "logging in"));
   }
-  absl::StatusOr<FileDescriptor> socket = parts.Reach(host, deadline);
-  if (!socket.ok()) return Parts::Where(socket.status(), host, "connecting");
-  std::vector<std::string> algorithms;
-  for (const auto& [type, signatures] : kHostKeys) algorithms.push_back(signatures);
-  absl::StatusOr<HostKey> key = parts.Handshake(host, absl::StrJoin(algorithms, ","), *std::move(socket), deadline);
+  ITWIN_ASSIGN_OR_RETURN(const std::string known_hosts, parts.KnownHosts());
+  absl::StatusOr<HostKey> key = parts.ShowKey(host, known_hosts, deadline);
   if (!key.ok()) return Parts::Where(key.status(), host, "connecting");
   return key;
 }

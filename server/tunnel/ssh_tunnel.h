@@ -56,7 +56,7 @@ class SshTunnel : public Tunnel {
 };
 
 // The key that `host` shows, without logging in there: one of options.hosts, or of options.jump. Hosts on the way to it
-// are checked and logged in to as ever.
+// are checked and logged in to as ever. Of several keys one that the options know is preferred.
 absl::StatusOr<HostKey> FetchHostKey(const SshTunnelOptions& options, const SshHost& host, absl::Time deadline);
 
 }  // namespace itwin::server

@@ -72,7 +72,7 @@ class Site:
 
     def close(self):
         for agent in self.agents:
-            agent.close()
+            agent.disconnect()  # the daemons end with their node
         self.cluster.close()
 
     def order(self, word):

@@ -237,7 +237,7 @@ TEST_F(TunnelWan, HalfOpenLinkIsNoticedWithinTheKeepalives) {
 TEST_F(TunnelWan, FlappingLinkIsComeBackToEachTime) {
   SshTunnelOptions options = cluster_->Options();
   const auto tunnel = Tunnel(options);
-  cluster_->Link({"flap", "2", "0.3", "4"});
+  cluster_->Link({"flap", "2s", "300ms", "4"});
   int opened = 0, lost = 0;
   const absl::Time until = absl::Now() + absl::Seconds(9);
   while (absl::Now() < until) {

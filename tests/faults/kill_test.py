@@ -6,7 +6,8 @@ import pytest
 from world import FINISH, harness, wait_for
 
 CLUSTER = ("--nodes", "2")
-LARGE = FINISH.replace("1000", "200000000")
+# Never the same twice: what the gateway has already does not travel again.
+LARGE = FINISH.replace("1000", "200000000") + '; echo $RANDOM$RANDOM$RANDOM >>"$ITWIN_OUTPUTS/model.bin"'
 
 
 class Everywhere:
@@ -18,6 +19,8 @@ class Everywhere:
         w = world
         self.add("RUNNING", w.program("running"))
         w.wait_points(self.jobs["RUNNING"])
+        # Outputs that take a while to come back.
+        w.cluster.wan("--direction", "down", "throttle", "30M")
         w.open_gate("collecting")
         self.add("COLLECTING", w.program("collecting", tail=LARGE))
         w.wait_state(self.jobs["COLLECTING"], "COLLECTING", seconds=90)
@@ -37,6 +40,7 @@ class Everywhere:
         self.jobs[state] = self.world.submit(spec)
 
     def go_on(self):
+        self.world.cluster.wan("restore")
         self.world.signal_all(self.frozen, signal.SIGCONT)
         self.world.open_gate("running")
         self.world.open_gate("pending")

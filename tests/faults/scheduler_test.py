@@ -189,9 +189,9 @@ def test_out_of_memory(w):
 def test_refused_in_its_own_words(w):
     """What sbatch says reaches the user as it was said, at once."""
     spec = w.program("refused")
-    spec.resources.partition = "nonesuch"
+    spec.resources.constraint = "nonesuch"
     job = w.submit(spec)
-    w.check_everything(job, state="FAILED", words=("invalid partition",))
+    w.check_everything(job, state="FAILED", words=("invalid feature specification",))
     assert not scheduler_jobs(w, job)
 
 

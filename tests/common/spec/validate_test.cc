@@ -40,7 +40,7 @@ TEST(ValidateSpec, AcceptsGoodSpecs) {
   EXPECT_OK(Check(kTrain, {"train.data={synthetic: {samples: 10, input_shape: [4], classes: 3}}"}));
   EXPECT_OK(Check(kTrain, {"train.data.netcdf='site:/data/w.cdf'", "site=vega"}));
   EXPECT_OK(Check(kTrain, {"resources.time=720h"}));
-  EXPECT_OK(Check(kTrain, {"resources.partition=booster,devel", "resources.account=hpc-1", "resources.constraint=[a&b]",
+  EXPECT_OK(Check(kTrain, {"resources.partition=booster,devel", "resources.account=hpc-1", "resources.constraint='[a&b]'",
                            "resources.exclude_nodes=[\"n[1-3]\"]", "resources.scheduler_options=[\"--licenses=matlab:1\"]",
                            "resources.gpus_per_node=4", "resources.gpu_type=a100", "resources.exclusive=true"}));
   EXPECT_OK(Check(kTrain, {"train.data={hdf5: {path: a.h5}, more_files: [b.h5], load: stream, cache: node}"}));

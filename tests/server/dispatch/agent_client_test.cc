@@ -17,7 +17,7 @@
 namespace itwin::server {
 namespace {
 
-absl::Time Soon() { return absl::Now() + absl::Seconds(30); }
+absl::Time Soon() { return absl::Now() + absl::Minutes(2); }
 
 class AgentClientTest : public ::testing::Test {
  protected:

@@ -2,6 +2,7 @@
 #include "server/sites/site_registry.h"
 
 #include <gmock/gmock.h>
+#include <grpc/grpc.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -27,6 +28,9 @@ using ::testing::AllOf;
 using ::testing::Contains;
 using ::testing::HasSubstr;
 namespace fs = std::filesystem;
+
+// gRPC stays up between registries, as the gateway's server keeps it.
+const bool kGrpcStays = (grpc_init(), true);
 
 class SiteRegistryTest : public ::testing::Test {
  protected:

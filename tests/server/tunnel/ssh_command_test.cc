@@ -21,7 +21,7 @@ using ::itwin::testing::TempDirectory;
 using ::itwin::testing::WriteText;
 using ::testing::HasSubstr;
 
-absl::Time Soon() { return absl::Now() + absl::Seconds(30); }
+absl::Time Soon() { return absl::Now() + absl::Minutes(2); }
 
 class SshCommandTest : public ::testing::Test {
  protected:

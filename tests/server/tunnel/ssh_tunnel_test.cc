@@ -19,7 +19,7 @@ using ::itwin::testing::WaitUntil;
 using ::testing::AnyOf;
 using ::testing::HasSubstr;
 
-absl::Time Soon() { return absl::Now() + absl::Seconds(30); }
+absl::Time Soon() { return absl::Now() + absl::Minutes(2); }
 
 std::unique_ptr<SshTunnel> MakeTunnel(SshTunnelOptions options) {
   auto tunnel = SshTunnel::Create(std::move(options));
