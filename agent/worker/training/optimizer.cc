@@ -326,8 +326,8 @@ std::vector<at::Tensor> Optimizer::FlatState() const {
   return flat;
 }
 
-void Optimizer::LoadState(const NamedTensors& state, const Strategy& strategy) {
-  ScatterSlices(state, strategy.InWhole(Slices()), "the checkpoint's optimiser state");
+void Optimizer::LoadState(const NamedTensors& state, const Strategy* strategy) {
+  ScatterSlices(state, strategy == nullptr ? Slices() : strategy->InWhole(Slices()), "the checkpoint's optimiser state");
   for (const auto& [name, tensor] : state) {
     if (name != step_name_) continue;
     step_ = tensor.item<int64_t>();

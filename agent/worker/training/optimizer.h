@@ -49,8 +49,9 @@ class Optimizer {
   // All state as flat tensors, range by range; the tensors stay.
   std::vector<at::Tensor> FlatState() const;
   // "step", and "<state>/<parameter>" for every parameter, whole. Throws AppError when it does not
-  // fit these parameters and this optimiser.
-  void LoadState(const NamedTensors& state, const Strategy& strategy);
+  // fit these parameters and this optimiser. `strategy` says where a rank's parameters lie in whole
+  // ones (Strategy::InWhole); without it they are whole.
+  void LoadState(const NamedTensors& state, const Strategy* strategy = nullptr);
 
   std::string name() const;
 

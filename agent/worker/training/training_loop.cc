@@ -230,7 +230,7 @@ void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
                     "the checkpoint");
     }
   }
-  for (Phase& phase : phases_) phase.optimizer.LoadState(checkpoint.optimizer, *strategy_);
+  for (Phase& phase : phases_) phase.optimizer.LoadState(checkpoint.optimizer, strategy_.get());
   features_.LoadState(checkpoint.optimizer);
   position_ = checkpoint.position;
   if (checkpoint.world_size == ranks_) {

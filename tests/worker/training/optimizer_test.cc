@@ -11,7 +11,6 @@
 
 #include "agent/worker/dist/self_communicator.h"
 #include "agent/worker/error.h"
-#include "agent/worker/training/ddp.h"
 #include "agent/worker/training/optimizer_kernels.h"
 #include "tests/worker/training/ranks.h"
 
@@ -283,7 +282,6 @@ TEST(Optimizer, StateMovesToOtherBuckets) {
   const OptimizerSpec spec = AdamW{.lr = 0.01};
   Optimizer first(spec, small, WholeBuckets(small)), second(spec, large, WholeBuckets(large));
   SelfCommunicator self;
-  const Ddp strategy(large, self, {});
   const auto whole = [&](const Optimizer& o) {
     NamedTensors state = GatherSlices(o.Slices(), self);
     state.emplace_back("step", torch::full({1}, o.step(), at::kLong));
@@ -295,7 +293,7 @@ TEST(Optimizer, StateMovesToOtherBuckets) {
     for (size_t i = 0; i < flat.buckets().size(); ++i) o.StepRange(i, 1.0);
   };
   for (int n = 0; n < 5; ++n) step(first, small, a, n);
-  second.LoadState(whole(first), strategy);
+  second.LoadState(whole(first));
   for (size_t i = 0; i < a.size(); ++i) b[i].detach().copy_(a[i]);
   for (int n = 5; n < 9; ++n) {
     step(first, small, a, n);
@@ -304,7 +302,7 @@ TEST(Optimizer, StateMovesToOtherBuckets) {
   for (size_t i = 0; i < a.size(); ++i) EXPECT_TRUE(a[i].equal(b[i]));
 
   Optimizer other(Sgd{.momentum = 0.9}, large, WholeBuckets(large));
-  EXPECT_THROW(other.LoadState(whole(first), strategy), WorkerError);
+  EXPECT_THROW(other.LoadState(whole(first)), WorkerError);
 }
 
 TEST(Optimizer, GradientScaleComesFirst) {
