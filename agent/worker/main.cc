@@ -534,20 +534,19 @@ int Train(World& world, RunState& state) {
   result.message = outcome.message;
   if (first) {
     if (!outcome.saved) {
+      std::unique_ptr<Model> put_together;  // here alone, where each rank holds a part
       if (mesh) {
-        // Here alone the whole model is put together.
-        const std::unique_ptr<Model> whole = MakeModel(spec, *dataset, contract.work);
-        LoadWeights(*whole, outcome.weights);
-        whole->Save(contract.outputs);
-      } else {
-        model->Save(contract.outputs);
+        put_together = MakeModel(spec, *dataset, contract.work);
+        LoadWeights(*put_together, outcome.weights);
       }
+      Model& whole = mesh ? *put_together : *model;
+      whole.Save(contract.outputs);
       for (const auto& [name, report] : outcome.reports)
         WriteFileDurably(contract.outputs / name, report.dump(2) + "\n");
       if (!outcome.best.empty())
         WriteSafetensors(contract.outputs / "best.safetensors", outcome.best, {{"format", "pt"}});
-      NamedTensors tensors = model->parameters();
-      for (auto& buffer : model->buffers()) tensors.push_back(std::move(buffer));
+      NamedTensors tensors = whole.parameters();
+      for (auto& buffer : whole.buffers()) tensors.push_back(std::move(buffer));
       WriteStateDict(contract.outputs / "state_dict.pt", tensors);
       result.outputs = ListOutputs(contract.outputs);
     }
