@@ -1,6 +1,7 @@
 """Accounting is there, but late, frozen or dead: it only ever confirms, so nothing waits for it and nothing is concluded from it."""
 import signal
 
+import pytest
 from world import wait_for
 
 CLUSTER = ("--nodes", "1", "--accounting", "--min-job-age", "10")
@@ -35,6 +36,7 @@ def test_accounting_is_dead_and_the_queue_has_forgotten(w):
     w.check_everything(job)
 
 
+@pytest.mark.slow
 def test_a_job_vanishes_without_a_trace(w):
     """Forgotten by the queue, unknown to accounting, no exit record: lost, said so, and started again once that is sure."""
     job = w.submit(w.program("vanishes"))

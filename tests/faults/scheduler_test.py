@@ -176,6 +176,7 @@ def test_preempted(w):
     assert end.attempts[0].failure == jobs_pb2.FAILURE_CLASS_PREEMPTED
 
 
+@pytest.mark.slow
 def test_out_of_memory(w):
     """More memory than asked for: said so, and not tried again blindly."""
     tail = "python3 -c 'x = bytearray(600 << 20); import time; time.sleep(100)'"
