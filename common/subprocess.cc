@@ -4,6 +4,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <sys/syscall.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -77,8 +78,10 @@ absl::StatusOr<Subprocess> Subprocess::Start(const SubprocessOptions& options) {
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_BLOCK, &all, &before);
+  const pid_t self = getpid();
   const pid_t pid = fork();
   if (pid == 0) {
+    if (options.die_with_parent && (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || getppid() != self)) _exit(127);
     // Default handlers and an open mask: what we ignore or block is our business, not the child's.
     for (int s = 1; s < NSIG; ++s) {
       if (s != SIGKILL && s != SIGSTOP) signal(s, SIG_DFL);

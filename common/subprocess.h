@@ -23,6 +23,7 @@ struct SubprocessOptions {
   int stdin_fd = -1;
   int stdout_fd = -1;
   int stderr_fd = -1;
+  bool die_with_parent = false;  // SIGKILL when the thread that starts it ends, however that comes about
   bool new_session = false;  // setsid: outlives our terminal and is a process group of its own
 };
 

@@ -157,6 +157,7 @@ class AttemptRun {
     launch.stdout_fd = ends[0].get();
     launch.stderr_fd = ends[1].get();
     launch.new_session = true;
+    launch.die_with_parent = true;  // nothing may write on once we are gone and the attempt counts as lost
     oom_before_ = oom_.Read();
     ITWIN_ASSIGN_OR_RETURN(const Subprocess child, Subprocess::Start(launch));
     program_ = child.pid();

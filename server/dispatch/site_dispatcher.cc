@@ -896,6 +896,10 @@ bool SiteDispatcher::Append(LiveJob* job, const JobEvent& event, const AttemptUp
   if (row.ok()) {
     log::Info("job {} attempt {}: {} -> {}: {}", job->row.id.text(), event.attempt, std::string(Name(event.kind)),
               std::string(Name(row->record.state)), event.message.substr(0, 300));
+    if ((event.kind == EventKind::kAccepted || event.kind == EventKind::kHeld) && job->seen) {
+      job->told_waiting = job->seen->reason();  // the event says it
+      job->told_start_us = job->seen->expected_start_us();
+    }
     SetRow(*row);
     return true;
   }

@@ -292,9 +292,12 @@ Judgement JobTrack::Absent(const std::vector<SlurmJobRow>& accounting, const Spo
     return out;
   }
   out.report = ReportOf(SchedulerState::kEnded, "");
-  out.report.cause = spool.cancelled ? v1::END_CAUSE_CANCELLED : v1::END_CAUSE_LOST;
+  out.report.cause = spool.cancelled     ? v1::END_CAUSE_CANCELLED
+                     : spool.over_memory ? v1::END_CAUSE_OUT_OF_MEMORY
+                                         : v1::END_CAUSE_LOST;
   out.report.reason =
-      spool.cancelled ? "cancelled"
+      spool.cancelled     ? "cancelled"
+      : spool.over_memory ? "SLURM ended it for using more memory than it asked for"
       : spool.lease   ? absl::StrCat("SLURM's queue does not show it any more, it left no exit record, and it gave no sign of life for ",
                                      absl::FormatDuration(rules_.lost_after))
                       : "it left SLURM's queue without having begun, and SLURM keeps no record of why";

@@ -56,6 +56,13 @@ TEST_F(JobTrackTest, KilledForItsMemoryIsNotJustLost) {
   EXPECT_THAT(judgement.report.reason, HasSubstr("more memory"));
 }
 
+TEST_F(JobTrackTest, KilledForItsMemoryAndForgottenAtOnce) {
+  Running("7");
+  const SpoolView spool{.lease = true, .over_memory = true, .beat = "1"};
+  Look(10, {}, spool);
+  EXPECT_EQ(Look(100, {}, spool).report.cause, v1::END_CAUSE_OUT_OF_MEMORY);
+}
+
 TEST_F(JobTrackTest, TheSchedulersDeadlineIsNoTimeLimit) {
   EXPECT_EQ(CauseOfState(ParseSlurmState("DEADLINE"), false), v1::END_CAUSE_DEADLINE);
   EXPECT_EQ(CauseOfState(ParseSlurmState("TIMEOUT"), false), v1::END_CAUSE_TIME_LIMIT);
