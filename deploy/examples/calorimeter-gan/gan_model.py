@@ -55,6 +55,7 @@ class Discriminator(nn.Module):
 class ShowerGan(nn.Module):
     def __init__(self):
         super().__init__()
+        self.noise = NOISE
         self.generator = Generator()
         self.discriminator = Discriminator()
         grid = torch.arange(SIDE, dtype=torch.float32) - (SIDE - 1) / 2
@@ -64,7 +65,7 @@ class ShowerGan(nn.Module):
 
     def forward(self, energy: Tensor) -> Tensor:
         """Showers for given energies, from fresh random numbers."""
-        return self.generator(torch.randn(energy.size(0), NOISE, device=energy.device), energy)
+        return self.generator(torch.randn(energy.size(0), self.noise, device=energy.device), energy)
 
     def profiles(self, showers: Tensor) -> Tuple[Tensor, Tensor]:
         """Mean energy by layer, and by ring."""
