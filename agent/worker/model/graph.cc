@@ -714,8 +714,29 @@ std::vector<GraphUnit> Graph::Units(int count) const {
     }
   }
   std::vector<size_t> cuts = cut(low);
-  while (static_cast<int>(cuts.size()) + 1 > count) cuts.pop_back();
+  cuts.insert(cuts.begin(), 0);
   cuts.push_back(nodes_.size());
+  // That may be fewer units than wanted: then the largest that can be is halved.
+  while (static_cast<int>(cuts.size()) - 1 < count) {
+    int64_t largest = 0, best_half = 0;
+    size_t best_place = 0;
+    for (size_t u = 0; u + 1 < cuts.size(); ++u) {
+      const int64_t size = before[cuts[u + 1]] - before[cuts[u]];
+      for (size_t place : places) {
+        if (place <= cuts[u] || place >= cuts[u + 1]) continue;
+        const int64_t front = before[place] - before[cuts[u]], half = std::max(front, size - front);
+        if (front == 0 || front == size) continue;
+        if (size > largest || (size == largest && half < best_half)) {
+          largest = size;
+          best_half = half;
+          best_place = place;
+        }
+      }
+    }
+    if (best_place == 0) break;
+    cuts.insert(std::upper_bound(cuts.begin(), cuts.end(), best_place), best_place);
+  }
+  cuts.erase(cuts.begin());
   std::vector<GraphUnit> units;
   size_t start = 0;
   for (size_t c : cuts) {
