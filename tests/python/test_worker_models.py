@@ -41,7 +41,7 @@ def run(directory, train, arrays, expect=0, options=(), environment=None):
     train = {"data": {"npz": "data.npz", "split": {"train": f"0..{SAMPLES}"}}, "batch": SAMPLES, "epochs": STEPS, **train}
     (directory / "spec.json").write_text(json.dumps({"name": "t", "train": train}))
     done = subprocess.run([WORKER, *options, "--spec", directory / "spec.json", "--spool", directory / "spool"],
-                          capture_output=True, text=True, timeout=120, cwd=directory, env={**os.environ, **(environment or {})})
+                          capture_output=True, text=True, timeout=250, cwd=directory, env={**os.environ, **(environment or {})})
     assert done.returncode == expect, done.stdout + done.stderr
     result = json.loads((directory / "spool" / "result.json").read_text())
     lines = [json.loads(line) for line in (directory / "spool" / "metrics.jsonl").read_text().splitlines()] if expect == 0 else []
