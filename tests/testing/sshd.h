@@ -134,7 +134,9 @@ class Sshd {
     absl::StrAppend(&config, "Port ", port_, "\nListenAddress 127.0.0.1\nPidFile none\nAuthorizedKeysFile ", authorized_keys(),
                     "\nUsePAM no\nStrictModes no\nPermitRootLogin yes\nPasswordAuthentication no\n"
                     "KbdInteractiveAuthentication no\nMaxStartups 200\nLogLevel VERBOSE\nUseDNS no\n"
-                    "PrintMotd no\nPrintLastLog no\n");
+                    "PrintMotd no\nPrintLastLog no\n"
+                    // Whatever the account's shell reads at its start is not ours to wait for.
+                    "SetEnv HOME=", directory_.path(), "\n");
     WriteText(directory_ / "sshd_config", config);
     const FileDescriptor log(open((directory_ / "log").c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
     SubprocessOptions options;
