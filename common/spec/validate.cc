@@ -745,6 +745,7 @@ class Checker {
     refuse(train.optimizer().has_lamb(), "train.optimizer", "lamb");
     refuse(train.optimizer().has_lars(), "train.optimizer", "lars");
     refuse(train.has_best(), "train.best", "keeping the best weights");
+    refuse(train.has_predict(), "train.predict", "prediction");
     refuse(train.has_ema(), "train.ema", "an average of the weights");
     for (const v1::ParameterGroup& group : train.parameter_groups())
       refuse(group.freeze(), "train.parameter_groups", "freezing parameters");
@@ -1027,7 +1028,7 @@ class Checker {
     for (const auto& [name, text] : texts) {
       if (text->empty()) continue;
       const std::string at = absl::StrCat("train.data.split.", name);
-      if (absl::StrContains(*text, "-") && absl::StrContains(*text, "..")) {  // dates: read by the worker, which knows the time axis
+      if (absl::StrContains(absl::StripPrefix(*text, "-"), "-") && absl::StrContains(*text, "..")) {  // dates: read by the worker, which knows the time axis
         const std::vector<absl::string_view> ends = absl::StrSplit(*text, "..");
         if (ends.size() != 2 || !LooksLikeDate(ends[0]) || !LooksLikeDate(ends[1])) {
           Report(at, absl::StrCat(Quoted(*text), " is no range of time; write dates, such as 1982-01..1990-12"));

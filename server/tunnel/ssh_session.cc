@@ -312,7 +312,10 @@ class ChannelPump {
         to_local_at_ = to_local_size_ = 0;
       }
     }
-    if (ToLocalEmpty() && drained_ && !end_passed_on_ && (closed_ || ssh_channel_is_eof(channel_) != 0)) {
+    if (ToLocalEmpty() && !end_passed_on_ && (closed_ || ssh_channel_is_eof(channel_) != 0)) {
+      // Looked at again: while the last piece was on its way, more may have come together with the end.
+      drained_ = ssh_channel_poll(channel_, 0) <= 0;
+      if (!drained_) return true;
       end_passed_on_ = true;
       shutdown(fd_, SHUT_WR);
     }

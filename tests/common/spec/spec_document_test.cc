@@ -460,7 +460,9 @@ class RandomSpec {
           repeated ? reflection->AddInt64(message, field, Number(INT64_MIN, INT64_MAX))
                    : reflection->SetInt64(message, field, Number(INT64_MIN, INT64_MAX));
           break;
-        case FieldDescriptor::CPPTYPE_DOUBLE: reflection->SetDouble(message, field, Real()); break;
+        case FieldDescriptor::CPPTYPE_DOUBLE:
+          repeated ? reflection->AddDouble(message, field, Real()) : reflection->SetDouble(message, field, Real());
+          break;
         case FieldDescriptor::CPPTYPE_UINT32:
         case FieldDescriptor::CPPTYPE_FLOAT:
         case FieldDescriptor::CPPTYPE_ENUM:

@@ -154,7 +154,7 @@ TEST(SshTunnel, ReaderThatStopsBoundsOurMemoryAndBlocksTheFarSide) {
     bytes += part.size();
     if (part.empty()) break;
   }
-  EXPECT_EQ(bytes, size_t{256} << 20);
+  EXPECT_EQ(bytes, size_t{256} << 20) << (*stream)->Diagnostics();
   EXPECT_LT(ResidentBytes() - before, 32 << 20);
 }
 

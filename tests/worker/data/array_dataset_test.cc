@@ -423,7 +423,7 @@ TEST_F(StreamedData, MissingCellsAreFoundWhenTheyAreRead) {
 
 TEST_F(StreamedData, StatisticsHaveTheSameBitsForAnyNumberOfRanks) {
   DataSpec spec;
-  spec.source = SyntheticData{.samples = 20000, .input_shape = {5}};
+  spec.source = SyntheticData{.samples = 20000, .input_shape = {5}, .target_shape = {1}};
   spec.transforms = {Scale{{}, 3, 1000}, Standardize{}};
   const nlohmann::json alone = OpenDataset(spec, 1, scratch_.path())->preprocessing();
   for (const int ranks : {2, 3, 8}) {

@@ -315,7 +315,6 @@ TEST_F(WorkerProgram, PredictsInTheOrderOfTheSamplesWhateverTheRanks) {
   const int64_t samples = Result("nc")["info"]["samples"];
   EXPECT_EQ(samples, 81);
   EXPECT_GT(fs::file_size(Spool("nc") / "outputs" / "predictions.nc"), 81u * 16);
-  // The test split's accuracy, computed from its predictions, is the one of the training.
   scratch_.Python("import numpy as np\n"
                   "p = np.load('alone/outputs/predictions.npy')\n"
                   "assert p.shape == (403, 4) and p.dtype == np.float32 and np.isfinite(p).all()\n");
