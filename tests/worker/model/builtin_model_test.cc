@@ -42,7 +42,8 @@ FixedDataset DataFor(const Task& task, int64_t samples = 8) {
   std::vector<int64_t> input = task.input, target = task.target;
   input.insert(input.begin(), samples);
   target.insert(target.begin(), samples);
-  const at::Tensor x = at::randn(input);
+  const at::Tensor x = task.network == "transformer" ? at::randint(task.classes, input, at::kLong)  // tokens
+                                                     : at::randn(input);
   const at::Tensor y =
       task.classes == 0 ? at::randn(target) : at::randint(task.classes, target, at::kLong);
   if (task.classes > 0) y.flatten()[0] = task.classes - 1;

@@ -439,7 +439,7 @@ TEST(FlatParameters, StatusTravelsInTheLastBucket) {
   std::vector<at::Tensor> p = MakeParameters(at::kFloat);
   FlatParameters flat(Named(p), 1, 1);
   flat.WriteStatus({.loss = 0.25, .not_finite = 0, .stop = 1});
-  EXPECT_EQ(flat.buckets().back().gradients.numel(), flat.buckets().back().values.numel() + 3);
+  EXPECT_EQ(flat.buckets().back().gradients.numel(), flat.buckets().back().values.numel() + 4);
   EXPECT_EQ(flat.ReadStatus().loss, 0.25);
   EXPECT_EQ(flat.ReadStatus().stop, 1);
   for (const at::Tensor& t : p) EXPECT_EQ(t.grad().abs().sum().item<float>(), 0);

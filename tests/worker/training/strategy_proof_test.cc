@@ -140,7 +140,7 @@ Json JobOf(const Family& family, const Json& train) {
                 {"optimizer", {{"sgd", {{"lr", 0.05}, {"momentum", 0.9}}}}},
                 {"batch", kBatch},
                 {"epochs", kEpochs},
-                {"seed", 3},
+                {"seed", 3u},
                 {"check_every", 1}}}};
   if (train.is_object()) job["train"].update(train);
   return job;
@@ -200,6 +200,8 @@ torch.jit.script(Net()).save('net.pt')
       if (IsMesh(strategy)) mesh.emplace(MeshOf(spec, strategy, ranks), plain, control);
       const std::unique_ptr<Model> owned = MakeModelAlone(spec, *dataset, mesh ? &*mesh : nullptr);
       Model& model = *owned;
+      // Ranks are threads here and share one generator, which the loop seeds: all draw their weights before.
+      control.Barrier()->Wait();
       const std::unique_ptr<Communicator> spoilt = spoil ? spoil(plain) : nullptr;
       NullMetricSink drop;
       CheckpointStore store(outcome.checkpoints, 1, control);
