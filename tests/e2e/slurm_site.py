@@ -101,6 +101,8 @@ def agent_messages(directory):
         target.mkdir(parents=True)
         sources = [str(p.relative_to(ROOT / "proto")) for p in sorted((ROOT / "proto").glob("itwin/**/*.proto"))]
         subprocess.run(["protoc", "-I", str(ROOT / "proto"), f"--python_out={target}", *sources], check=True, cwd=ROOT / "proto")
+        for package in ("itwin", "itwin/v1", "itwin/agent", "itwin/agent/v1"):  # else a package `itwin` elsewhere on the path wins
+            (target / package / "__init__.py").touch()
     # A package of that name may be loaded already (the client's).
     for name in [n for n in sys.modules if n == "itwin" or n.startswith("itwin.")]:
         del sys.modules[name]
