@@ -25,6 +25,7 @@ namespace {
 using nlohmann::json;
 
 // sbatch itself waits and tries again for about two minutes when the controller asks it to.
+constexpr absl::string_view kConfigurationNotAvailable = "Requested node configuration is not available";
 constexpr absl::Duration kSbatchLimit = absl::Seconds(180);
 constexpr absl::Duration kQueryLimit = absl::Seconds(120);
 constexpr absl::Duration kPingLimit = absl::Seconds(60);
@@ -351,6 +352,9 @@ absl::Status SlurmScheduler::Preflight(const Submission& submission, const std::
   ITWIN_ASSIGN_OR_RETURN(const CommandOutput output, commands_.Run(commands_.programs().sbatch, std::move(arguments), kSbatchLimit));
   if (output.exit.exit_code != 0 || output.exit.signal != 0) {
     const std::string words = WordsOf(output);
+    // Said of what can never run and of nodes that are drained or down just now alike. sbatch itself tells the two apart: it
+    // takes the second, which waits.
+    if (absl::StrContains(words, kConfigurationNotAvailable)) return absl::OkStatus();
     if (IsRefusal(words)) return absl::FailedPreconditionError(absl::StrCat("SLURM refuses it: ", words));
     return absl::UnavailableError(absl::StrCat("SLURM could not be asked whether it takes the job: ", words));
   }
