@@ -176,7 +176,7 @@ def test_what_can_never_run_is_refused_in_words(site, agent):
     cases = [(with_slurm(lambda r: r.slurm.__setattr__("partition", "nowhere")), "it has main, short"),
              (with_slurm(lambda r: r.slurm.__setattr__("partition", "short"), minutes=30), "allows at most 1m"),
              (with_slurm(lambda r: None, nodes=9), "at most 4 nodes"),
-             (with_slurm(lambda r: None, memory_mib_per_node=10**6), "Requested node configuration is not available"),
+             (with_slurm(lambda r: None, memory_mib_per_node=10**6), "MiB, but the job asks for 1000000 MiB per node"),
              (with_slurm(lambda r: None, gpus_per_node=1), "Invalid generic resource"),
              (with_slurm(lambda r: r.slurm.__setattr__("reservation", "none")), "Requested reservation is invalid"),
              (with_slurm(lambda r: r.slurm.options.append("--job-name=other")), "cannot be set for a site")]

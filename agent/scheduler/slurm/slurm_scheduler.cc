@@ -332,6 +332,11 @@ absl::Status SlurmScheduler::Preflight(const Submission& submission, const std::
       return absl::FailedPreconditionError(absl::StrCat("partition ", partition.name(), " gives a job at most ", most,
                                                         " nodes, but it asks for ", submission.nodes));
     }
+    if (partition.memory_mib_per_node() > 0 && submission.memory_mib_per_node > partition.memory_mib_per_node()) {
+      return absl::FailedPreconditionError(absl::StrCat("the nodes of partition ", partition.name(), " have at most ",
+                                                        partition.memory_mib_per_node(), " MiB, but the job asks for ",
+                                                        submission.memory_mib_per_node, " MiB per node"));
+    }
   }
   if (!known && facts.facts.partitions_size() > 0) {
     std::vector<absl::string_view> names;
