@@ -317,10 +317,12 @@ absl::Status SlurmScheduler::Preflight(const Submission& submission, const std::
                                        const Facts& facts) {
   // SLURM accepts some of these and lets them wait for ever.
   const std::string& wanted = submission.slurm.partition();
+  std::string used = wanted;
   bool known = wanted.empty() || absl::StrContains(wanted, ",");
   for (const v1::Partition& partition : facts.facts.partitions()) {
     if (wanted.empty() ? !partition.is_default() : partition.name() != wanted) continue;
     known = true;
+    used = partition.name();
     const absl::Duration granted = GrantedTime(submission), limit = absl::Seconds(partition.max_time().seconds());
     if (partition.has_max_time() && granted > limit) {
       return absl::FailedPreconditionError(absl::StrCat("partition ", partition.name(), " allows at most ", absl::FormatDuration(limit),
@@ -357,9 +359,8 @@ absl::Status SlurmScheduler::Preflight(const Submission& submission, const std::
   ITWIN_ASSIGN_OR_RETURN(const CommandOutput output, commands_.Run(commands_.programs().sbatch, std::move(arguments), kSbatchLimit));
   if (output.exit.exit_code != 0 || output.exit.signal != 0) {
     const std::string words = WordsOf(output);
-    // Said of what can never run and of nodes that are drained or down just now alike. sbatch itself tells the two apart: it
-    // takes the second, which waits.
-    if (absl::StrContains(words, kConfigurationNotAvailable)) return absl::OkStatus();
+    // Said of what can never run and of nodes that are drained or down just now alike; the second may wait.
+    if (absl::StrContains(words, kConfigurationNotAvailable) && NodesAreOutOfUse(used)) return absl::OkStatus();
     if (IsRefusal(words)) return absl::FailedPreconditionError(absl::StrCat("SLURM refuses it: ", words));
     return absl::UnavailableError(absl::StrCat("SLURM could not be asked whether it takes the job: ", words));
   }
@@ -367,6 +368,15 @@ absl::Status SlurmScheduler::Preflight(const Submission& submission, const std::
   if (shapes_.size() >= kMaxShapes) shapes_.clear();
   shapes_[shape] = now;
   return absl::OkStatus();
+}
+
+// Some node of the partition (empty: of any).
+bool SlurmScheduler::NodesAreOutOfUse(const std::string& partition) {
+  std::vector<std::string> arguments = {"-h", "-a", "-o", "%T"};
+  if (!partition.empty()) arguments.insert(arguments.end(), {"-p", partition});
+  const absl::StatusOr<CommandOutput> states = commands_.Run(commands_.programs().sinfo, std::move(arguments), kQueryLimit);
+  // Where it cannot be told nothing is refused.
+  return !states.ok() || states->exit.exit_code != 0 || AnyNodeOutOfUse(states->out);
 }
 
 absl::Status SlurmScheduler::Submit(const Submission& submission) {

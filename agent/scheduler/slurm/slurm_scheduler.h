@@ -83,6 +83,7 @@ class SlurmScheduler : public Scheduler {
   absl::StatusOr<LookPointer> TakeLook();
   absl::StatusOr<CommandOutput> RunQueue(bool long_format);
   absl::Status Preflight(const Submission& submission, const std::vector<std::string>& options, const Facts& facts);
+  bool NodesAreOutOfUse(const std::string& partition);
   absl::Status RunSbatch(const Submission& submission, const std::vector<std::string>& options, const Facts& facts);
   absl::StatusOr<std::shared_ptr<const Facts>> KnownFacts();
   // Brings the track of an attempt into memory, from the spool if an earlier agent made it; not under the lock.

@@ -1,6 +1,7 @@
 #include "agent/scheduler/slurm/slurm_text.h"
 
 #include <algorithm>
+#include <iterator>
 #include <set>
 
 #include "absl/strings/ascii.h"
@@ -10,6 +11,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 
 namespace itwin::agent {
 namespace {
@@ -301,6 +303,20 @@ void AddNodeSizes(absl::string_view text, std::vector<v1::Partition>* partitions
     }
     it->set_gpus_per_node(std::max(it->gpus_per_node(), gpus));
   }
+}
+
+bool AnyNodeOutOfUse(absl::string_view text) {
+  static constexpr absl::string_view kInUse[] = {"idle", "mixed", "allocated", "allocated+", "completing", "planned", "reserved"};
+  for (absl::string_view line : absl::StrSplit(text, '\n')) {
+    line = absl::StripAsciiWhitespace(line);
+    if (line.empty()) continue;
+    // Power saving, powering up or down and planned: SLURM wakes or frees it for a job by itself.
+    for (const absl::string_view mark : {"~", "#", "!", "%", "-"}) {
+      if (absl::ConsumeSuffix(&line, mark)) break;
+    }
+    if (std::find(std::begin(kInUse), std::end(kInUse), line) == std::end(kInUse)) return true;
+  }
+  return false;
 }
 
 std::string ParseVersion(absl::string_view text) {

@@ -70,6 +70,9 @@ std::vector<v1::Partition> ParsePartitions(absl::string_view text);
 // For `sinfo -h -a -o`, and what it prints: sizes of the largest node go into the partitions.
 std::string NodesFormat();
 void AddNodeSizes(absl::string_view text, std::vector<v1::Partition>* partitions);
+// `sinfo -h -o %T`, a line a state ("idle", "mixed", "down*", "idle~"): does it name a node that takes no job for now, because it
+// is down, drained, under maintenance or does not answer?
+bool AnyNodeOutOfUse(absl::string_view text);
 // "slurm-wlm 22.05.8" -> "22.05.8"; "" for other text.
 std::string ParseVersion(absl::string_view text);
 // Like "22.05.8" -> 220508, to compare with; 0 for other text.

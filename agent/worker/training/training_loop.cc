@@ -28,7 +28,8 @@ namespace {
 constexpr double kProgressSeconds = 0.25;  // between progress lines
 constexpr double kPrintSeconds = 0.25;     // between lines for people
 constexpr double kReserveSeconds = 5;      // kept before the deadline beside the measured save time
-constexpr double kFirstSaveSeconds = 10;   // a save's assumed time before one was measured
+// A save's assumed time before one was measured: a slow shared disk, and the time to create the files.
+constexpr double kFirstSaveBytesPerSecond = 50e6, kFirstSaveSeconds = 1;
 constexpr char kGenerator[] = "random_generator";
 constexpr char kBuffer[] = "buffer/";
 
@@ -829,8 +830,13 @@ int64_t TrainingLoop::TotalSteps() const {
 double TrainingLoop::ReserveSeconds() const {
   // A save in flight has to end before the last one begins.
   const double longest = std::max(clock_->save, setup_.checkpoints.longest_save_seconds());
-  const double save = longest < 0 ? kFirstSaveSeconds : 2 * longest;
-  return save + kReserveSeconds + clock_->evaluation +
+  double save = longest;
+  if (longest < 0) {
+    double bytes = 0;  // with two moments of an optimiser
+    for (const auto& bucket : parameters_.buckets()) bytes += 3 * static_cast<double>(bucket.values.nbytes());
+    save = kFirstSaveSeconds + bytes / kFirstSaveBytesPerSecond;
+  }
+  return 2 * save + kReserveSeconds + clock_->evaluation +
          (1 + std::max(1, spec_.local_sgd.every)) * clock_->longest_step;
 }
 

@@ -157,6 +157,15 @@ TEST(SlurmSite, ReadsConfigPartitionsAndNodes) {
   EXPECT_EQ(partitions[0].cpus_per_node(), 48);
 }
 
+TEST(SlurmSite, KnowsNodesThatTakeNoJobForNow) {
+  EXPECT_FALSE(AnyNodeOutOfUse(""));
+  EXPECT_FALSE(AnyNodeOutOfUse("idle\nmixed\nallocated\ncompleting\nreserved\n"));
+  EXPECT_FALSE(AnyNodeOutOfUse("idle~\nmixed-\nidle#\nallocated+\n"));  // SLURM wakes or frees them
+  for (const char* state : {"down", "down*", "idle*", "drained", "draining*", "maint", "idle$", "fail", "unknown", "blocked", "idle@"}) {
+    EXPECT_TRUE(AnyNodeOutOfUse(absl::StrCat("idle\n", state, "\nidle\n"))) << state;
+  }
+}
+
 TEST(SlurmSite, VersionsCompare) {
   EXPECT_EQ(VersionNumber("22.05.8"), 220508);
   EXPECT_EQ(VersionNumber("20.11.9-1.el8"), 201109);
