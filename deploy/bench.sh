@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the benchmarks (release) and runs them one after the other; prints a table and writes bench.json.
 #   deploy/bench.sh                       all of them
-#   deploy/bench.sh NAME...               only these: gateway, store, worker ..., cluster (needs root); NAME:PART for one part
+#   deploy/bench.sh NAME...               only these; NAME:PART for one part: gateway:submit. `cluster` and `slurm` need root
 #   deploy/bench.sh --compare OLD NEW     two bench.json files side by side
 # bench.json: one object per figure with name, value, unit, reference, ratio (value / reference) and runs.
 set -euo pipefail
@@ -23,20 +23,25 @@ build_targets build-bench all
 export ITWIN_BIN=$PWD/build-bench/bin ITWIN_SOURCE=$PWD PYTHONPATH=$PWD/build-bench/python
 lines=$(mktemp)
 trap 'rm -f "$lines"' EXIT
+# Each is a program build-bench/benchmark/NAME_benchmark or a script tests/benchmark/NAME_benchmark.py.
+names=()
+for program in build-bench/benchmark/*_benchmark tests/benchmark/*_benchmark.py; do
+  name=$(basename "$program" .py)
+  names+=("${name%_benchmark}")
+done
 wanted=("$@")
-if ((${#wanted[@]} == 0)); then
-  for program in build-bench/benchmark/*_benchmark; do
-    wanted+=("$(basename "$program" _benchmark)")
-  done
-  wanted+=(cluster)
-fi
+if ((${#wanted[@]} == 0)); then wanted=("${names[@]}"); fi
 for name in "${wanted[@]}"; do
-  program=build-bench/benchmark/${name%%:*}_benchmark
-  [[ ${name%%:*} == cluster ]] && program=tests/benchmark/cluster_benchmark.py
-  [[ -x $program ]] || { echo "bench.sh: no benchmark '$name'; there are: $(ls build-bench/benchmark | sed -n 's/_benchmark$//p' | tr '\n' ' ')" >&2; exit 2; }
-  part=()
-  [[ $name == *:* ]] && part=("${name#*:}")
+  if [[ " ${names[*]} " != *" ${name%%:*} "* ]]; then
+    echo "bench.sh: no benchmark '${name%%:*}'; there are: ${names[*]}" >&2
+    exit 2
+  fi
+done
+for name in "${wanted[@]}"; do
+  program=(build-bench/benchmark/"${name%%:*}"_benchmark)
+  if [[ ! -x ${program[0]} ]]; then program=(/usr/bin/python3 tests/benchmark/"${name%%:*}"_benchmark.py); fi
+  if [[ $name == *:* ]]; then program+=("${name#*:}"); fi
   step "$name"
-  "$program" "${part[@]}" | tee -a "$lines"
+  "${program[@]}" | tee -a "$lines"
 done
 /usr/bin/python3 deploy/bench_table.py "$lines" bench.json

@@ -8,6 +8,8 @@ import sys
 import tempfile
 import time
 
+from figures import figure
+
 AIM_PERCENT = 98.9
 
 bin_folder = os.environ["ITWIN_BIN"]
@@ -16,11 +18,6 @@ examples = os.path.join(os.environ["ITWIN_SOURCE"], "deploy/examples/mnist")
 
 def run(*argv, **options):
     return subprocess.run(argv, check=True, capture_output=True, text=True, **options).stdout
-
-
-def figure(name, value, unit, reference):
-    print(json.dumps({"name": name, "value": value, "unit": unit, "reference": reference,
-                      "ratio": value / reference if reference else 0, "runs": 1}), flush=True)
 
 
 def main():
@@ -46,7 +43,7 @@ def main():
             if shown["state"] != "SUCCEEDED":
                 sys.exit(f"job {job['id']} is {shown['state']}: {shown.get('reason', '')}\n{watched.stdout}{watched.stderr}")
             figure("mnist_test_accuracy", 100 * shown["summary"]["test/accuracy"], "%", AIM_PERCENT)
-            figure("mnist_submit_to_success", seconds, "s", 0)
+            figure("mnist_submit_to_success", seconds, "s")
         finally:
             server.terminate()
             server.wait()

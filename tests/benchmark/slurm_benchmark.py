@@ -1,14 +1,13 @@
 #!/usr/bin/python3
-"""Figures of the agent on a real SLURM cluster (deploy/testcluster): as root, with ITWIN_BIN at an optimised build.
+"""Figures of the agent on a real SLURM cluster (deploy/testcluster); needs root; run by deploy/bench.sh slurm.
 
   dispatch   attempts per second through the agent against a plain loop of local `sbatch`, and the ratio (aim 0.8)
-  calls      calls of SLURM's commands per minute with 0, 10 and N live attempts (aim: does not grow)
-  cpu        CPU of the agent when idle and with N live attempts, in per cent of a core, and its memory
+  calls      calls of SLURM's commands per minute with 0, 10 and N live attempts (aim: does not grow),
+             and CPU of the agent, in per cent of a core, and its memory
   latency    from the end of a program on a compute node to the agent's status, p50 and p99
 """
 import argparse
 import concurrent.futures
-import json
 import os
 import pathlib
 import statistics
@@ -16,6 +15,7 @@ import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "e2e"))
+from figures import figure  # noqa: E402
 from slurm_site import MISSING, NEEDS, Agent, Cluster, wait_for  # noqa: E402
 
 LOOP = """
@@ -87,12 +87,10 @@ class Bench:
             finally:
                 self.cluster.admin("scancel", "-u", "ada")
                 agent.close()
-        return {"plain_sbatch_per_s": statistics.median(plain), "agent_per_s": statistics.median(ours),
-                "ratio": statistics.median(ours) / statistics.median(plain)}
+        figure("slurm/dispatch_per_second", statistics.median(ours), "/s", statistics.median(plain), runs=len(ours))
 
     def calls_and_cpu(self, seconds):
         agent = self.agent(counting=True)
-        out = {}
         try:
             agent.hello()
             for number in (0, 10, self.count):
@@ -107,16 +105,16 @@ class Bench:
                 passed = time.monotonic() - begin
                 after = self.cpu_seconds(agent)
                 rss = [line for line in self.cluster.run("login", "cat", f"/proc/{agent.pid()}/status").splitlines() if line.startswith("VmRSS")]
-                out[f"{number}_live"] = {"calls_per_minute": (self.calls() - calls) * 60 / passed,
-                                         "agent_cpu_percent": (after[0] - own) * 100 / passed,
-                                         "commands_cpu_percent": (after[1] - children) * 100 / passed,
-                                         "rss_mib": int(rss[0].split()[1]) / 1024}
+                name = f"slurm/{number}_live"
+                figure(f"{name}/calls_per_minute", (self.calls() - calls) * 60 / passed, "calls")
+                figure(f"{name}/agent_cpu", (after[0] - own) * 100 / passed, "%")
+                figure(f"{name}/commands_cpu", (after[1] - children) * 100 / passed, "%")
+                figure(f"{name}/agent_memory", int(rss[0].split()[1]) / 1024, "MiB")
                 self.cancel_all(agent, requests)
                 for request in requests:
                     agent.ends(request.attempt, seconds=300)
         finally:
             agent.close()
-        return out
 
     def latency(self, number=60):
         agent = self.agent(counting=False)
@@ -133,8 +131,9 @@ class Bench:
         finally:
             agent.close()
         delays.sort()
-        return {"end_to_status_p50_ms": delays[len(delays) // 2] * 1e3, "end_to_status_p99_ms": delays[int(len(delays) * 0.99)] * 1e3,
-                "start_to_program_p50_ms": statistics.median(starts) * 1e3}
+        figure("slurm/end_to_status_p50", delays[len(delays) // 2] * 1e3, "ms", runs=number)
+        figure("slurm/end_to_status_p99", delays[int(len(delays) * 0.99)] * 1e3, "ms", runs=number)
+        figure("slurm/start_to_program_p50", statistics.median(starts) * 1e3, "ms", runs=number)
 
 
 def main():
@@ -144,21 +143,20 @@ def main():
     parser.add_argument("what", nargs="*", help="dispatch, calls, latency (default: all)")
     arguments = parser.parse_args()
     if MISSING:
-        sys.exit("slurm_benchmark: " + NEEDS)
+        print("slurm: left out, " + NEEDS)
+        return
     wanted = set(arguments.what or ("dispatch", "calls", "latency"))
     cluster = Cluster("--min-job-age", "300", "--nodes", "3").up()
-    figures = {}
     try:
         bench = Bench(cluster, arguments.count)
         if "dispatch" in wanted:
-            figures["dispatch"] = bench.dispatch()
+            bench.dispatch()
         if "latency" in wanted:
-            figures["latency"] = bench.latency()
-        if wanted & {"calls", "cpu"}:
-            figures["calls_and_cpu"] = bench.calls_and_cpu(arguments.seconds)
+            bench.latency()
+        if "calls" in wanted:
+            bench.calls_and_cpu(arguments.seconds)
     finally:
         cluster.close()
-    print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
