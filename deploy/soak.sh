@@ -21,7 +21,7 @@ export ITWIN_BIN=$PWD/build/bin ITWIN_SOURCE=$PWD PYTHONPATH=$PWD/build/python P
 if [[ "${1:-}" == --faults ]]; then
   step "slow faults"
   /usr/bin/python3 -m pytest -v --tb=short -p no:cacheprovider -m "not slow" tests/faults/scheduler_test.py --durations=0
-  exec /usr/bin/python3 -m pytest -v --tb=short -p no:cacheprovider -m slow tests/faults tests/e2e/worker_crash_test.py --durations=0
+  exec /usr/bin/python3 -m pytest -v --tb=short -p no:cacheprovider -m slow tests/faults --durations=0
 fi
 step "soak"
 exec /usr/bin/python3 tests/faults/soak.py "$@"

@@ -45,7 +45,8 @@ bool AttemptDirectory::HasCheckpoint() const {
   for (fs::directory_iterator it(checkpoints_path(), error), end; !error && it != end; it.increment(error)) {
     const std::string name = it->path().filename().string();
     if (absl::StartsWith(name, "step-")) {
-      if (FileExists((it->path() / "manifest.json").string())) return true;
+      // step-<n>.partial is not whole yet, even with its manifest.
+      if (!absl::EndsWith(name, ".partial") && FileExists((it->path() / "manifest.json").string())) return true;
       steps = true;
     } else if (!absl::StartsWith(name, ".") && !absl::EndsWith(name, ".tmp")) {
       others = true;
