@@ -334,6 +334,11 @@ absl::Status SlurmScheduler::Preflight(const Submission& submission, const std::
       return absl::FailedPreconditionError(absl::StrCat("partition ", partition.name(), " gives a job at most ", most,
                                                         " nodes, but it asks for ", submission.nodes));
     }
+    const int64_t cpus = int64_t{submission.ranks_per_node} * std::max(1, submission.cpus_per_rank);
+    if (partition.cpus_per_node() > 0 && cpus > partition.cpus_per_node()) {
+      return absl::FailedPreconditionError(absl::StrCat("the nodes of partition ", partition.name(), " have at most ", partition.cpus_per_node(),
+                                                        " CPUs, but the job asks for ", cpus, " per node (ranks_per_node × cpus_per_rank)"));
+    }
     if (partition.memory_mib_per_node() > 0 && submission.memory_mib_per_node > partition.memory_mib_per_node()) {
       return absl::FailedPreconditionError(absl::StrCat("the nodes of partition ", partition.name(), " have at most ",
                                                         partition.memory_mib_per_node(), " MiB, but the job asks for ",
