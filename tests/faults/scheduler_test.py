@@ -248,20 +248,27 @@ def test_the_time_limit_without_a_checkpoint(w):
 @pytest.mark.slow
 def test_a_training_of_ten_limits_ends_as_one_long_run_does(w):
     """The same final weights, bit for bit, whether a training ran at once or in a chain of attempts."""
-    long_run = w.submit(training())
-    end = w.wait_final(long_run, seconds=900)
-    assert end.state == jobs_pb2.JOB_STATE_SUCCEEDED, w.said(long_run)
-    took = (end.attempts[0].ended_us - end.attempts[0].started_us) / 1e6
-    # Ten limits' worth of training; what each attempt needs to start and to save comes on top.
-    chain = w.submit(w.limited(training(), int(took / 10) + 5))
-    end = w.wait_final(chain, seconds=1800)
-    assert end.state == jobs_pb2.JOB_STATE_SUCCEEDED, w.said(chain)
-    assert end.attempt >= 5, f"{end.attempt} attempts are no chain"
+    def run(spec, seconds):
+        job = w.submit(spec)
+        end = w.wait_final(job, seconds=seconds)
+        assert end.state == jobs_pb2.JOB_STATE_SUCCEEDED, w.said(job)
+        return job, end
+
+    def took(end):
+        return (end.attempts[0].ended_us - end.attempts[0].started_us) / 1e6
+
+    # As many steps as this machine makes in 170 s now, under a limit of a tenth of what they took.
+    probes = [took(run(training(steps), 300)[1]) for steps in (100, 2100)]
+    steps = int(170 * 2000 / max(1, probes[1] - probes[0]))
+    long_run, end = run(training(steps), 900)
+    # Of each limit some 7 s are kept in hand for the save, and the start takes 2 or 3: more than ten attempts.
+    chain, chained = run(w.limited(training(steps), max(15, int(took(end) / 10))), 3000)
+    assert chained.attempt >= 10, f"{chained.attempt} attempts are no chain of ten limits"
     w.check_exactly_once(chain)
     assert weights(w, chain) == weights(w, long_run)
 
 
-def training():
+def training(steps):
     spec = harness.spec_pb2.JobSpec(name="chain")
     spec.train.model.builtin = "mlp"
     spec.train.model.options.update({"hidden": [512, 512]})
@@ -271,9 +278,10 @@ def training():
     spec.train.loss = "mse"
     spec.train.optimizer.adam.lr = 1e-3
     spec.train.batch = 64
-    spec.train.epochs = 1000
-    spec.train.steps = 8000
+    spec.train.epochs = 100000
+    spec.train.steps = steps
     spec.resources.memory_mib_per_node = 1024
+    spec.resources.cpus_per_rank = 1
     return spec
 
 
