@@ -145,6 +145,7 @@ grpc::Status AgentService::Hello(grpc::ServerContext* context, const v1::HelloRe
   if (scheduler.ok()) {
     response->set_slots(scheduler->slots);
     response->set_slots_in_use(scheduler->slots_in_use);
+    response->set_calls_per_minute(scheduler->calls_per_minute);
     if (scheduler->slurm) *response->mutable_slurm() = *scheduler->slurm;
   }
   response->set_spool_id(options_.spool_id);
