@@ -178,7 +178,7 @@ TEST(PlanPlacement, AJobWithAnImageGoesWhereItHasAPlace) {
   SiteOffer bare = Site("bare", 8, 8), fixed = Site("fixed", 8, 7), free = Site("free", 8, 1);
   fixed.settings = Runtime("apptainer exec /images/site.sif");
   free.settings = Runtime("apptainer exec {image}");
-  const PlacementRequest with{.site = "any", .image = "a.sif"}, without{.site = "any"};
+  const PlacementRequest with{.site = "any", .bound_site = "", .image = "a.sif"}, without{.site = "any", .bound_site = ""};
   EXPECT_EQ(ChooseSite(with, {bare, fixed, free}), 2u);
   EXPECT_EQ(ChooseSite(without, {free, fixed}), 1u);
   EXPECT_EQ(WhyImpossible(with, {bare, free}), "");
