@@ -31,7 +31,7 @@ worker_packages=(
 cluster_packages=(
   slurm-wlm slurm-client slurmdbd slurm-wlm-mysql-plugin munge openssh-server openssh-client
   mariadb-server-core mariadb-client-core openmpi-bin libopenmpi-dev gcc libc6-dev
-  iproute2 util-linux python3 python3-pytest faketime
+  iproute2 util-linux python3 python3-pytest faketime libfuse3-dev pkg-config
 )
 
 wanted=()

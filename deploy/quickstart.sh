@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # From a clone to a trained model: installs what is missing, builds, starts a gateway with the embedded site `local`,
 # trains the wind-downscaling example on two MPI ranks, shows it live, and puts the model into your hands.
-#   deploy/quickstart.sh [--slurm] [--keep] [--data DIR]
+#   deploy/quickstart.sh [--slurm] [--keep] [--data DIR] [--bin DIR]
 #     --slurm     the real path: starts a SLURM cluster of two nodes on this machine (deploy/testcluster; needs root), adds it as a
 #                 site over SSH, and trains on one rank of each node; afterwards all of it is taken down
 #     --keep      leave the gateway (and the cluster) running afterwards
 #     --data DIR  where the gateway keeps its data (default ~/.local/share/itwin; with --slurm: itwin-slurm beside it)
+#     --bin DIR   take the programs from there; nothing is installed or built
 # Can be run again: what is built, installed or running is used as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,33 +15,38 @@ source deploy/common.sh
 keep=0
 slurm=0
 data=
+bin=
 while (($#)); do
   case "$1" in
     --keep) keep=1 ;;
     --slurm) slurm=1 ;;
     --data) data=${2:?--data needs a directory}; shift ;;
+    --bin) bin=${2:?--bin needs a directory}; shift ;;
     -h | --help) usage_of "$0"; exit 0 ;;
     *) echo "quickstart.sh: unknown option '$1'; see deploy/quickstart.sh --help" >&2; exit 2 ;;
   esac
   shift
 done
-bin=$PWD/build/bin
 : "${data:=${XDG_DATA_HOME:-$HOME/.local/share}/itwin$( ((slurm)) && echo -slurm || true)}"
 if ((slurm && EUID != 0)); then
   echo "quickstart.sh: --slurm starts a cluster in network namespaces and needs root; run it with sudo, or leave --slurm out" >&2
   exit 2
 fi
 
-step "1/5 packages"
-purposes=(build)
-if ((slurm)); then purposes+=(cluster); fi
-deploy/install-packages.sh "${purposes[@]}"
-prepare_compiler_cache
-
-step "2/5 build (the first time takes several minutes)"
 build_started=$SECONDS
-run_logged "configure" cmake --preset dev
-build_targets build itwin itwin-gateway itwin-agent itwin-worker
+if [[ -z $bin ]]; then
+  step "1/5 packages"
+  purposes=(build)
+  if ((slurm)); then purposes+=(cluster); fi
+  deploy/install-packages.sh "${purposes[@]}"
+  prepare_compiler_cache
+
+  step "2/5 build (the first time takes several minutes)"
+  build_started=$SECONDS
+  run_logged "configure" cmake --preset dev
+  build_targets build itwin itwin-gateway itwin-agent itwin-worker
+  bin=$PWD/build/bin
+fi
 build_seconds=$((SECONDS - build_started))
 
 if ((slurm)); then step "3/5 gateway and cluster"; else step "3/5 gateway"; fi

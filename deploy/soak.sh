@@ -20,7 +20,6 @@ build_targets build itwin-gateway itwin-agent itwin-worker itwin_python_stubs
 export ITWIN_BIN=$PWD/build/bin ITWIN_SOURCE=$PWD PYTHONPATH=$PWD/build/python PYTHONDONTWRITEBYTECODE=1
 if [[ "${1:-}" == --faults ]]; then
   step "slow faults"
-  /usr/bin/python3 -m pytest -v --tb=short -p no:cacheprovider -m "not slow" tests/faults/scheduler_test.py --durations=0
   exec /usr/bin/python3 -m pytest -v --tb=short -p no:cacheprovider -m slow tests/faults --durations=0
 fi
 step "soak"

@@ -37,10 +37,14 @@ constexpr int kMaxNamedAttempts = 100'000;
 constexpr int kMaxNamedInputs = 10'000;
 // For callers without a deadline of their own.
 constexpr absl::Duration kLongestWait = absl::Minutes(5);
+constexpr absl::Duration kToTravel = absl::Seconds(1);  // so that why we give up arrives before the caller does
 constexpr absl::Duration kHelloWait = absl::Seconds(4);
 
+// Until when to wait for what an answer needs.
 absl::Time DeadlineOf(const grpc::ServerContext& context) {
-  return std::min(absl::FromChrono(context.deadline()), absl::Now() + kLongestWait);
+  const absl::Time now = absl::Now();
+  const absl::Time deadline = std::min(absl::FromChrono(context.deadline()), now + kLongestWait);
+  return deadline - std::min(kToTravel, std::max(deadline - now, absl::ZeroDuration()) / 10);
 }
 
 // Of this program's file; the gateway compares it with its own agent's. Read once: it does not change while we run.
@@ -145,6 +149,7 @@ grpc::Status AgentService::Hello(grpc::ServerContext* context, const v1::HelloRe
   if (scheduler.ok()) {
     response->set_slots(scheduler->slots);
     response->set_slots_in_use(scheduler->slots_in_use);
+    response->set_calls_per_minute(scheduler->calls_per_minute);
     if (scheduler->slurm) *response->mutable_slurm() = *scheduler->slurm;
   }
   response->set_spool_id(options_.spool_id);

@@ -40,6 +40,7 @@ constexpr size_t kMaxEnvBytes = size_t{64} << 10;
 constexpr int kMaxLabels = 64;
 constexpr int kMaxLabelCharacters = 63;
 constexpr int kMaxInputs = 10'000;
+constexpr size_t kMaxImageBytes = 1024;
 constexpr int64_t kMaxWallSeconds = int64_t{30} * 24 * 3600;
 // Beyond any machine there is: a typing error.
 constexpr int64_t kMaxNodes = 100'000;
@@ -104,6 +105,7 @@ class Checker {
 
     if (!spec.name().empty()) CheckName(spec.name());
     CheckSite(spec.site());
+    CheckImage(spec.image());
     CheckResources(spec.resources());
     switch (spec.kind_case()) {
       case v1::JobSpec::kTrain: CheckTrain(spec.train(), spec.resources()); break;
@@ -229,6 +231,11 @@ class Checker {
     if (!good) {
       Report("site", absl::StrCat(Quoted(site), " is no site's name; use letters, digits, '-', '_' and '.', or 'any'"));
     }
+  }
+
+  void CheckImage(const std::string& image) {
+    if (image.empty() || IsImageName(image)) return;
+    Report("image", absl::StrCat(Quoted(image), " is no name of a container image; ", kImageNameRule));
   }
 
   void CheckResources(const v1::Resources& resources) {
@@ -1132,6 +1139,12 @@ class Checker {
 }  // namespace
 
 absl::Status ValidateSpec(const v1::JobSpec& spec) { return Checker().Check(spec); }
+
+bool IsImageName(absl::string_view name) {
+  return !name.empty() && name.size() <= kMaxImageBytes && name[0] != '-' && std::all_of(name.begin(), name.end(), [](char c) {
+    return absl::ascii_isalnum(static_cast<unsigned char>(c)) || absl::StrContains("/._-:@+=", absl::string_view(&c, 1));
+  });
+}
 
 absl::StatusOr<std::pair<int64_t, int64_t>> ParseIndexRange(absl::string_view text) {
   const auto wrong = [&](absl::string_view why) {

@@ -122,6 +122,7 @@ absl::StatusOr<agent::v1::StartAttemptRequest> StartRequestOf(const v1::JobSpec&
   request.mutable_time()->set_seconds(seconds);
   request.mutable_time()->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(time)));
   *request.mutable_launch() = site.settings->launch;
+  ITWIN_ASSIGN_OR_RETURN(*request.mutable_launch()->mutable_container(), ContainerLine(site.name, *site.settings, spec.image()));
   for (const v1::InputFile& input : spec.inputs()) {
     agent::v1::StagedInput* staged = request.add_inputs();
     staged->set_path(input.path());

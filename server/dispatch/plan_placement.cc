@@ -22,6 +22,7 @@ std::string WhyNot(const PlacementRequest& request, const SiteOffer& offer) {
   } else if (const auto field = SlurmOnlyField(request.resources); field && (offer.known || !offer.settings.scheduler.empty())) {
     return absl::StrCat("site ", offer.name, " has no SLURM, so resources.", *field, " means nothing there; leave it out, or name a site with SLURM");
   }
+  if (const auto line = ContainerLine(offer.name, offer.settings, request.image); !line.ok()) return std::string(line.status().message());
   if (!offer.known) return "";
   if (offer.slots > 0 && request.ranks > offer.slots) {
     return absl::StrCat("it asks for ", request.ranks, " ranks (nodes × ranks_per_node), but site ", offer.name, " has ",

@@ -32,6 +32,7 @@ struct PlacementRequest {
   std::string bound_site;  // holds what it goes on from; "" for none
   int ranks = 1;
   bool train = false;
+  std::string image = {};  // JobSpec.image
   v1::Resources resources = {};
 };
 

@@ -8,7 +8,7 @@ SiteBoard::SiteBoard(const std::vector<std::string>& names) {
   for (const std::string& name : names) Add(name);
 }
 
-void SiteBoard::Add(const std::string& name) {
+void SiteBoard::Add(const std::string& name, const SiteSettings& settings) {
   absl::MutexLock lock(&mu_);
   for (const Entry& entry : entries_) {
     if (entry.offer.name == name) return;
@@ -18,6 +18,7 @@ void SiteBoard::Add(const std::string& name) {
   entry.site.set_state(v1::SITE_STATE_CONNECTING);
   entry.site.set_reason("not connected yet");
   entry.offer.name = name;
+  entry.offer.settings = settings;
 }
 
 void SiteBoard::Remove(absl::string_view name) {
@@ -46,6 +47,7 @@ std::string SiteBoard::WhyImpossible(const v1::JobSpec& spec) const {
   request.site = spec.site();
   request.ranks = std::max(1, spec.resources().nodes()) * std::max(1, spec.resources().ranks_per_node());
   request.train = spec.has_train();
+  request.image = spec.image();
   request.resources = spec.resources();
   return itwin::server::WhyImpossible(request, Offers());
 }

@@ -18,7 +18,7 @@ class SiteBoard : public SiteDirectory {
   explicit SiteBoard(const std::vector<std::string>& names = {});
 
   // The newest stands last. A name that is there is left as it is.
-  void Add(const std::string& name);
+  void Add(const std::string& name, const SiteSettings& settings = {});
   void Remove(absl::string_view name);
 
   std::vector<v1::Site> ListSites() const override;

@@ -386,6 +386,7 @@ void SiteDispatcher::OnConnected(absl::StatusOr<Greeting> greeting, std::shared_
   site_.set_slots(hello_.slots());
   site_.set_agent_version(hello_.agent_version());
   site_.set_host(hello_.host());
+  site_.set_calls_per_minute(hello_.calls_per_minute());
   site_.set_connected_us(absl::ToUnixMicros(now));
   site_.clear_partitions();
   for (const agent::v1::Partition& partition : hello_.slurm().partitions()) site_.add_partitions(partition.name());
@@ -412,6 +413,7 @@ void SiteDispatcher::Disconnect(const absl::Status& why) {
   site_.set_state(v1::SITE_STATE_UNREACHABLE);
   site_.set_reason(reason);
   site_.set_connected_us(0);
+  site_.set_calls_per_minute(0);  // nobody counts them for us now
   outage_since_ = now;
   connect_failures_ = now - connected_at_ >= kGoodConnection ? 0 : connect_failures_ + 1;
   next_connect_ = now + RetryDelay(connect_failures_, kFirstReconnect, options_.max_connect_backoff,
@@ -446,7 +448,9 @@ void SiteDispatcher::List() {
       const absl::StatusOr<Greeting> greeting = SayHello(client.get(), absl::Now() + options_.list_timeout);
       if (greeting.ok()) {
         Post([this, client, greeting] {
-          if (client == client_) clock_ahead_ = greeting->clock_ahead;
+          if (client != client_) return;
+          clock_ahead_ = greeting->clock_ahead;
+          site_.set_calls_per_minute(greeting->hello.calls_per_minute());
         });
       } else {
         all = greeting.status();
@@ -1077,6 +1081,7 @@ std::optional<PlacementRequest> SiteDispatcher::RequestOf(LiveJob* job) {
       return std::nullopt;
     }
     job->train = spec->has_train();
+    job->image = spec->image();
     job->retry = spec->retry();
     job->resources = spec->resources();
     job->spec_read = true;
@@ -1085,6 +1090,7 @@ std::optional<PlacementRequest> SiteDispatcher::RequestOf(LiveJob* job) {
   request.site = job->row.requested_site;
   request.ranks = job->row.ranks;
   request.train = job->train;
+  request.image = job->image;
   request.resources = job->resources;
   return request;
 }

@@ -184,6 +184,7 @@ class SiteDispatcher : public CommitListener {
     JobRow row;
     bool spec_read = false;
     bool train = false;
+    std::string image;
     v1::RetryPolicy retry;
     v1::Resources resources;
     bool attempts_read = false;

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 #include "common/spec/nearest_name.h"
 #include "common/status_macros.h"
@@ -12,6 +14,7 @@ namespace itwin::server {
 namespace {
 
 constexpr absl::Duration kDefaultTime = absl::Hours(1);
+constexpr char kImagePlace[] = "{image}";  // in a site file's `container`
 
 absl::Duration ToDuration(const google::protobuf::Duration& time) {
   return absl::Seconds(time.seconds()) + absl::Nanoseconds(time.nanos());
@@ -84,6 +87,24 @@ std::string TooMuch(const PartitionLimits& limits, const v1::Resources& resource
 }
 
 }  // namespace
+
+absl::StatusOr<std::string> ContainerLine(const std::string& site, const SiteSettings& settings, const std::string& image) {
+  const std::string& line = settings.launch.container();
+  if (!absl::StrContains(line, kImagePlace)) {
+    if (image.empty()) return line;
+    return absl::FailedPreconditionError(
+        line.empty() ? absl::StrCat("site ", site, " runs jobs in no container, so image '", image,
+                                    "' means nothing there; leave image out, or name a site with a container runtime")
+                     : absl::StrCat("site ", site, " runs every job in the container of its own site file, not in '", image,
+                                    "'; leave image out, or have its administrator write {image} into the `container` line"));
+  }
+  const std::string& chosen = image.empty() ? settings.image : image;
+  if (chosen.empty()) {
+    return absl::FailedPreconditionError(absl::StrCat("site ", site, " runs jobs in a container, and its site file has no default image; "
+                                                      "name one, such as image: docker://debian:12"));
+  }
+  return absl::StrReplaceAll(line, {{kImagePlace, chosen}});
+}
 
 std::optional<std::string> SlurmOnlyField(const v1::Resources& resources) {
   if (!resources.partition().empty()) return "partition";

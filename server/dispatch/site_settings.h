@@ -24,7 +24,8 @@ struct PartitionLimits {
 
 struct SiteSettings {
   std::string scheduler;  // "process", "slurm"; "": whatever the agent runs
-  agent::v1::LaunchSettings launch;
+  agent::v1::LaunchSettings launch;                       // `container` as it is written: {image} may stand in it
+  std::string image;                                      // for jobs that name none
   agent::v1::SlurmSettings slurm;                         // defaults of what a job may say, and gpu_request, options, signal_before
   absl::Duration default_time = absl::ZeroDuration();     // zero: one hour
   int64_t default_memory_mib = 0;                         // 0: the cluster's
@@ -44,6 +45,10 @@ struct SlurmPlan {
 };
 absl::StatusOr<SlurmPlan> PlanForSlurm(const std::string& site, const SiteSettings& settings,
                                        const agent::v1::SlurmFacts* facts, const v1::Resources& resources);
+
+// The site's `container` line with the job's image (JobSpec.image; "": the site's default) in the place of {image}.
+// kFailedPrecondition: the line has no place for it, or a place and nothing to put there; the message says what to do.
+absl::StatusOr<std::string> ContainerLine(const std::string& site, const SiteSettings& settings, const std::string& image);
 
 // Whether the job says something that only SLURM understands; its name, for a message.
 std::optional<std::string> SlurmOnlyField(const v1::Resources& resources);

@@ -14,6 +14,7 @@
 #include "absl/strings/str_join.h"
 #include "common/files.h"
 #include "common/spec/nearest_name.h"
+#include "common/spec/validate.h"
 #include "common/status_macros.h"
 
 namespace itwin::server {
@@ -188,6 +189,7 @@ StrictYaml::Take SiteKeys(StrictYaml* reader, SiteFile* out) {
                {"prologue", words_into(settings.launch.mutable_prologue())},
                {"modules", r.Words(&modules, "[OpenMPI/4.1.4]")},
                {"container", r.Text(settings.launch.mutable_container())},
+               {"image", r.Text(&settings.image)},
                {"env", env},
                {"gpu_request", r.Text(slurm.mutable_gpu_request())},
                {"signal_before", signal_before},
@@ -281,6 +283,11 @@ std::vector<std::string> SiteProblems(const SiteFile& site, const std::string& p
   for (const auto& [key, value] : {std::pair<const char*, std::string>{"launcher", site.settings.launch.launcher()}, {"container", site.settings.launch.container()},
                                    {"gpu_request", site.settings.slurm.gpu_request()}}) {
     if (HasControl(value) || value.size() > 4096) problem(key, "must be one line");
+  }
+  const std::string& image = site.settings.image;
+  if (!image.empty() && !IsImageName(image)) problem("image", absl::StrCat("'", image, "' is no name of a container image; ", kImageNameRule));
+  if (!image.empty() && !absl::StrContains(site.settings.launch.container(), "{image}")) {
+    problem("image", "has no place: `container` must say where it goes, such as: apptainer exec --nv {image}");
   }
   const std::string& gpu = site.settings.slurm.gpu_request();
   if (!gpu.empty() && (!absl::StartsWith(gpu, "--") || !absl::StrContains(gpu, "{gpus}"))) {

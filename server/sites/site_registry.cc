@@ -58,7 +58,7 @@ absl::StatusOr<std::unique_ptr<SiteRegistry::LiveSite>> SiteRegistry::Make(SiteF
   if (absl::StatusOr<std::string> paused = ReadFile(FileOf(site.name, ".paused"), kMaxPauseReasonBytes); paused.ok()) {
     site.paused = std::string(absl::StripAsciiWhitespace(*paused));
   }
-  dependencies_.board->Add(site.name);
+  dependencies_.board->Add(site.name, site.settings);
   live->dispatcher = std::make_unique<SiteDispatcher>(
       std::move(site), SiteDispatcher::Dependencies{
                            .store = dependencies_.store,

@@ -295,6 +295,16 @@ absl::Status SiteSurvey::AskAgent() {
   agent::v1::DiagnoseRequest request;
   request.set_run_jobs(options_.run_jobs);
   *request.mutable_launch() = options_.site.settings.launch;
+  const absl::StatusOr<std::string> container = ContainerLine(options_.site.name, options_.site.settings, "");
+  if (container.ok()) {
+    request.mutable_launch()->set_container(*container);
+  } else {
+    // Jobs that name an image run; there is none to try the worker in.
+    Tell("container", v1::SITE_CHECK_WARNING, std::string(container.status().message()),
+         "give `image` in the site file, so that jobs which name none run, and the worker can be tried");
+    request.mutable_launch()->clear_container();
+    request.set_run_jobs(false);
+  }
   if (hello_.scheduler() == "slurm") {
     const absl::StatusOr<SlurmPlan> plan =
         PlanForSlurm(options_.site.name, options_.site.settings, hello_.has_slurm() ? &hello_.slurm() : nullptr, v1::Resources());

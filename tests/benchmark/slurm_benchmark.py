@@ -16,7 +16,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "e2e"))
 from figures import figure  # noqa: E402
-from slurm_site import MISSING, NEEDS, Agent, Cluster, wait_for  # noqa: E402
+from slurm_site import Agent, Cluster, missing, wait_for  # noqa: E402
 
 LOOP = """
 import subprocess, sys, time
@@ -33,7 +33,7 @@ COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo", "sacct", "srun")
 class Bench:
     def __init__(self, cluster, count):
         self.cluster, self.count = cluster, count
-        self.counts = cluster.home / "counts"
+        self.counts = cluster.home() / "counts"
         cluster.run("login", "mkdir", "-p", self.counts)
         for name in COMMANDS:
             path = self.counts / ("bin-" + name)
@@ -142,8 +142,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=60, help="how long calls and CPU are watched (default %(default)s)")
     parser.add_argument("what", nargs="*", help="dispatch, calls, latency (default: all)")
     arguments = parser.parse_args()
-    if MISSING:
-        print("slurm: left out, " + NEEDS)
+    if missing():
+        print("slurm: left out, " + missing())
         return
     wanted = set(arguments.what or ("dispatch", "calls", "latency"))
     cluster = Cluster("--min-job-age", "300", "--nodes", "3").up()

@@ -16,6 +16,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "server/tunnel/tunnel.h"
+#include "tests/testing/socket_io.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/temp_directory.h"
 #include "tests/testing/wait.h"
@@ -24,6 +25,16 @@
 // tunnel whose far side is a shell command:
 //   INSTANTIATE_TEST_SUITE_P(Process, TunnelContract, ::testing::Values(TunnelHarness{"process", MakeIt}));
 namespace itwin::server {
+
+using ::itwin::testing::Receive;
+using ::itwin::testing::Send;
+using ::itwin::testing::Soon;
+
+inline size_t CountEntries(const char* directory) {
+  size_t count = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(directory)) count += entry.exists() ? 1 : 0;
+  return count;
+}
 
 struct TunnelHarness {
   const char* name;
@@ -40,45 +51,6 @@ class TunnelContract : public ::testing::TestWithParam<TunnelHarness> {
     EXPECT_OK(stream);
     return stream.ok() ? std::move(*stream) : nullptr;
   }
-  static absl::Time Soon() { return absl::Now() + absl::Seconds(20); }
-
-  // Waits for the socket; false at the deadline.
-  static bool Ready(int fd, short events) {
-    pollfd entry{fd, events, 0};
-    return poll(&entry, 1, 20'000) == 1;
-  }
-  static bool Send(int fd, absl::string_view bytes) {
-    while (!bytes.empty()) {
-      if (!Ready(fd, POLLOUT)) return false;
-      const ssize_t sent = send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL);
-      if (sent < 0 && errno != EAGAIN) return false;
-      if (sent > 0) bytes.remove_prefix(static_cast<size_t>(sent));
-    }
-    return true;
-  }
-  // Up to `count` bytes; fewer at the end of the stream.
-  static std::string Receive(int fd, size_t count) {
-    std::string out;
-    std::vector<char> buffer(1 << 16);
-    while (out.size() < count && Ready(fd, POLLIN)) {
-      const ssize_t got = recv(fd, buffer.data(), std::min(buffer.size(), count - out.size()), 0);
-      if (got < 0 && errno == EAGAIN) continue;
-      if (got <= 0) break;
-      out.append(buffer.data(), static_cast<size_t>(got));
-    }
-    return out;
-  }
-  static size_t OpenDescriptors() {
-    size_t count = 0;
-    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) count += entry.exists() ? 1 : 0;
-    return count;
-  }
-  static size_t Threads() {
-    size_t count = 0;
-    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/task")) count += entry.exists() ? 1 : 0;
-    return count;
-  }
-
   std::unique_ptr<Tunnel> tunnel_;
 };
 
@@ -187,11 +159,11 @@ TEST_P(TunnelContract, ManyReopensLeakNothing) {
     ASSERT_EQ(Receive(socket.get(), 1), "x");
   };
   once();  // whatever is made once is made now
-  const size_t descriptors = OpenDescriptors();
-  const size_t threads = Threads();
+  const size_t descriptors = CountEntries("/proc/self/fd");
+  const size_t threads = CountEntries("/proc/self/task");
   for (int i = 0; i < 50; ++i) once();
-  EXPECT_EQ(OpenDescriptors(), descriptors);
-  EXPECT_LE(Threads(), threads);
+  EXPECT_EQ(CountEntries("/proc/self/fd"), descriptors);
+  EXPECT_LE(CountEntries("/proc/self/task"), threads);
 }
 
 }  // namespace itwin::server

@@ -57,6 +57,8 @@ def processes(*words):
 class World:
     """One gateway, its site `local`, and what a test does to them."""
 
+    programs = BIN  # where the gateway is; it brings the agent beside it to its sites
+
     def __init__(self, slots=4, arguments=()):
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="itwin-e2e-"))
         self.data = self.directory / "data"
@@ -73,7 +75,7 @@ class World:
             endpoint.unlink()
         log = open(self.directory / "gateway.log", "ab")
         self.process = subprocess.Popen(
-            [BIN / "itwin-gateway", "serve", "--data", self.data, "--listen", "127.0.0.1:0", *self.arguments],
+            [self.programs / "itwin-gateway", "serve", "--data", self.data, "--listen", "127.0.0.1:0", *self.arguments],
             stdout=log, stderr=log)
         log.close()
 

@@ -8,50 +8,25 @@ import os
 import pathlib
 import shutil
 import subprocess
-import tempfile
 
 import pytest
 
 import harness
-from harness import BIN, SOURCE, wait_for
+import testcluster
+from harness import BIN, wait_for
 from itwin.v1 import jobs_pb2
 
-TOOL = SOURCE / "deploy" / "testcluster"
 OK, UNSUCCESSFUL, USAGE, NOT_FOUND, NOT_ALLOWED, UNREACHABLE, OTHER = range(7)
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not all(map(os.path.exists, ("/usr/sbin/slurmctld", "/usr/sbin/munged", "/usr/sbin/sshd"))),
-    reason="needs root and deploy/install-packages.sh cluster")
+pytestmark = pytest.mark.skipif(bool(testcluster.missing()), reason=testcluster.missing())
 
 
-class Cluster:
-    def __init__(self, *options):
-        self.base = pathlib.Path(tempfile.mkdtemp(prefix="itwin-tc-site-", dir="/var/tmp"))
-        os.chmod(self.base, 0o755)
-        self.directory = self.base / "c"
-        self.options = options
-
-    def tool(self, command, *words):
-        result = subprocess.run([TOOL, command, "--dir", self.directory, *words], capture_output=True, text=True, timeout=300,
-                                check=False)
-        assert result.returncode == 0, f"{command} {words}: {result.stdout}{result.stderr}"
-        return result.stdout
-
-    def up(self):
-        self.status = json.loads(self.tool("up", "--json", *self.options))
-        return self
-
-    def close(self):
-        try:
-            self.tool("down")
-        finally:
-            shutil.rmtree(self.base, ignore_errors=True)
-
+class Cluster(testcluster.Cluster):
     def ssh(self, login="login"):
         return self.status["nodes"][login]["ssh"]
 
     def run(self, command, login="login"):
-        return self.tool("exec", login, "--", "bash", "-c", command)
+        return self.tool("exec", login, "--", "bash", "-c", command).stdout
 
     def site_file(self, path, name, login="login", site="alpha", key="ada", pinned=False, more=""):
         ssh = self.ssh(login)
@@ -153,6 +128,7 @@ def test_the_site_is_added_and_examined(cluster, gateway, files):
     assert {"scheduler", "partitions", "mpi", "worker", "scratch"} <= set(steps), said
     site = gateway.wait_site("alpha")
     assert site["scheduler"] == "slurm" and "main" in site["partitions"] and site["host"] == "login"
+    assert site["calls_per_minute"] > 0
     # The accepted key is part of what is kept; the release lies there whole, with its link.
     assert cluster.ssh()["fingerprint"] in (gateway.data / "sites" / "alpha.yaml").read_text()
     releases = pathlib.Path(cluster.status["sites"]["alpha"]["shared"]) / "ada" / "alpha" / "releases"
@@ -284,6 +260,75 @@ def test_a_worker_bundle_is_unpacked_there(cluster, gateway, files):
     assert (releases / "current" / "itwin-worker").resolve() == (releases / f"worker-{digest[:8]}" / "itwin-worker").resolve()
     assert sorted(os.listdir(releases / f"worker-{digest[:8]}")) == ["itwin-worker"]
     gateway.itwin("site", "remove", "bundled")
+
+
+# Prints points until the file GATE is there, so that there is something to lose or to double at every moment.
+PROGRAM = """
+step=0
+emit() { step=$((step+1)); printf '{"step":%d,"metrics":{"loss":0.%04d}}\\n' $step $step >>"$ITWIN_METRICS"; }
+readlink /proc/$PPID/exe
+exec {never}<> <(:)
+until [ -e GATE ]; do emit; read -rt 0.05 -u $never || :; done
+emit
+"""
+
+
+def daemon_of(root):
+    """The hash of the agent that serves the site now."""
+    for pid in harness.processes("itwin-agent", "serve", str(root)):
+        return hashlib.sha256(pathlib.Path(f"/proc/{pid}/exe").read_bytes()).hexdigest()
+    return None
+
+
+def test_a_newer_gateway_renews_the_agent_under_a_running_job(cluster, files):
+    """The gateway is updated: over SSH it brings its own agent beside the one that is there; the job that runs does not notice."""
+    old = files / "old-programs"
+    old.mkdir()
+    shutil.copy(BIN / "itwin-gateway", old)
+    (old / "itwin-worker").symlink_to(BIN / "itwin-worker")
+    (old / "itwin-agent").write_bytes((BIN / "itwin-agent").read_bytes() + b"another build")
+    (old / "itwin-agent").chmod(0o755)
+    hashes = {path: hashlib.sha256((path / "itwin-agent").read_bytes()).hexdigest() for path in (old, BIN)}
+    one = Gateway(arguments=["--no-local"])
+    try:
+        one.programs = old
+        one.start()
+        one.itwin("site", "add", cluster.site_file(files / "renewed.yaml", "renewed", pinned=True), "--without-jobs")
+        one.wait_site("renewed")
+        one.site_root = root = pathlib.Path(gateway_root(one, "renewed"))
+        releases = root / "releases"
+        first = os.readlink(releases / "current")
+        assert daemon_of(root) == hashes[old]
+        gate = root.parent / "renewed-gate"
+        spec = one.shell(PROGRAM.replace("GATE", str(gate)))
+        spec.site = "renewed"
+        job = one.submit(spec)
+        wait_for("points", lambda: len(one.points(job)[1]) >= 10)
+
+        one.stop_gateway()
+        one.programs = BIN
+        one.start()
+        wait_for("the gateway's own agent to serve", lambda: daemon_of(root) == hashes[BIN], 120, interval=0.1)
+        one.wait_site("renewed")
+        second = os.readlink(releases / "current")
+        assert second != first and (releases / first / "itwin-agent").exists(), "the release of what runs is kept"
+        assert hashlib.sha256((releases / second / "itwin-agent").read_bytes()).hexdigest() == hashes[BIN]
+        assert "its agent goes from" in one.gateway_log() and "not renewed" not in one.gateway_log()
+        before = len(one.points(job)[1])
+        wait_for("points that the new agent brings", lambda: len(one.points(job)[1]) > before + 10)
+        assert one.state(job) == "RUNNING"
+        gate.touch()
+        end = one.wait_final(job)
+        assert end.state == jobs_pb2.JOB_STATE_SUCCEEDED and end.attempt == 1, end.reason
+        one.check_exactly_once(job)
+        assert f"/releases/{first}/itwin-agent" in one.log(job), "it was started from the old release"
+        next_job = one.run_at("renewed", "readlink /proc/$PPID/exe")
+        assert f"/releases/{second}/itwin-agent" in one.log(next_job.id)
+    except BaseException:
+        print("gateway log:\n", one.gateway_log()[-6000:])
+        raise
+    finally:
+        one.close()
 
 
 def test_the_sites_are_there_after_a_restart(gateway):

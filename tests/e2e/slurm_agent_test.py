@@ -15,9 +15,9 @@ import grpc
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from slurm_site import BIN, MISSING, NEEDS, Agent, Cluster, wait_for  # noqa: E402
+from slurm_site import BIN, Agent, Cluster, missing, wait_for  # noqa: E402
 
-pytestmark = pytest.mark.skipif(MISSING, reason=NEEDS)
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 WAITS = "exec tail -f /dev/null"
 # sbatch and squeue as the agent finds them first: each does what the file of its name in $ITWIN_FAULTS says, once.
@@ -53,7 +53,7 @@ class Site:
 
     def open(self):
         self.cluster.up()
-        self.faults = self.cluster.home / "faults"
+        self.faults = self.cluster.home() / "faults"
         self.cluster.run("login", "mkdir", "-p", self.faults)
         for name in ("sbatch", "squeue"):
             path = self.faults / name
@@ -141,7 +141,7 @@ def refused(call, *arguments):
 
 
 def jobs_of(site, key):
-    return site.cluster.queue().get("itwin-" + key, [])
+    return [(row[0], row[2]) for row in site.cluster.queue() if row[1] == "itwin-" + key]
 
 
 def test_hello_knows_the_cluster(agent):
@@ -252,7 +252,7 @@ def test_a_requeue_does_not_start_it_twice(site, agent):
     status = agent.ends(request.attempt)
     assert agent.cause(status) == "PREEMPTED" and status.starts == 1, status
     assert (agent.directory(request.attempt) / "outputs" / "runs").read_text() == "x\n"
-    wait_for("its second life to be taken out", lambda: all(s in ("CANCELLED", "COMPLETED") for _, s, _ in jobs_of(site, request.attempt)))
+    wait_for("its second life to be taken out", lambda: all(s in ("CANCELLED", "COMPLETED") for _, s in jobs_of(site, request.attempt)))
 
 
 def test_the_answer_of_sbatch_is_lost(site, agent):
@@ -289,7 +289,7 @@ def test_a_frozen_controller_holds_up_nobody(site, agent):
         starting.result()
     status = agent.ends(waits.attempt)
     assert status.starts == 1 and agent.cause(agent.ends(runs.attempt)) == "CANCELLED"
-    jobs = wait_for("SLURM to say so", lambda: (j := jobs_of(site, waits.attempt)) and all(s == "COMPLETED" for _, s, _ in j) and j)
+    jobs = wait_for("SLURM to say so", lambda: (j := jobs_of(site, waits.attempt)) and all(s == "COMPLETED" for _, s in j) and j)
     assert len(jobs) == 1
 
 
@@ -307,7 +307,7 @@ def test_a_controller_killed_before_its_state_was_safe(site, agent):
     assert (agent.directory(request.attempt) / "outputs" / "runs").read_text() == "x\n"
     if other == lost:
         assert status.scheduler_id != lost
-    assert [state for number, state, _ in site.cluster.queue()["strange"] if number == other] == ["RUNNING"], "not ours: not touched"
+    assert [row[2] for row in site.cluster.queue() if row[1] == "strange" and row[0] == other] == ["RUNNING"], "not ours: not touched"
     site.cluster.admin("scancel", other)
 
 
@@ -392,7 +392,7 @@ def test_doctor(site, agent):
 def test_the_scheduler_contract(site):
     """tests/contract/scheduler_contract.h against SlurmScheduler, as ada on the login node, and with sbatch losing its answers."""
     binary = pathlib.Path(os.environ.get("ITWIN_BUILD", BIN.parent)) / "tests" / "agent_scheduler_slurm_slurm_scheduler_test"
-    root = site.cluster.home / "contract"
+    root = site.cluster.home() / "contract"
     site.cluster.run("login", "mkdir", "-p", root)
     result = site.cluster.run("login", "env", f"ITWIN_BIN={site.cluster.bin}", f"ITWIN_TEST_SLURM_ROOT={root}", binary, "--gtest_brief=1",
                               check=False, seconds=170)

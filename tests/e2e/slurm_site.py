@@ -13,13 +13,10 @@ import threading
 import time
 
 import grpc
+import testcluster
+from testcluster import ROOT, TOOL, missing  # noqa: F401
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-TOOL = ROOT / "deploy" / "testcluster"
 BIN = pathlib.Path(os.environ.get("ITWIN_BIN", ROOT / "build" / "bin"))
-
-NEEDS = "needs root and deploy/install-packages.sh cluster"
-MISSING = os.geteuid() != 0 or not all(map(os.path.exists, ("/usr/sbin/slurmctld", "/usr/sbin/munged", "/usr/sbin/sshd")))
 
 
 def wait_for(what, predicate, seconds=40, interval=0.05):
@@ -33,24 +30,11 @@ def wait_for(what, predicate, seconds=40, interval=0.05):
         time.sleep(interval)
 
 
-class Cluster:
-    def __init__(self, *options, directory=None):
-        self.base = pathlib.Path(directory or tempfile.mkdtemp(prefix="itwin-tc-", dir="/var/tmp"))
-        self.base.mkdir(exist_ok=True)
-        os.chmod(self.base, 0o755)
-        self.directory = self.base / "c"
-        self.options = options
-        self.status = None
-
-    def tool(self, command, *words, check=True, seconds=120):
-        result = subprocess.run([TOOL, command, "--dir", self.directory, *words], capture_output=True, text=True,
-                                timeout=seconds, check=False)
-        assert not check or result.returncode == 0, f"{command} {words}: {result.stdout}{result.stderr}"
-        return result
+class Cluster(testcluster.Cluster):
+    """With what was built where every node and user can read it."""
 
     def up(self):
-        self.status = json.loads(self.tool("up", "--json", *self.options, seconds=300).stdout)
-        # Where the nodes see what was built: a copy that every node and user can read.
+        super().up()
         self.bin = self.directory / "bin"
         self.bin.mkdir()
         for name in ("itwin-agent", "itwin-worker"):
@@ -60,12 +44,6 @@ class Cluster:
         os.chmod(self.bin, 0o755)
         return self
 
-    def close(self):
-        try:
-            self.tool("down")
-        finally:
-            shutil.rmtree(self.base, ignore_errors=True)
-
     def exec_argv(self, node, *words, user="ada"):
         return [str(TOOL), "exec", "--dir", str(self.directory), node, "--user", user, "--", *map(str, words)]
 
@@ -74,24 +52,6 @@ class Cluster:
                                 stdin=subprocess.DEVNULL, **keywords)
         assert not check or result.returncode == 0, f"{words}: {result.stdout}{result.stderr}"
         return result.stdout if check else result
-
-    def admin(self, *words):
-        """An administrator's command, on this machine."""
-        environment = {**os.environ, **self.status["sites"]["alpha"]["environment"]}
-        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=60)
-
-    @property
-    def home(self):
-        return pathlib.Path(self.status["sites"]["alpha"]["homes"]["ada"])
-
-    def queue(self):
-        """Name -> [(id, state, reason)] of all jobs SLURM shows."""
-        out = {}
-        text = self.admin("squeue", "-h", "-a", "-t", "all", "-o", "%j\x1f%i\x1f%T\x1f%r").stdout
-        for line in text.splitlines():
-            name, number, state, reason = line.split("\x1f")
-            out.setdefault(name, []).append((number, state, reason))
-        return out
 
 
 def agent_messages(directory):
@@ -120,7 +80,7 @@ class Agent:
 
     def __init__(self, cluster, node="login", root=None, flags=(), environment=()):
         self.cluster, self.node = cluster, node
-        self.root = pathlib.Path(root or cluster.home / ("site-" + secrets.token_hex(4)))
+        self.root = pathlib.Path(root or cluster.home() / ("site-" + secrets.token_hex(4)))
         self.pb = agent_messages(cluster.directory)
         self.flags = ["--scheduler", "slurm", "--worker", str(cluster.bin / "itwin-worker"), *flags]
         self.environment = list(environment)

@@ -4,7 +4,6 @@ Needs root and the packages of `deploy/install-packages.sh cluster`. Nothing her
 a deadline. Runs alone: /usr/bin/python3 -m pytest --noconftest tests/e2e/testcluster_test.py
 """
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
@@ -18,9 +17,10 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-TOOL = ROOT / "deploy" / "testcluster"
-SYSTEM_FILES = ("/etc/passwd", "/etc/group", "/etc/shadow", "/etc/hosts", "/etc/munge/munge.key", "/etc/ssh/sshd_config")
+import testcluster
+from testcluster import TOOL
+from traces import Traces, wait_for
+
 PROGRAM = """
 #include <mpi.h>
 #include <stdio.h>
@@ -38,94 +38,10 @@ int main(int argc, char** argv) {
 }
 """
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not all(map(os.path.exists, ("/usr/sbin/slurmctld", "/usr/sbin/munged", "/usr/sbin/sshd"))),
-    reason="needs root and deploy/install-packages.sh cluster")
+pytestmark = pytest.mark.skipif(bool(testcluster.missing()), reason=testcluster.missing())
 
 
-def wait_for(what, predicate, seconds=30, interval=0.02):
-    deadline = time.monotonic() + seconds
-    while True:
-        value = predicate()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(interval)
-
-
-def file_hashes():
-    return {path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-            for path in SYSTEM_FILES if os.path.exists(path)}
-
-
-def namespaces():
-    """Every network, mount and process namespace in which a process lives (a dead one not yet reaped does not)."""
-    found = set()
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                names = {os.readlink(f"/proc/{entry}/ns/{kind}") for kind in ("net", "mnt", "pid")}
-                if pathlib.Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX":
-                    found |= names
-    return found
-
-
-def links():
-    return {entry["ifname"] for entry in json.loads(subprocess.check_output(["ip", "-json", "link"]))}
-
-
-def processes_about(directory):
-    """Live processes that mention the directory in their command line or environment, this one left out."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid():
-            with contextlib.suppress(OSError):
-                text = pathlib.Path(f"/proc/{entry}/cmdline").read_bytes() + pathlib.Path(f"/proc/{entry}/environ").read_bytes()
-                state = pathlib.Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[0]
-                if str(directory).encode() in text and state != "Z":
-                    found.append((int(entry), text[:200]))
-    return found
-
-
-class Traces:
-    """What a machine looks like; to be compared after a cluster has gone."""
-
-    def __init__(self):
-        self.namespaces, self.links, self.files = namespaces(), links(), file_hashes()
-
-    def assert_nothing_left(self, directory):
-        wait_for("the processes to end", lambda: not processes_about(directory), 5)
-        wait_for("the links to go", lambda: links() <= self.links, 5)
-        assert not namespaces() - self.namespaces
-        assert str(directory) not in pathlib.Path("/proc/self/mountinfo").read_text()
-        assert not os.path.exists(directory)
-        assert file_hashes() == self.files
-
-
-class Cluster:
-    def __init__(self, *options):
-        self.base = pathlib.Path(tempfile.mkdtemp(prefix="itwin-tc-", dir="/var/tmp"))
-        os.chmod(self.base, 0o755)
-        self.directory = self.base / "c"
-        self.options = options
-        self.status = None
-
-    def tool(self, command, *words, check=True, seconds=120, **keywords):
-        result = subprocess.run([TOOL, command, "--dir", self.directory, *words], capture_output=True, text=True,
-                                timeout=seconds, check=False, **keywords)
-        assert not check or result.returncode == 0, f"{command} {words}: {result.stdout}{result.stderr}"
-        return result
-
-    def up(self):
-        self.status = json.loads(self.tool("up", "--json", *self.options, seconds=300).stdout)
-        return self
-
-    def close(self):
-        try:
-            self.tool("down")
-        finally:
-            shutil.rmtree(self.base, ignore_errors=True)
-
+class Cluster(testcluster.Cluster):
     def ssh_argv(self, alias, command):
         return ["ssh", "-F", self.status["ssh_config"], "-o", "ConnectTimeout=15", alias, command]
 
@@ -143,21 +59,12 @@ class Cluster:
                                "StrictHostKeyChecking=yes", f"ada@{host}", command], capture_output=True, text=True,
                               check=False, stdin=subprocess.DEVNULL)
 
-    def wan(self, *words):
-        return json.loads(self.tool("wan", *words).stdout)
-
     def wan_address(self, node="login"):
         ssh = self.status["nodes"][node]["ssh"]
         return ssh["wan_host"], ssh["wan_port"]
 
-    def home(self, user="ada", site="alpha"):
-        return pathlib.Path(self.status["sites"][site]["homes"][user])
-
     def states(self, site="alpha"):
-        environment = {**os.environ, **self.status["sites"][site]["environment"]}
-        output = subprocess.run(["squeue", "-h", "-a", "-t", "all", "-O", "JobID:|,Name:|,State:|"], env=environment,
-                                capture_output=True, text=True, check=False).stdout
-        return {line.split("|")[1].strip(): line.split("|")[2].strip() for line in output.splitlines()}
+        return {row[1]: row[2] for row in self.queue(site)}
 
 
 @pytest.fixture(scope="module")

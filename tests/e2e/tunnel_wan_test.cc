@@ -16,6 +16,7 @@
 #include "common/subprocess.h"
 #include "server/tunnel/ssh_command.h"
 #include "server/tunnel/ssh_tunnel.h"
+#include "tests/testing/socket_io.h"
 #include "tests/testing/sshd.h"
 #include "tests/testing/status_matchers.h"
 
@@ -23,11 +24,13 @@ namespace itwin::server {
 namespace {
 
 using ::itwin::testing::MustRun;
+using ::itwin::testing::Ready;
+using ::itwin::testing::Receive;
+using ::itwin::testing::Send;
+using ::itwin::testing::Soon;
 using ::itwin::testing::StatusIs;
 using ::itwin::testing::WaitUntil;
 using ::testing::HasSubstr;
-
-absl::Time Soon() { return absl::Now() + absl::Seconds(60); }
 
 class Cluster {
  public:
@@ -90,10 +93,6 @@ class TunnelWan : public ::testing::Test {
     if (cluster_ != nullptr) cluster_->Link({"restore"});
   }
 
-  static bool Ready(int fd, short events, int timeout_ms = 60'000) {
-    pollfd entry{fd, events, 0};
-    return poll(&entry, 1, timeout_ms) == 1;
-  }
   // Seconds for one byte there and back.
   static double RoundTrip(int fd) {
     const absl::Time start = absl::Now();
@@ -105,21 +104,8 @@ class TunnelWan : public ::testing::Test {
   }
   // Sends and reads back; the hash of what came.
   static std::string ThroughCat(int fd, const std::string& bytes) {
-    std::thread writer([&] {
-      absl::string_view left = bytes;
-      while (!left.empty() && Ready(fd, POLLOUT)) {
-        const ssize_t sent = send(fd, left.data(), left.size(), MSG_NOSIGNAL);
-        if (sent > 0) left.remove_prefix(static_cast<size_t>(sent));
-        if (sent < 0 && errno != EAGAIN) break;
-      }
-    });
-    std::string back;
-    std::vector<char> buffer(1 << 16);
-    while (back.size() < bytes.size() && Ready(fd, POLLIN)) {
-      const ssize_t got = recv(fd, buffer.data(), buffer.size(), 0);
-      if (got > 0) back.append(buffer.data(), static_cast<size_t>(got));
-      if (got == 0) break;
-    }
+    std::thread writer([&] { Send(fd, bytes); });
+    const std::string back = Receive(fd, bytes.size());
     writer.join();
     return Sha256Hex(back);
   }

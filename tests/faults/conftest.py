@@ -1,5 +1,6 @@
 import os
 import pathlib
+import signal
 import sys
 
 import pytest
@@ -30,26 +31,61 @@ def cluster(request):
         one.close()
 
 
+class Shared:
+    """The gateway for the tests of a module that leave it alive; another one once a test has left it so that it cannot rest."""
+
+    def __init__(self, cluster, options):
+        self.cluster, self.options = cluster, options
+        self.open()
+
+    def open(self):
+        self.world = worlds.World(self.cluster, **self.options)
+        self.world.start().ready_site()
+
+    def renew(self):
+        self.world.close()
+        self.cluster.end_jobs()
+        self.open()
+
+
 @pytest.fixture(scope="module")
 def shared(request, cluster):
-    """One gateway for the tests of a module that leave it alive."""
-    options = getattr(request.module, "WORLD", {})
-    one = worlds.World(cluster, **options).start().ready_site()
+    one = Shared(cluster, getattr(request.module, "WORLD", {}))
     yield one
-    one.close()
+    one.world.close()
+
+
+def failed(request):
+    report = getattr(request.node, "rep_call", None)
+    return report is not None and report.failed
+
+
+def put_to_rest(request, cluster, one):
+    """Whatever the test did: nothing is broken, nothing runs. One red case must not make the next ones wait for its jobs."""
+    cluster.heal()
+    one.signal_all(one.agents(), signal.SIGCONT)
+    if one.process.poll() is not None:
+        one.start()
+    one.ready_site()
+    one.end_jobs()
+    cluster.end_jobs(keep=one.user)
+    left = cluster.wait_idle(20)
+    cluster.end_jobs()
+    assert failed(request) or not left, f"SLURM still has jobs whose attempts are over: {left}"
 
 
 @pytest.fixture
 def w(shared, cluster, request):
-    """The shared world, healed afterwards whatever the test did."""
-    yield shared
-    report = getattr(request.node, "rep_call", None)
-    if report is not None and report.failed:
-        show(shared)
-    cluster.heal()
-    if shared.process.poll() is not None:
-        shared.start()
-    shared.ready_site()
+    """The shared world, put to rest afterwards."""
+    yield shared.world
+    if failed(request):
+        show(shared.world)
+    try:
+        put_to_rest(request, cluster, shared.world)
+    except Exception:
+        shared.renew()
+        if not failed(request):
+            raise
 
 
 @pytest.fixture
@@ -63,11 +99,12 @@ def world(cluster, request):
 
     yield make
     for one in made:
-        report = getattr(request.node, "rep_call", None)
-        if report is not None and report.failed:
+        if failed(request):
             show(one)
         one.close()
     cluster.heal()
+    cluster.end_jobs()
+    cluster.wait_idle(60)
 
 
 def show(one):

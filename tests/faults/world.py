@@ -152,6 +152,16 @@ class World(harness.World):
     def kinds(self, job):
         return [e.kind for e in self.events(job)]
 
+    def end_jobs(self, seconds=60):
+        """Cancels what has not ended, and waits for the ends."""
+        def live():
+            return self.jobs.ListJobs(jobs_pb2.ListJobsRequest(live_only=True, page_size=1000), timeout=30).jobs
+
+        for job in live():
+            with contextlib.suppress(harness.grpc.RpcError):  # it may have ended meanwhile
+                self.jobs.CancelJob(jobs_pb2.CancelJobRequest(job=job.id, reason="the test is over"), timeout=30)
+        wait_for("the jobs of the test to end", lambda: not live(), seconds, interval=0.1)
+
     # -- the one check ----------------------------------------------------------------------------------------
     def check_everything(self, job, state="SUCCEEDED", attempts=1, words=(), output=True):
         """What must hold after any fault: the right end, one start per attempt, evidence, every point once, and a

@@ -80,9 +80,9 @@ def test_what_cannot_train_is_never_sent(fake, gw):
 
 def test_builtin_model_and_keywords_alone(fake, gw):
     gw.submit(model="mlp", data={"synthetic": {"samples": 64, "input_shape": [3], "target_shape": [2]}}, optimizer="sgd", epochs=2,
-              time=datetime.timedelta(minutes=5))
+              image="/p/torch.sif", time=datetime.timedelta(minutes=5))
     spec = submitted(fake)
-    assert spec.train.model.builtin == "mlp" and spec.train.data.synthetic.samples == 64
+    assert spec.train.model.builtin == "mlp" and spec.train.data.synthetic.samples == 64 and spec.image == "/p/torch.sif"
     assert spec.train.optimizer.HasField("sgd") and spec.resources.time.seconds == 300 and not spec.inputs
 
 
@@ -136,10 +136,11 @@ def test_a_command_with_files(fake, gw, tmp_path):
     script = tmp_path / "train.sh"
     script.write_text("#!/bin/sh\n")
     script.chmod(0o755)
-    gw.command(["./train.sh", "--epochs", 5], files=[script], mpi=True, ranks=4, nodes=2, env={"A": "b"},
+    gw.command(["./train.sh", "--epochs", 5], files=[script], mpi=True, ranks=4, nodes=2, env={"A": "b"}, image="docker://a/b:1",
                inputs={"cfg/a.json": __file__})
     spec = submitted(fake)
     assert list(spec.command.argv) == ["./train.sh", "--epochs", "5"] and list(spec.command.files) == ["train.sh"]
+    assert spec.image == "docker://a/b:1"
     assert spec.command.mpi and (spec.resources.nodes, spec.resources.ranks_per_node) == (2, 2)
     assert {entry.path: entry.executable for entry in spec.inputs} == {"train.sh": True, "cfg/a.json": False}
 

@@ -18,4 +18,7 @@ inline bool WaitUntil(const std::function<bool()>& predicate, absl::Duration lim
   return true;
 }
 
+// A deadline that nothing meets unless it is broken.
+inline absl::Time Soon() { return absl::Now() + absl::Minutes(2); }
+
 }  // namespace itwin::testing

@@ -113,64 +113,39 @@ Judgement JobTrack::Present(const SlurmJobRow& row, const SpoolView& spool, absl
   if (spool.lease && row.restarts > spool.lease_restart) return Requeued(row, spool, now);
   if (IsTerminal(row.state)) return Ended(row, spool, now);
   ended_since_ = absl::InfiniteFuture();
+  if (row.state == SlurmState::kPending) return Waiting(row, spool, now);
   Judgement out;
-  switch (row.state) {
-    case SlurmState::kPending: {
-      PendingReason why = ExplainPending(row.reason);
-      if (row.restarts > 0) why.words = absl::StrCat("put back into the queue by SLURM; ", why.words);
-      if (why.kind != ReasonKind::kPermanent) {
-        permanent_since_ = absl::InfiniteFuture();
-        out.report = ReportOf(why.kind == ReasonKind::kHeld ? SchedulerState::kHeld : SchedulerState::kPending, row, why.words);
-        break;
-      }
-      permanent_since_ = std::min(permanent_since_, now);
-      if (now - permanent_since_ < rules_.between || spool.lease) {
-        out.report = ReportOf(SchedulerState::kPending, row, why.words);
-        break;
-      }
-      out.report = ReportOf(SchedulerState::kEnded, row, absl::StrCat("SLURM would never start it: ", why.words));
-      out.report.cause = v1::END_CAUSE_LAUNCH_FAILED;
-      out.fence = out.cancel = true;
-      break;
-    }
-    case SlurmState::kHeld:
-      out.report = ReportOf(SchedulerState::kHeld, row, absl::StrCat("held by SLURM until somebody releases it (", row.word, ", ",
-                                                                     row.reason, ")"));
-      break;
-    case SlurmState::kConfiguring:
-      out.report = ReportOf(SchedulerState::kRunning, row, absl::StrCat("its nodes are being started (", row.word, ")"));
-      break;
-    case SlurmState::kRunning:
-      out.report = ReportOf(SchedulerState::kRunning, row, "");
-      break;
-    case SlurmState::kSuspended:
-      out.report = ReportOf(SchedulerState::kSuspended, row, absl::StrCat("suspended by SLURM (", row.word, ")"));
-      break;
-    case SlurmState::kCompleting:
-      out.report = ReportOf(SchedulerState::kRunning, row, absl::StrCat("is being ended (", row.word, ")"));
-      break;
-    case SlurmState::kRevoked:
-      out.report = ReportOf(SchedulerState::kUnknown, row, "a sibling cluster runs it (REVOKED)");
-      break;
-    case SlurmState::kCompleted:
-    case SlurmState::kCancelled:
-    case SlurmState::kFailed:
-    case SlurmState::kTimeout:
-    case SlurmState::kDeadline:
-    case SlurmState::kNodeFail:
-    case SlurmState::kBootFail:
-    case SlurmState::kLaunchFailed:
-    case SlurmState::kOutOfMemory:
-    case SlurmState::kPreempted:
-      break;  // terminal: above
-    case SlurmState::kUnrecognized:
-      // A word nobody has heard of changes nothing.
-      out.report = last_.state == SchedulerState::kUnknown
-                       ? ReportOf(SchedulerState::kUnknown, row, absl::StrCat("SLURM says '", row.word, "'"))
-                       : last_;
-      out.report.word = row.word;
-      break;
+  const LiveState live = LiveStateOf(row.state);
+  if (row.state == SlurmState::kUnrecognized && last_.state != SchedulerState::kUnknown) {
+    out.report = last_;  // a word nobody has heard of changes nothing
+    out.report.word = row.word;
+  } else if (row.state == SlurmState::kUnrecognized) {
+    out.report = ReportOf(live.state, row, absl::StrCat("SLURM says '", row.word, "'"));
+  } else if (row.state == SlurmState::kHeld) {
+    out.report = ReportOf(live.state, row, absl::StrCat(live.words, " (", row.word, ", ", row.reason, ")"));
+  } else {
+    out.report = ReportOf(live.state, row, live.words.empty() ? "" : absl::StrCat(live.words, " (", row.word, ")"));
   }
+  return out;
+}
+
+Judgement JobTrack::Waiting(const SlurmJobRow& row, const SpoolView& spool, absl::Time now) {
+  Judgement out;
+  PendingReason why = ExplainPending(row.reason);
+  if (row.restarts > 0) why.words = absl::StrCat("put back into the queue by SLURM; ", why.words);
+  if (why.kind != ReasonKind::kPermanent) {
+    permanent_since_ = absl::InfiniteFuture();
+    out.report = ReportOf(why.kind == ReasonKind::kHeld ? SchedulerState::kHeld : SchedulerState::kPending, row, why.words);
+    return out;
+  }
+  permanent_since_ = std::min(permanent_since_, now);
+  if (now - permanent_since_ < rules_.between || spool.lease) {
+    out.report = ReportOf(SchedulerState::kPending, row, why.words);
+    return out;
+  }
+  out.report = ReportOf(SchedulerState::kEnded, row, absl::StrCat("SLURM would never start it: ", why.words));
+  out.report.cause = v1::END_CAUSE_LAUNCH_FAILED;
+  out.fence = out.cancel = true;
   return out;
 }
 

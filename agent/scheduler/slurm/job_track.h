@@ -80,6 +80,7 @@ class JobTrack {
 
  private:
   Judgement Present(const SlurmJobRow& row, const SpoolView& spool, absl::Time now);
+  Judgement Waiting(const SlurmJobRow& row, const SpoolView& spool, absl::Time now);
   Judgement Ended(const SlurmJobRow& row, const SpoolView& spool, absl::Time now);
   Judgement Requeued(const SlurmJobRow& row, const SpoolView& spool, absl::Time now);
   Judgement Absent(const std::vector<SlurmJobRow>& accounting, const SpoolView& spool, absl::Time look, absl::Time now);

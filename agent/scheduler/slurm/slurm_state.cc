@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <iterator>
 
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
@@ -47,6 +48,42 @@ constexpr StateWord kStates[] = {
     {"PREEMPTED", SlurmState::kPreempted},
     {"REVOKED", SlurmState::kRevoked},
 };
+
+// What each state means to us; in the order of the enum.
+struct StateFacts {
+  SlurmState state;
+  SchedulerState means;
+  absl::string_view words = {};  // while it lives
+  v1::EndCause cause = v1::END_CAUSE_UNSPECIFIED;
+};
+constexpr StateFacts kFacts[] = {
+    {SlurmState::kUnrecognized, SchedulerState::kUnknown},
+    {SlurmState::kPending, SchedulerState::kPending},
+    {SlurmState::kHeld, SchedulerState::kHeld, "held by SLURM until somebody releases it"},
+    {SlurmState::kConfiguring, SchedulerState::kRunning, "its nodes are being started"},
+    {SlurmState::kRunning, SchedulerState::kRunning},
+    {SlurmState::kSuspended, SchedulerState::kSuspended, "suspended by SLURM"},
+    {SlurmState::kCompleting, SchedulerState::kRunning, "is being ended"},
+    {SlurmState::kCompleted, SchedulerState::kEnded},
+    {SlurmState::kCancelled, SchedulerState::kEnded, "", v1::END_CAUSE_CANCELLED_EXTERNALLY},
+    {SlurmState::kFailed, SchedulerState::kEnded},
+    {SlurmState::kTimeout, SchedulerState::kEnded, "", v1::END_CAUSE_TIME_LIMIT},
+    {SlurmState::kDeadline, SchedulerState::kEnded, "", v1::END_CAUSE_DEADLINE},
+    {SlurmState::kNodeFail, SchedulerState::kEnded, "", v1::END_CAUSE_NODE_FAILED},
+    {SlurmState::kBootFail, SchedulerState::kEnded, "", v1::END_CAUSE_NODE_FAILED},
+    {SlurmState::kLaunchFailed, SchedulerState::kEnded, "", v1::END_CAUSE_NODE_FAILED},
+    {SlurmState::kOutOfMemory, SchedulerState::kEnded, "", v1::END_CAUSE_OUT_OF_MEMORY},
+    {SlurmState::kPreempted, SchedulerState::kEnded, "", v1::END_CAUSE_PREEMPTED},
+    {SlurmState::kRevoked, SchedulerState::kUnknown, "a sibling cluster runs it"},
+};
+constexpr bool InOrder() {
+  for (size_t i = 0; i < std::size(kFacts); ++i) {
+    if (kFacts[i].state != static_cast<SlurmState>(i)) return false;
+  }
+  return std::size(kFacts) == static_cast<size_t>(SlurmState::kRevoked) + 1;
+}
+static_assert(InOrder(), "one row for each state");
+const StateFacts& FactsOf(SlurmState state) { return kFacts[static_cast<size_t>(state)]; }
 
 struct ReasonWord {
   absl::string_view word;
@@ -95,61 +132,16 @@ SlurmState ParseSlurmState(absl::string_view word) {
   return SlurmState::kUnrecognized;
 }
 
-bool IsTerminal(SlurmState state) {
-  switch (state) {
-    case SlurmState::kUnrecognized:
-    case SlurmState::kPending:
-    case SlurmState::kHeld:
-    case SlurmState::kConfiguring:
-    case SlurmState::kRunning:
-    case SlurmState::kSuspended:
-    case SlurmState::kCompleting:
-    case SlurmState::kRevoked:
-      return false;
-    case SlurmState::kCompleted:
-    case SlurmState::kCancelled:
-    case SlurmState::kFailed:
-    case SlurmState::kTimeout:
-    case SlurmState::kDeadline:
-    case SlurmState::kNodeFail:
-    case SlurmState::kBootFail:
-    case SlurmState::kLaunchFailed:
-    case SlurmState::kOutOfMemory:
-    case SlurmState::kPreempted:
-      return true;
-  }
-  return false;
+bool IsTerminal(SlurmState state) { return FactsOf(state).means == SchedulerState::kEnded; }
+
+LiveState LiveStateOf(SlurmState state) {
+  const StateFacts& facts = FactsOf(state);
+  return {facts.means, facts.words};
 }
 
 v1::EndCause CauseOfState(SlurmState state, bool we_cancelled) {
-  switch (state) {
-    case SlurmState::kCancelled:
-      return we_cancelled ? v1::END_CAUSE_CANCELLED : v1::END_CAUSE_CANCELLED_EXTERNALLY;
-    case SlurmState::kTimeout:
-      return v1::END_CAUSE_TIME_LIMIT;
-    case SlurmState::kDeadline:
-      return v1::END_CAUSE_DEADLINE;
-    case SlurmState::kNodeFail:
-    case SlurmState::kBootFail:
-    case SlurmState::kLaunchFailed:
-      return v1::END_CAUSE_NODE_FAILED;
-    case SlurmState::kOutOfMemory:
-      return v1::END_CAUSE_OUT_OF_MEMORY;
-    case SlurmState::kPreempted:
-      return v1::END_CAUSE_PREEMPTED;
-    case SlurmState::kCompleted:
-    case SlurmState::kFailed:
-    case SlurmState::kUnrecognized:
-    case SlurmState::kPending:
-    case SlurmState::kHeld:
-    case SlurmState::kConfiguring:
-    case SlurmState::kRunning:
-    case SlurmState::kSuspended:
-    case SlurmState::kCompleting:
-    case SlurmState::kRevoked:
-      return v1::END_CAUSE_UNSPECIFIED;
-  }
-  return v1::END_CAUSE_UNSPECIFIED;
+  if (state == SlurmState::kCancelled && we_cancelled) return v1::END_CAUSE_CANCELLED;
+  return FactsOf(state).cause;
 }
 
 PendingReason ExplainPending(absl::string_view reason) {

@@ -38,6 +38,13 @@ enum class SlurmState {
 SlurmState ParseSlurmState(absl::string_view word);
 bool IsTerminal(SlurmState state);
 
+// What a state that is not terminal is to us, and in words ("" when the state says it all); waiting is told by ExplainPending.
+struct LiveState {
+  SchedulerState state;
+  absl::string_view words;
+};
+LiveState LiveStateOf(SlurmState state);
+
 // How the attempt ended, as far as the state alone says: UNSPECIFIED for COMPLETED and FAILED, whose meaning is in the
 // exit record, and for all that is not terminal.
 v1::EndCause CauseOfState(SlurmState state, bool we_cancelled);

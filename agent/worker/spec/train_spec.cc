@@ -1094,7 +1094,7 @@ TrainSpec ParseSpec(const Json& job) {
   in.Get("name", spec.name);
   if (const Json* resources = in.Find("resources")) spec.resources = ParseResources(*resources);
   // These are the gateway's and the agent's; the worker only knows that they may stand here.
-  for (const char* key : {"site", "env", "inputs", "retry", "labels"}) in.Find(key);
+  for (const char* key : {"site", "env", "inputs", "retry", "labels", "image"}) in.Find(key);
   if (in.Find("command") != nullptr)
     in.Refuse("command", "is not for itwin-worker; it runs `train` jobs");
   const Json* train = in.Find("train");

@@ -92,7 +92,8 @@ class Gateway:
     def submit(self, spec=None, *, name=None, site=None, model=None, loss=None, metrics=None, data=None, target=None,
                split=None, transforms=None, optimizer=None, batch=None, epochs=None, steps=None, ranks=None, nodes=None,
                ranks_per_node=None, time=None, resources=None, seed=None, strategy=None, clip_norm=None, validate_every=None,
-               checkpoint=None, scheduler=None, loss_options=None, parameter_groups=None, features=None, env=None, inputs=None, labels=None, retry=None, set=(), check=True, progress=None):
+               checkpoint=None, scheduler=None, loss_options=None, parameter_groups=None, features=None, env=None, image=None, inputs=None, labels=None, retry=None,
+               set=(), check=True, progress=None):
         """Submits a job and returns it, durable, before it starts.
 
         spec       path of a job.yaml (or .json), its text, or a dict; the keywords are laid over it
@@ -111,6 +112,7 @@ class Gateway:
         batch      samples per step over all ranks together
         ranks      MPI processes; with nodes, spread over them
         time       wall-time limit of one attempt: "30m", seconds or timedelta
+        image      container image to run in, as the site's runtime names it: "/p/images/torch.sif", "docker://…"
         inputs     more files for the working directory: paths, or {name there: path here}
 
         Raises SpecError (ModelError, DataError, OptimizerError) naming the field and what would be right.
@@ -122,7 +124,7 @@ class Gateway:
                 steps=steps, seed=seed, strategy=strategy, clip_norm=clip_norm, validate_every=validate_every,
                 checkpoint=checkpoint, scheduler=scheduler, options=loss_options, parameter_groups=parameter_groups,
                 **(features or {}))
-            change = self._common(name, site, env, labels, retry,
+            change = self._common(name, site, env, image, labels, retry,
                                   specs.resources(ranks, nodes, ranks_per_node, time, resources))
             if train:
                 change["train"] = train
@@ -131,7 +133,7 @@ class Gateway:
             return self._submit(spec, change, inputs, set, progress)
 
     def command(self, argv, *, files=(), mpi=False, ranks=None, nodes=None, ranks_per_node=None, time=None, resources=None,
-                name=None, site=None, env=None, inputs=None, labels=None, retry=None, set=(), progress=None):
+                name=None, site=None, env=None, image=None, inputs=None, labels=None, retry=None, set=(), progress=None):
         """Submits any program: argv runs in the working directory, without a shell; with mpi=True once per rank.
 
         `files` are uploaded into the working directory under their own names. See docs/worker-contract.md for what the program
@@ -146,7 +148,7 @@ class Gateway:
             command["mpi"] = True
         elif ranks is not None and ranks > 1:
             raise SpecError(f"ranks={ranks} without mpi=True: a program that is not launched by MPI runs once.")
-        change = self._common(name, site, env, labels, retry,
+        change = self._common(name, site, env, image, labels, retry,
                               specs.resources(ranks, nodes, ranks_per_node, time, resources))
         change["command"] = command
         return self._submit(None, change, inputs, set, progress)
@@ -157,8 +159,8 @@ class Gateway:
         return json_format.MessageToDict(self._validate(set, document=text).spec, preserving_proto_field_name=True)
 
     @staticmethod
-    def _common(name, site, env, labels, retry, resources):
-        change = {"name": name, "site": site, "retry": retry, "resources": resources or None,
+    def _common(name, site, env, image, labels, retry, resources):
+        change = {"name": name, "site": site, "image": image, "retry": retry, "resources": resources or None,
                   "env": None if env is None else {str(k): str(v) for k, v in env.items()},
                   "labels": None if labels is None else {str(k): str(v) for k, v in labels.items()}}
         return {key: value for key, value in change.items() if value is not None}

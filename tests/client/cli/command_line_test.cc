@@ -478,14 +478,17 @@ TEST_F(CommandLineTest, ASiteIsShownPausedResumedAndRemoved) {
   site.set_state(v1::SITE_STATE_READY);
   site.set_address("ssh ada@login.vega.example");
   site.add_partitions("gpu");
+  site.set_calls_per_minute(2.25);
   site.set_document("name: vega\nssh: {hosts: [login.vega.example]}\n");
   EXPECT_EQ(Run({"site", "list"}), kOk);
   EXPECT_THAT(out_.str(), HasSubstr("vega"));
   EXPECT_EQ(Run({"site", "show", "vega"}), kOk);
   EXPECT_THAT(out_.str(), AllOf(HasSubstr("address      ssh ada@login.vega.example"), HasSubstr("partitions   gpu"),
+                                HasSubstr("calls        2.2 to the scheduler per minute"),
                                 HasSubstr("ssh: {hosts: [login.vega.example]}")));
   EXPECT_EQ(Run({"site", "show", "vega", "--output", "json"}), kOk);
   EXPECT_EQ(Json()["partitions"][0], "gpu");
+  EXPECT_EQ(Json()["calls_per_minute"], 2.25);
   EXPECT_EQ(Run({"site", "pause", "vega", "--reason", "maintenance"}), kOk);
   EXPECT_THAT(out_.str(), AllOf(HasSubstr("PAUSED"), HasSubstr("maintenance")));
   EXPECT_EQ(Run({"site", "resume", "vega"}), kOk);

@@ -40,6 +40,8 @@ TEST(ValidateSpec, AcceptsGoodSpecs) {
   EXPECT_OK(Check(kTrain, {"train.data={synthetic: {samples: 10, input_shape: [4], classes: 3}}"}));
   EXPECT_OK(Check(kTrain, {"train.data.netcdf='site:/data/w.cdf'", "site=vega"}));
   EXPECT_OK(Check(kTrain, {"resources.time=720h"}));
+  EXPECT_OK(Check(kTrain, {"image='/p/images/torch-1.13_cu+x.sif'"}));
+  EXPECT_OK(Check(kCommand, {"image='docker://nvcr.io/a/b:23.10@sha256=12'"}));
   EXPECT_OK(Check(kTrain, {"resources.partition=booster,devel", "resources.account=hpc-1", "resources.constraint='[a&b]'",
                            "resources.exclude_nodes=[\"n[1-3]\"]", "resources.scheduler_options=[\"--licenses=matlab:1\"]",
                            "resources.gpus_per_node=4", "resources.gpu_type=a100", "resources.exclusive=true"}));
@@ -64,6 +66,11 @@ TEST(ValidateSpec, NamesTheFieldWhatWasWrongAndWhatWouldBeRight) {
   const Row kTable[] = {
       {"name=\"a\\nb\"", "name: has a control character"},
       {"site=a b", "site: 'a b' is no site's name"},
+      {"image=-v", "image: '-v' is no name of a container image; use at most 1024 letters, digits and / . _ - : @ + ="},
+      {"image=\"a b\"", "image: 'a b' is no name of a container image"},
+      {"image=\"a'b\"", "image: 'a\\'b' is no name of a container image"},
+      {"image=$x", "image: '$x' is no name of a container image"},
+      {"image=\"a{b\"", "image: 'a{b' is no name of a container image"},
       {"resources.nodes=-1", "resources.nodes: -1 is out of range; use a whole number from 0 to 100000"},
       {"resources.partition=a b", "resources.partition: 'a b' is no name of SLURM's"},
       {"resources.account=-x", "resources.account: '-x' is no name of SLURM's"},

@@ -3,8 +3,12 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "tests/testing/status_matchers.h"
+
 namespace itwin::server {
 namespace {
+
+using ::itwin::testing::StatusIs;
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
@@ -143,6 +147,46 @@ TEST(PlanPlacement, ASiteAllowsWhatItsFileSays) {
   offer.known = offer.ready = false;
   offer.slurm.reset();
   EXPECT_THAT(WhyImpossible(Any(resources), {offer}), HasSubstr("--nice"));
+}
+
+// ---- containers ----
+
+SiteSettings Runtime(const char* line, const char* image = "") {
+  SiteSettings out;
+  out.launch.set_container(line);
+  out.image = image;
+  return out;
+}
+
+TEST(ContainerLine, TheJobsImageOrElseTheSitesTakesItsPlace) {
+  const SiteSettings settings = Runtime("apptainer exec --nv '{image}' env IMAGE={image}", "/images/site.sif");
+  EXPECT_EQ(*ContainerLine("vega", settings, "docker://a/b:1"), "apptainer exec --nv 'docker://a/b:1' env IMAGE=docker://a/b:1");
+  EXPECT_EQ(*ContainerLine("vega", settings, ""), "apptainer exec --nv '/images/site.sif' env IMAGE=/images/site.sif");
+  EXPECT_EQ(*ContainerLine("vega", Runtime("apptainer exec /images/site.sif"), ""), "apptainer exec /images/site.sif");
+  EXPECT_EQ(*ContainerLine("vega", {}, ""), "");
+}
+
+TEST(ContainerLine, SaysWhatIsMissing) {
+  constexpr absl::StatusCode kRefused = absl::StatusCode::kFailedPrecondition;
+  EXPECT_THAT(ContainerLine("local", {}, "a.sif"), StatusIs(kRefused, AllOf(HasSubstr("site local runs jobs in no container"), HasSubstr("image 'a.sif'"))));
+  EXPECT_THAT(ContainerLine("vega", Runtime("apptainer exec /images/site.sif"), "a.sif"),
+              StatusIs(kRefused, AllOf(HasSubstr("of its own site file, not in 'a.sif'"), HasSubstr("write {image} into the `container` line"))));
+  EXPECT_THAT(ContainerLine("vega", Runtime("apptainer exec {image}"), ""), StatusIs(kRefused, AllOf(HasSubstr("no default image"), HasSubstr("name one"))));
+}
+
+TEST(PlanPlacement, AJobWithAnImageGoesWhereItHasAPlace) {
+  SiteOffer bare = Site("bare", 8, 8), fixed = Site("fixed", 8, 7), free = Site("free", 8, 1);
+  fixed.settings = Runtime("apptainer exec /images/site.sif");
+  free.settings = Runtime("apptainer exec {image}");
+  const PlacementRequest with{.site = "any", .bound_site = "", .image = "a.sif"}, without{.site = "any", .bound_site = ""};
+  EXPECT_EQ(ChooseSite(with, {bare, fixed, free}), 2u);
+  EXPECT_EQ(ChooseSite(without, {free, fixed}), 1u);
+  EXPECT_EQ(WhyImpossible(with, {bare, free}), "");
+  EXPECT_THAT(WhyImpossible(with, {bare}), HasSubstr("site bare runs jobs in no container"));
+  // A site's file says so also before the site has answered.
+  free.known = fixed.known = free.ready = fixed.ready = false;
+  EXPECT_THAT(WhyImpossible(with, {fixed}), HasSubstr("not in 'a.sif'"));
+  EXPECT_THAT(WhyImpossible(without, {free}), HasSubstr("no default image"));
 }
 
 TEST(PlanPlacement, TheShorterQueueIsTaken) {

@@ -62,6 +62,7 @@ class SiteDispatcherTest : public ::testing::Test {
     options.adopts_strays = true;
     options.max_waiting = 3;
     options.seed = 7;
+    options.settings = settings_;
     dispatcher_ = std::make_unique<SiteDispatcher>(
         std::move(options),
         SiteDispatcher::Dependencies{.store = store_.get(),
@@ -78,11 +79,12 @@ class SiteDispatcherTest : public ::testing::Test {
     ASSERT_OK(dispatcher_->Open());
   }
 
-  JobId Submit(const std::string& owner = "alice", int ranks = 1, const std::string& site = "any") {
+  JobId Submit(const std::string& owner = "alice", int ranks = 1, const std::string& site = "any", const std::string& image = "") {
     NewJob job;
     job.owner = owner;
     job.request_id = absl::StrCat("r", ++requests_);
     job.spec.set_site(site);
+    job.spec.set_image(image);
     job.spec.mutable_command()->add_argv("true");
     job.spec.mutable_resources()->set_ranks_per_node(ranks);
     job.spec.mutable_resources()->set_nodes(1);
@@ -141,6 +143,7 @@ class SiteDispatcherTest : public ::testing::Test {
   std::unique_ptr<BlobStore> blobs_;
   std::unique_ptr<SiteDispatcher> dispatcher_;
   std::vector<std::string> inputs_;
+  SiteSettings settings_;  // for the next Restart
   int requests_ = 0;
 };
 
@@ -288,6 +291,24 @@ TEST_F(SiteDispatcherTest, WhatCanNeverRunIsNotQueuedForEver) {
   EXPECT_THAT(Row(stray).record.reason, HasSubstr("'removed'"));
 }
 
+TEST_F(SiteDispatcherTest, AJobsImageTakesItsPlaceInTheSitesContainerLine) {
+  settings_.launch.set_container("run {image} --");
+  settings_.image = "site.sif";
+  Restart();
+  const JobId own = Submit("alice", 1, "any", "docker://a/b:1"), other = Submit();
+  ASSERT_TRUE(Reaches(own, JobState::kPending));
+  ASSERT_TRUE(Reaches(other, JobState::kPending));
+  EXPECT_EQ(site_.attempts().at(Key(own)).request.launch().container(), "run docker://a/b:1 --");
+  EXPECT_EQ(site_.attempts().at(Key(other)).request.launch().container(), "run site.sif --");
+  settings_.launch.clear_container();
+  settings_.image.clear();
+  Restart();
+  const JobId lost = Submit("alice", 1, "any", "docker://a/b:1");
+  ASSERT_TRUE(Reaches(lost, JobState::kFailed));
+  EXPECT_EQ(Row(lost).record.failure, FailureClass::kUser);
+  EXPECT_THAT(Row(lost).record.reason, HasSubstr("site local runs jobs in no container"));
+}
+
 TEST_F(SiteDispatcherTest, ARefusalFailsTheJobInTheSitesWords) {
   site_.RefuseStarts("invalid partition specified: gpu");
   const JobId id = Submit();
@@ -426,6 +447,27 @@ TEST_F(SiteDispatcherTest, SaysHelloAgainAndLeavesWhenItIsFenced) {
   EXPECT_THAT(board_.ListSites()[0].reason(), HasSubstr("fenced"));
   EXPECT_EQ(State(id), JobState::kRunning);
   EXPECT_THAT(Row(id).waiting, HasSubstr("fenced"));
+}
+
+TEST_F(SiteDispatcherTest, CallsToTheSchedulerAreShownAsOfTheLastGreeting) {
+  agent::v1::HelloResponse hello;
+  hello.set_calls_per_minute(7.5);
+  site_.SetHello(hello);
+  Restart();
+  Turns();
+  EXPECT_EQ(board_.ListSites()[0].calls_per_minute(), 7.5);
+  hello.set_calls_per_minute(1.25);
+  site_.SetHello(hello);
+  Turns();
+  EXPECT_EQ(board_.ListSites()[0].calls_per_minute(), 7.5) << "it is not asked all the time";
+  for (int i = 0; i < 4; ++i) Advance(absl::Seconds(12));
+  EXPECT_EQ(board_.ListSites()[0].calls_per_minute(), 1.25);
+  site_.SetReachable(false);
+  ASSERT_TRUE(WaitUntil([&] {
+    Turns(1);
+    return board_.ListSites()[0].state() == v1::SITE_STATE_UNREACHABLE;
+  }));
+  EXPECT_EQ(board_.ListSites()[0].calls_per_minute(), 0);
 }
 
 TEST_F(SiteDispatcherTest, ASitesClockDoesNotMatter) {

@@ -41,7 +41,8 @@ worker: {path: /opt/itwin/itwin-worker}
 launcher: srun --mpi=pmix -n {ranks}
 prologue: [source /etc/profile.d/modules.sh]
 modules: [OpenMPI/4.1.4]
-container: apptainer exec --nv /images/itwin.sif
+container: apptainer exec --nv {image}
+image: /images/itwin.sif
 env: {OMP_NUM_THREADS: 4, NCCL_DEBUG: WARN}
 gpu_request: --gres=gpu:{type}:{gpus}
 signal_before: 2m
@@ -64,6 +65,8 @@ spool_retention: 24h
   EXPECT_EQ(site->settings.launch.launcher(), "srun --mpi=pmix -n {ranks}");
   EXPECT_THAT(site->settings.launch.prologue(), ElementsAre("source /etc/profile.d/modules.sh", "module load OpenMPI/4.1.4"));
   EXPECT_EQ(site->settings.launch.worker(), "/opt/itwin/itwin-worker");
+  EXPECT_EQ(site->settings.launch.container(), "apptainer exec --nv {image}");
+  EXPECT_EQ(site->settings.image, "/images/itwin.sif");
   EXPECT_EQ(site->settings.launch.env().at("OMP_NUM_THREADS"), "4");
   EXPECT_EQ(site->settings.slurm.gpu_request(), "--gres=gpu:{type}:{gpus}");
   EXPECT_EQ(site->settings.slurm.signal_before().seconds(), 120);
@@ -104,6 +107,8 @@ TEST(SiteFile, ProblemsSayWhereWhatAndWhatWouldBeRight) {
   EXPECT_THAT(with("worker: {path: bin/w}\n"), StatusIs(kInvalid, HasSubstr("worker.path")));
   EXPECT_THAT(with("gpu_request: --gres=gpu\n"), StatusIs(kInvalid, HasSubstr("with {gpus} in it")));
   EXPECT_THAT(with("allow: {options: [\"--licenses=3\"]}\n"), StatusIs(kInvalid, HasSubstr("without a value")));
+  EXPECT_THAT(with("image: a.sif\n"), StatusIs(kInvalid, HasSubstr("image: has no place: `container` must say where it goes")));
+  EXPECT_THAT(with("container: apptainer exec {image}\nimage: \"a b\"\n"), StatusIs(kInvalid, HasSubstr("image: 'a b' is no name of a container image")));
   EXPECT_THAT(with("name: twice\n"), StatusIs(kInvalid, HasSubstr("is there twice")));
   EXPECT_THAT(ParseSiteFile("[1", "f"), StatusIs(kInvalid, HasSubstr("f:1")));
 }

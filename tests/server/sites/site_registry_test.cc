@@ -96,11 +96,12 @@ class SiteRegistryTest : public ::testing::Test {
   bool Ready(const std::string& name) {
     return WaitUntil([&] { return Site(name).state() == v1::SITE_STATE_READY; }, absl::Seconds(30));
   }
-  JobId Submit(const std::string& site, const std::string& script = "true") {
+  JobId Submit(const std::string& site, const std::string& script = "true", const std::string& image = "") {
     NewJob job;
     job.owner = "alice";
     job.request_id = absl::StrCat("r", ++requests_);
     job.spec.set_site(site);
+    job.spec.set_image(image);
     for (const char* word : {"/bin/bash", "-c", script.c_str()}) job.spec.mutable_command()->add_argv(word);
     job.message = "submitted";
     auto submitted = store_->Submit(job);
@@ -184,6 +185,35 @@ TEST_F(SiteRegistryTest, APausedSiteStartsNothingNewAlsoAfterARestart) {
   EXPECT_TRUE(Reaches(waiting, JobState::kSucceeded));
   Restart();
   EXPECT_TRUE(Ready("lab"));
+}
+
+// A runtime that says what it was given, and runs the program in an environment of its own.
+TEST_F(SiteRegistryTest, JobsRunInTheImageTheyName) {
+  const std::string runtime = directory_ / "my runtime";
+  ASSERT_OK(WriteFileAtomically(runtime, "#!/bin/bash\n[ \"$1\" = exec ] || exit 9\nexport IMAGE=$2\nshift 2\nexec \"$@\"\n", 0700));
+  const std::string line = absl::StrCat("container: \"'", runtime, "' exec {image}\"\n");
+  ASSERT_OK(Add(Document("boxes", "", line + "image: /images/site.sif\n")));
+  ASSERT_OK(Add(Document("bare")));
+  ASSERT_TRUE(Ready("boxes") && Ready("bare"));
+  const auto printed = [&](const JobId& id) { return store_->ReadLog(id, 1, v1::LOG_STREAM_STDOUT, 0, 1000)->data; };
+  const JobId own = Submit("any", "echo in $IMAGE", "docker://a/b:1"), other = Submit("boxes", "echo in $IMAGE");
+  ASSERT_TRUE(Reaches(own, JobState::kSucceeded));
+  EXPECT_EQ(Row(own).record.attempt, 1);
+  EXPECT_EQ(printed(own), "in docker://a/b:1\n");
+  ASSERT_TRUE(Reaches(other, JobState::kSucceeded));
+  EXPECT_EQ(printed(other), "in /images/site.sif\n");
+  const JobId nowhere = Submit("bare", "true", "docker://a/b:1");
+  ASSERT_TRUE(Reaches(nowhere, JobState::kFailed));
+  EXPECT_THAT(Row(nowhere).record.reason, HasSubstr("site bare runs jobs in no container"));
+
+  // Without a default: said when the site is added, and to the job that names none, before it is handed over.
+  ASSERT_OK(Add(Document("boxes", "", line), /*replace=*/true));
+  EXPECT_THAT(told_, Contains(AllOf(HasSubstr("WARNING container"), HasSubstr("no default image"))));
+  ASSERT_TRUE(Ready("boxes"));
+  const JobId lost = Submit("boxes");
+  ASSERT_TRUE(Reaches(lost, JobState::kFailed));
+  EXPECT_THAT(Row(lost).record.reason, HasSubstr("no default image"));
+  EXPECT_FALSE(fs::exists(absl::StrCat(Root("boxes"), "/", lost.text())));
 }
 
 TEST_F(SiteRegistryTest, ASiteIsRemovedWhenItsJobsHaveEnded) {

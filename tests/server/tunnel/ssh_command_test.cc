@@ -14,14 +14,13 @@ namespace itwin::server {
 namespace {
 
 using ::itwin::testing::ReadText;
+using ::itwin::testing::Soon;
 using ::itwin::testing::Sshd;
 using ::itwin::testing::StatusIs;
 using ::itwin::testing::TcpProxy;
 using ::itwin::testing::TempDirectory;
 using ::itwin::testing::WriteText;
 using ::testing::HasSubstr;
-
-absl::Time Soon() { return absl::Now() + absl::Minutes(2); }
 
 class SshCommandTest : public ::testing::Test {
  protected:

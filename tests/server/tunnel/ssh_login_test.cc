@@ -24,6 +24,7 @@ using ::itwin::testing::FingerprintOfFile;
 using ::itwin::testing::MakeSshKey;
 using ::itwin::testing::MustRun;
 using ::itwin::testing::ReadText;
+using ::itwin::testing::Soon;
 using ::itwin::testing::Sshd;
 using ::itwin::testing::StatusIs;
 using ::itwin::testing::TempDirectory;
@@ -32,8 +33,6 @@ using ::itwin::testing::WriteText;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
-
-absl::Time Soon() { return absl::Now() + absl::Minutes(2); }
 
 absl::Status TryOpen(const SshTunnelOptions& options) {
   auto tunnel = SshTunnel::Create(options);

@@ -11,15 +11,13 @@
 namespace itwin::server {
 namespace {
 
+using ::itwin::testing::Ready;
 using ::itwin::testing::Sshd;
 using ::itwin::testing::StatusIs;
 using ::itwin::testing::TcpProxy;
 using ::itwin::testing::TempDirectory;
 using ::itwin::testing::WaitUntil;
-using ::testing::AnyOf;
 using ::testing::HasSubstr;
-
-absl::Time Soon() { return absl::Now() + absl::Minutes(2); }
 
 std::unique_ptr<SshTunnel> MakeTunnel(SshTunnelOptions options) {
   auto tunnel = SshTunnel::Create(std::move(options));
@@ -45,41 +43,11 @@ INSTANTIATE_TEST_SUITE_P(Ssh, TunnelContract,
                                                          }}),
                          [](const auto& param) { return std::string(param.param.name); });
 
-bool Ready(int fd, short events, int timeout_ms = 30'000) {
-  pollfd entry{fd, events, 0};
-  return poll(&entry, 1, timeout_ms) == 1;
-}
-bool Send(int fd, absl::string_view bytes) {
-  while (!bytes.empty()) {
-    if (!Ready(fd, POLLOUT)) return false;
-    const ssize_t sent = send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL);
-    if (sent < 0 && errno != EAGAIN) return false;
-    if (sent > 0) bytes.remove_prefix(static_cast<size_t>(sent));
-  }
-  return true;
-}
-std::string Receive(int fd, size_t count) {
-  std::string out;
-  std::vector<char> buffer(1 << 18);
-  while (out.size() < count && Ready(fd, POLLIN)) {
-    const ssize_t got = recv(fd, buffer.data(), std::min(buffer.size(), count - out.size()), 0);
-    if (got < 0 && errno == EAGAIN) continue;
-    if (got <= 0) break;
-    out.append(buffer.data(), static_cast<size_t>(got));
-  }
-  return out;
-}
 int64_t ResidentBytes() {
   int64_t pages = 0, resident = 0;
   std::ifstream("/proc/self/statm") >> pages >> resident;
   return resident * sysconf(_SC_PAGESIZE);
 }
-size_t Count(const char* directory) {
-  size_t count = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(directory)) count += entry.exists() ? 1 : 0;
-  return count;
-}
-
 // ---- bytes ----
 
 TEST(SshTunnel, LargeTransfersKeepTheirHashesAlsoThroughKeyRenewal) {
@@ -410,8 +378,8 @@ TEST(SshTunnel, AThousandOpeningsLeakNothing) {
   good();
   bad(refused_options);
   bad(stranger);
-  const size_t descriptors = Count("/proc/self/fd");
-  const size_t threads = Count("/proc/self/task");
+  const size_t descriptors = CountEntries("/proc/self/fd");
+  const size_t threads = CountEntries("/proc/self/task");
   const int64_t memory = ResidentBytes();
   // Whole sessions, and attempts that end at each stage. ITWIN_LONG_TESTS: all of them whole.
   const bool all = getenv("ITWIN_LONG_TESTS") != nullptr;
@@ -425,8 +393,8 @@ TEST(SshTunnel, AThousandOpeningsLeakNothing) {
     }
     if (HasFatalFailure()) return;
   }
-  EXPECT_EQ(Count("/proc/self/fd"), descriptors);
-  EXPECT_LE(Count("/proc/self/task"), threads);
+  EXPECT_EQ(CountEntries("/proc/self/fd"), descriptors);
+  EXPECT_LE(CountEntries("/proc/self/task"), threads);
   EXPECT_LT(ResidentBytes() - memory, 16 << 20);
 }
 

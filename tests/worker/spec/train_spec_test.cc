@@ -65,6 +65,12 @@ TEST(TrainSpec, ReadsProtobufJson) {
   EXPECT_EQ(ParseSpec(job).resources.time_seconds, 1800);
 }
 
+TEST(TrainSpec, LeavesToTheGatewayWhatIsItsOwn) {
+  Json job = SmallJob();
+  job.merge_patch(Json::parse(R"({"site": "vega", "image": "a.sif", "env": {"A": "b"}, "labels": {"k": "v"}, "retry": {"app": 1}, "inputs": []})"));
+  EXPECT_EQ(ParseSpec(job).name, "n");
+}
+
 TEST(TrainSpec, ReadsFeatures) {
   const TrainSpec spec = ParseSpec(WithTrain(R"({
       "optimizer": {"lars": {"trust": 0.01}}, "clip_value": 0.5, "loss": "cross_entropy", "top_k": 3,
