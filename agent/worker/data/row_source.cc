@@ -1,8 +1,12 @@
 #include "agent/worker/data/row_source.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <utility>
+
+#include "agent/worker/error.h"
 
 namespace itwin::worker {
 namespace {
@@ -10,6 +14,19 @@ namespace {
 constexpr size_t kMaxReadBytes = 64 << 20;  // in one go
 
 }  // namespace
+
+Array ReadAllRows(const RowSource& rows, const std::string& what) {
+  const size_t bytes = CheckedBytes(rows.shape(), ElementType::kFloat32, what);
+  const double memory =
+      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
+  if (static_cast<double>(bytes) > memory) {
+    throw ResourceError(what + ": needs " + std::to_string(bytes >> 20) +
+                        " MiB, more than this machine has; set train.data.load to stream");
+  }
+  std::vector<std::byte> all(bytes);
+  rows.Read(0, rows.shape()[0], reinterpret_cast<float*>(all.data()));
+  return OwnedArray(ElementType::kFloat32, rows.shape(), std::move(all));
+}
 
 RowCache::RowCache(std::shared_ptr<const RowSource> source, size_t capacity_bytes)
     : source_(std::move(source)) {

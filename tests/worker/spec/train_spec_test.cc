@@ -89,6 +89,29 @@ TEST(TrainSpec, ReadsFeatures) {
             "validation/loss");
 }
 
+TEST(TrainSpec, ReadsLbfgsAndRefusesWhatItCannot) {
+  const TrainSpec spec = ParseSpec(WithTrain(R"({"optimizer": {"lbfgs": {"max_iter": 8, "strong_wolfe": true}},
+      "parameter_groups": [{"match": ["a"], "freeze": true}]})"));
+  EXPECT_EQ(std::get<Lbfgs>(spec.optimizer).max_eval, 10);
+  EXPECT_EQ(std::get<Lbfgs>(spec.optimizer).history, 10);
+  EXPECT_TRUE(std::get<Lbfgs>(spec.optimizer).strong_wolfe);
+  const std::pair<const char*, const char*> refused[] = {
+      {R"("strategy": "zero1")", "train.strategy does not go with the optimizer lbfgs, which works with single and ddp"},
+      {R"("local_sgd": {"every": 3})", "train.local_sgd does not go with the optimizer lbfgs"},
+      {R"("precision": "fp16")", "train.precision does not go with the optimizer lbfgs"},
+      {R"("clip_norm": 1)", "train.clip_norm does not go with the optimizer lbfgs"},
+      {R"("clip_value": 1)", "train.clip_value does not go with the optimizer lbfgs"},
+      {R"("parameter_groups": [{"match": ["a"], "weight_decay": 0}])", "train.parameter_groups does not go with"}};
+  for (const auto& [setting, problem] : refused) {
+    EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"lbfgs": {}}, )" + std::string(setting) + "}")), HasSubstr(problem));
+  }
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"lbfgs": {"history": 0}}})")),
+              HasSubstr("train.optimizer.lbfgs.history is 0; it must be at least 1"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"model": {"torchscript": "m.pt"}, "phases": [
+                  {"name": "g", "match": ["g"], "optimizer": {"lbfgs": {}}}]})")),
+              HasSubstr("train.phases[0].optimizer is lbfgs"));
+}
+
 TEST(TrainSpec, RefusesFeaturesThatDoNotGoTogether) {
   EXPECT_THAT(ErrorOf(WithTrain(R"({"schedule": {"one_cycle": {}, "warmup_steps": 5}})")),
               HasSubstr("train.schedule.warmup_steps does not go with one_cycle"));
