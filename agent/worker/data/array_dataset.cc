@@ -1,6 +1,5 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -81,9 +80,7 @@ bool ShallStream(const DataSpec& spec, const RowSource& rows, const RankShare& s
   if (spec.load != "auto") return spec.load == "stream";
   double bytes = sizeof(float);
   for (const int64_t size : rows.shape()) bytes *= static_cast<double>(size);
-  const double memory =
-      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
-  return bytes * share.ranks_on_node > memory / 2;
+  return bytes * share.ranks_on_node > MachineMemoryBytes() / 2;
 }
 
 // The samples of one file after those of another, array by array.
@@ -389,9 +386,7 @@ Loaded Load(const SyntheticData& source, const DataSpec&, uint64_t seed, const F
   }
   const double bytes =
       4 * (static_cast<double>(source.samples) * (inputs + outputs) + inputs * outputs);
-  const double memory =
-      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
-  if (bytes > memory / 2) {
+  if (bytes > MachineMemoryBytes() / 2) {
     throw UserError(
         field + ": needs " + std::to_string(static_cast<int64_t>(std::min(bytes / 1048576, 1e15))) +
         " MiB with its linear map, more than half of this machine's memory; make it smaller");

@@ -1,12 +1,8 @@
 #include "agent/worker/data/row_source.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
 #include <utility>
-
-#include "agent/worker/error.h"
 
 namespace itwin::worker {
 namespace {
@@ -17,12 +13,7 @@ constexpr size_t kMaxReadBytes = 64 << 20;  // in one go
 
 Array ReadAllRows(const RowSource& rows, const std::string& what) {
   const size_t bytes = CheckedBytes(rows.shape(), ElementType::kFloat32, what);
-  const double memory =
-      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
-  if (static_cast<double>(bytes) > memory) {
-    throw ResourceError(what + ": needs " + std::to_string(bytes >> 20) +
-                        " MiB, more than this machine has; set train.data.load to stream");
-  }
+  CheckFitsMemory(what, bytes);
   std::vector<std::byte> all(bytes);
   rows.Read(0, rows.shape()[0], reinterpret_cast<float*>(all.data()));
   return OwnedArray(ElementType::kFloat32, rows.shape(), std::move(all));

@@ -24,7 +24,7 @@ class RowSource {
   virtual void Read(int64_t first, int64_t count, float* to) const = 0;
 };
 
-// All rows at once, float32. Throws ResourceError naming `what` where they are more than this machine holds.
+// All rows at once, float32, where they fit (CheckFitsMemory, with `what`).
 Array ReadAllRows(const RowSource& rows, const std::string& what);
 
 // Gives rows in any order, from a bounded memory of what was read last. Rows that follow each other

@@ -291,7 +291,9 @@ void ZarrRows::Read(int64_t first, int64_t count, float* to) const {
 }
 
 Array ZarrRows::ReadIntegers() const {
-  std::vector<std::byte> all(CheckedBytes(shape_, ElementType::kInt64, directory_.string()));
+  const size_t bytes = CheckedBytes(shape_, ElementType::kInt64, directory_.string());
+  CheckFitsMemory("train.data.zarr: " + directory_.string(), bytes);
+  std::vector<std::byte> all(bytes);
   auto* to = reinterpret_cast<int64_t*>(all.data());
   WithType([&](auto decode) {
     ForRuns(0, shape_[0], [&](const std::byte* from, int64_t at, int64_t elements) {

@@ -89,6 +89,32 @@ TEST(TrainSpec, ReadsFeatures) {
             "validation/loss");
 }
 
+TEST(TrainSpec, ReadsAZarrStore) {
+  const TrainSpec spec = ParseSpec(WithTrain(
+      R"({"data": {"synthetic": null, "zarr": {"path": "site:/d/s.zarr", "input": "group/t2m"}, "load": "stream"}})"));
+  const auto& store = std::get<ZarrStore>(spec.data.source);
+  EXPECT_EQ(store.path, "site:/d/s.zarr");
+  EXPECT_EQ(store.input, "group/t2m");
+  EXPECT_EQ(store.target, "target");
+  EXPECT_FALSE(store.target_named);
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"data": {"synthetic": null, "zarr": {}}})")), HasSubstr("train.data.zarr.path is missing"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"data": {"synthetic": null, "zarr": {"path": "s"}, "cache": "node"}})")),
+              HasSubstr("train.data.cache is for files"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"data": {"synthetic": null, "zarr": {"path": "s"}, "more_files": ["t"]}})")),
+              HasSubstr("train.data.more_files belongs to"));
+}
+
+TEST(TrainSpec, ResolvesDirectories) {
+  const Scratch scratch;
+  std::filesystem::create_directory(scratch / "store");
+  scratch.Write("file", "x");
+  EXPECT_EQ(ResolveDirectory("store", scratch.path(), "f"), scratch / "store");
+  EXPECT_EQ(ResolveDirectory("site:" + (scratch / "store").string(), "/", "f"), scratch / "store");
+  EXPECT_THAT(UserErrorOf([&] { ResolveDirectory("file", scratch.path(), "f"); }), HasSubstr("is a file; it must be a directory"));
+  EXPECT_THAT(UserErrorOf([&] { ResolveDirectory("none", scratch.path(), "f"); }), HasSubstr("there is no directory \"none\""));
+  EXPECT_THAT(UserErrorOf([&] { ResolveFile("store", scratch.path(), "f"); }), HasSubstr("is a directory; it must be a file"));
+}
+
 TEST(TrainSpec, ReadsLbfgsAndRefusesWhatItCannot) {
   const TrainSpec spec = ParseSpec(WithTrain(R"({"optimizer": {"lbfgs": {"max_iter": 8, "strong_wolfe": true}},
       "parameter_groups": [{"match": ["a"], "freeze": true}]})"));
