@@ -81,9 +81,10 @@ void JsonObject::Get(const std::string& key, int& value) {
 }
 
 void JsonObject::AtLeast(const std::string& key, double value, double least) const {
-  if (!(value >= least)) {
-    Refuse(key, "is " + Json(value).dump() + "; it must be at least " + Json(least).dump());
-  }
+  const auto text = [](double number) {  // 3, not 3.0
+    return number == std::floor(number) && std::abs(number) < 1e15 ? std::to_string(static_cast<int64_t>(number)) : Json(number).dump();
+  };
+  if (!(value >= least)) Refuse(key, "is " + text(value) + "; it must be at least " + text(least));
 }
 
 std::string JsonObject::OneOf(const std::vector<std::string>& choices) {

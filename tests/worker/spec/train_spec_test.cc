@@ -133,7 +133,7 @@ TEST(TrainSpec, ReadsLbfgsAndRefusesWhatItCannot) {
   }
   EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"lbfgs": {"history": 0}}})")),
               HasSubstr("train.optimizer.lbfgs.history is 0; it must be at least 1"));
-  EXPECT_THAT(ErrorOf(WithTrain(R"({"model": {"torchscript": "m.pt"}, "phases": [
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"model": {"builtin": null, "torchscript": "m.pt"}, "phases": [
                   {"name": "g", "match": ["g"], "optimizer": {"lbfgs": {}}}]})")),
               HasSubstr("train.phases[0].optimizer is lbfgs"));
 }
