@@ -14,18 +14,18 @@ build_packages=(
   libssh-dev libsqlite3-dev libsqlitecpp-dev libssl-dev libspdlog-dev libfmt-dev libabsl-dev
   libyaml-cpp-dev libcli11-dev nlohmann-json3-dev libsimdjson-dev libgtest-dev libgmock-dev
   libbenchmark-dev libtorch-dev libopenblas0-pthread libopenblas-dev libopenmpi-dev openmpi-bin
-  libnetcdf-dev libhdf5-dev ferret-datasets
+  libnetcdf-dev libhdf5-dev libblosc1 libzstd1 ferret-datasets
 )
 test_packages=(
   sqlite3 python3-pytest python3-grpcio python3-protobuf python3-torch python3-numpy python3-scipy python3-yaml python3-pandas
   python3-matplotlib python3-ipywidgets python3-ipykernel python3-setuptools python3-pip
-  python3-wheel jupyter-nbconvert jupyter-client zip curl openssl clang libclang-rt-dev
+  python3-wheel python3-zarr jupyter-nbconvert jupyter-client zip curl openssl clang libclang-rt-dev
   strace procps util-linux openssh-server openssh-client
 )
 worker_packages=(
   build-essential cmake ninja-build ccache pkg-config python3 python3-torch python3-numpy python3-scipy python3-pytest
-  python3-yaml libssl-dev nlohmann-json3-dev libgtest-dev libgmock-dev libbenchmark-dev libtorch-dev libopenblas0-pthread
-  libopenblas-dev libopenmpi-dev openmpi-bin libnetcdf-dev libhdf5-dev zlib1g-dev ferret-datasets procps
+  python3-yaml python3-zarr libssl-dev nlohmann-json3-dev libgtest-dev libgmock-dev libbenchmark-dev libtorch-dev libopenblas0-pthread
+  libopenblas-dev libopenmpi-dev openmpi-bin libnetcdf-dev libhdf5-dev zlib1g-dev libblosc1 libzstd1 ferret-datasets procps
 )
 # mariadb-server-core is the program without the system service, its user or its data.
 cluster_packages=(

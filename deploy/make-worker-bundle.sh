@@ -48,6 +48,13 @@ add_libraries_of() {
   done < <(ldd "$1" | awk '$2 == "=>" {print $1, $3}')
 }
 add_libraries_of "$worker"
+# What the worker loads for Zarr stores alone, which ldd does not see.
+for name in libblosc.so.1 libzstd.so.1; do
+  path=$(PATH=$PATH:/sbin ldconfig -p | awk -v name="$name" '$1 == name && !seen++ {print $NF}')
+  [[ -n $path ]] || continue
+  [[ -e $work/bundle/lib/$name ]] || cp -L "$path" "$work/bundle/lib/$name"
+  add_libraries_of "$path"
+done
 
 components=
 if ((!site_mpi)); then

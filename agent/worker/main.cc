@@ -455,7 +455,7 @@ int Train(World& world, RunState& state) {
   const std::unique_ptr<Communicator> gradients = world.MakeGradients(threaded);
   std::optional<MeshGroups> mesh;
   if (IsMesh(strategy)) mesh.emplace(MeshOf(spec, strategy, world.size()), *gradients, control);
-  const std::unique_ptr<Model> model = mesh ? MakeMeshModel(spec, *dataset, *mesh)
+  const std::unique_ptr<Model> model = mesh ? MakeMeshModel(spec, *dataset, contract.work, *mesh)
                                             : MakeModel(spec, *dataset, contract.work);
   print("model: " + model->description());
   if (spec.predict) {

@@ -55,6 +55,7 @@ constexpr int kMaxArguments = 4'096;
 constexpr size_t kMaxArgumentBytes = size_t{128} << 10;  // Linux's limit of one argument
 constexpr int kMaxListedNames = 10'000;
 constexpr int64_t kMaxEpochs = 1'000'000'000;
+constexpr int kMaxPairs = 1'000;  // of lbfgs; each takes twice the model's memory
 constexpr int kMaxTransforms = 64;
 constexpr int kMaxDimensions = 16;
 constexpr int64_t kMaxElements = int64_t{1} << 40;
@@ -480,6 +481,7 @@ class Checker {
                                          " ranks; use a batch of at least one sample per rank"));
     }
     CheckStrategySettings(train);
+    CheckLbfgs(train);
     CheckMesh(train, ranks);
     AtLeast("train.ddp.bucket_mb", train.ddp().bucket_mb(), 0);
     AtLeast("train.ddp.first_bucket_mb", train.ddp().first_bucket_mb(), 0);
@@ -724,6 +726,27 @@ class Checker {
     AtLeast("train.zero.bucket_mb", train.zero().bucket_mb(), 0);
   }
 
+  // LBFGS needs the whole gradient of one unchanging loss on every rank.
+  void CheckLbfgs(const v1::TrainSpec& train) {
+    for (int i = 0; i < train.phases_size(); ++i) {
+      if (!train.phases(i).optimizer().has_lbfgs()) continue;
+      Report(absl::StrCat("train.phases[", i, "].optimizer"), "is lbfgs, which trains all parameters by itself; use another");
+    }
+    if (!train.optimizer().has_lbfgs()) return;
+    const auto refuse = [&](bool given, absl::string_view key, absl::string_view why) {
+      if (given) Report(absl::StrCat("train.", key), absl::StrCat("does not go with the optimizer lbfgs, ", why));
+    };
+    refuse(!train.strategy().empty() && train.strategy() != "single" && train.strategy() != "ddp", "strategy",
+           "which works with single and ddp");
+    refuse(train.local_sgd().every() > 1, "local_sgd", "whose ranks must see the same gradient; remove it");
+    refuse(train.precision() == "fp16", "precision", "whose search has no step to skip; use fp32 or bf16");
+    refuse(train.clip_norm() > 0, "clip_norm", "which needs the gradient as it is; remove it");
+    refuse(train.clip_value() > 0, "clip_value", "which needs the gradient as it is; remove it");
+    for (const v1::ParameterGroup& group : train.parameter_groups()) {
+      refuse(!group.freeze(), "parameter_groups", "which has one rate for all; groups can only freeze");
+    }
+  }
+
   void CheckMesh(const v1::TrainSpec& train, int64_t ranks) {
     const std::string& strategy = train.strategy();
     const bool is_mesh = strategy == "tensor" || strategy == "pipeline" || strategy == "mesh";
@@ -769,9 +792,12 @@ class Checker {
       Report("train.mesh", "splits nothing; set tensor or pipeline above 1, or use strategy ddp");
     }
     const std::string& model = train.model().builtin();
+    // An archive may hold a graph, which can be cut into stages but has no halves of layers; the worker tells.
+    if (train.model().source_case() == v1::Model::kArchive && strategy != "tensor" && mesh.tensor() <= 1) return;
     if (model != "mlp" && model != "transformer") {
-      Report("train.strategy", absl::StrCat(strategy, " splits the layers of a built-in mlp or transformer, not of ",
-                                            model.empty() ? "a TorchScript module" : model,
+      Report("train.strategy", absl::StrCat(strategy, " splits the layers of a built-in mlp or transformer, and exported graphs "
+                                            "into the stages of a pipeline, not ",
+                                            model.empty() ? "a module that was handed over" : model,
                                             "; use ddp, or zero1, zero2, zero3 to save memory"));
       return;
     }
@@ -905,10 +931,20 @@ class Checker {
         }
         return;
       }
+      case v1::Optimizer::kLbfgs: {
+        const v1::Lbfgs& lbfgs = optimizer.lbfgs();
+        if (lbfgs.has_lr()) Above(at + ".lbfgs.lr", lbfgs.lr(), 0);
+        if (lbfgs.has_max_iter()) Range(at + ".lbfgs.max_iter", lbfgs.max_iter(), 1, 1'000'000);
+        if (lbfgs.has_max_eval()) Range(at + ".lbfgs.max_eval", lbfgs.max_eval(), 1, 1'000'000);
+        if (lbfgs.has_tolerance_grad()) AtLeast(at + ".lbfgs.tolerance_grad", lbfgs.tolerance_grad(), 0);
+        if (lbfgs.has_tolerance_change()) AtLeast(at + ".lbfgs.tolerance_change", lbfgs.tolerance_change(), 0);
+        if (lbfgs.has_history()) Range(at + ".lbfgs.history", lbfgs.history(), 1, kMaxPairs);
+        return;
+      }
       case v1::Optimizer::KIND_NOT_SET:
         if (given) {
           Report(at,
-                 "names no optimizer; use one of sgd, adam, adamw, rmsprop, adagrad, lamb, lars");
+                 "names no optimizer; use one of sgd, adam, adamw, rmsprop, adagrad, lamb, lars, lbfgs");
         }
         return;
     }
@@ -985,13 +1021,21 @@ class Checker {
         break;
       }
       case v1::Data::kHdf5: Required("train.data.hdf5.path", data.hdf5().path()); break;
+      case v1::Data::kZarr:
+        Required("train.data.zarr.path", data.zarr().path());
+        if (!data.zarr().path().empty() && PlaceOf(data.zarr().path()) != FilePlace::kSite) {
+          Report("train.data.zarr.path", absl::StrCat(Quoted(data.zarr().path()),
+                                                      " is not at the site; a store is a directory, which is read in place: "
+                                                      "name it \"site:/<path>\", or convert it to NetCDF to upload it"));
+        }
+        break;
       case v1::Data::kSafetensors: break;
       case v1::Data::kRaw:
         CheckRaw("train.data.raw.input", data.raw().input());
         CheckRaw("train.data.raw.target", data.raw().target());
         break;
       case v1::Data::SOURCE_NOT_SET:
-        Report("train.data", "is missing; give one of netcdf, hdf5, idx, npz, npy, csv, safetensors, raw, synthetic");
+        Report("train.data", "is missing; give one of netcdf, hdf5, zarr, idx, npz, npy, csv, safetensors, raw, synthetic");
         break;
     }
     if (data.more_files_size() > 0) {
@@ -1003,11 +1047,15 @@ class Checker {
     }
     if (!data.load().empty()) {
       OneOf("train.data.load", data.load(), {"memory", "stream", "auto"});
-      if (data.load() == "stream" && data.source_case() != v1::Data::kNetcdf && data.source_case() != v1::Data::kHdf5) {
-        Report("train.data.load", "'stream' is for netcdf and hdf5 data; other files are mapped into memory anyway");
+      if (data.load() == "stream" && data.source_case() != v1::Data::kNetcdf && data.source_case() != v1::Data::kHdf5 &&
+          data.source_case() != v1::Data::kZarr) {
+        Report("train.data.load", "'stream' is for netcdf, hdf5 and zarr data; other files are mapped into memory anyway");
       }
     }
     if (!data.cache().empty()) OneOf("train.data.cache", data.cache(), {"node"});
+    if (!data.cache().empty() && data.has_zarr()) {
+      Report("train.data.cache", "is for files; a zarr store is read where it lies; remove it");
+    }
     if (data.variables_size() > 0 && data.source_case() != v1::Data::kNetcdf &&
         data.source_case() != v1::Data::SOURCE_NOT_SET) {
       Report("train.data.variables", "belongs to netcdf data; remove it");

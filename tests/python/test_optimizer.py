@@ -19,6 +19,9 @@ def net():
     (lambda p: torch.optim.AdamW(p), {"adamw": {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}}),
     (lambda p: torch.optim.RMSprop(p, 1e-2),
      {"rmsprop": {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0}}),
+    (lambda p: torch.optim.LBFGS(p, 0.5, history_size=7, line_search_fn="strong_wolfe"),
+     {"lbfgs": {"lr": 0.5, "max_iter": 20, "max_eval": 25, "tolerance_grad": 1e-7, "tolerance_change": 1e-9, "history": 7,
+                "strong_wolfe": True}}),
 ])
 def test_options_become_data(make, expected):
     module = net()

@@ -1,5 +1,7 @@
 #include "agent/worker/data/array.h"
 
+#include <unistd.h>
+
 #include <limits>
 #include <utility>
 
@@ -69,6 +71,16 @@ size_t CheckedBytes(const std::vector<int64_t>& shape, ElementType type, const s
     product *= dimension;
   }
   return static_cast<size_t>(product);
+}
+
+double MachineMemoryBytes() {
+  return static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
+}
+
+void CheckFitsMemory(const std::string& what, size_t bytes) {
+  if (static_cast<double>(bytes) <= MachineMemoryBytes()) return;
+  throw ResourceError(what + ": needs " + std::to_string(bytes >> 20) +
+                      " MiB, more than this machine has; name less of it, or set train.data.load to stream");
 }
 
 Array OwnedArray(ElementType type, std::vector<int64_t> shape, std::vector<std::byte> bytes) {

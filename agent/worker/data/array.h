@@ -45,6 +45,10 @@ using NamedArrays = std::map<std::string, Array>;
 // believed.
 size_t CheckedBytes(const std::vector<int64_t>& shape, ElementType type, const std::string& what);
 
+double MachineMemoryBytes();
+// Throws ResourceError, naming `what`, for more bytes than this machine has.
+void CheckFitsMemory(const std::string& what, size_t bytes);
+
 // An array over bytes the caller gives away.
 Array OwnedArray(ElementType type, std::vector<int64_t> shape, std::vector<std::byte> bytes);
 

@@ -1,6 +1,5 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -21,6 +20,7 @@
 #include "agent/worker/data/npz.h"
 #include "agent/worker/data/raw.h"
 #include "agent/worker/data/sample_store.h"
+#include "agent/worker/data/zarr.h"
 #include "agent/worker/error.h"
 
 namespace itwin::worker {
@@ -53,6 +53,10 @@ class Files {
     const std::filesystem::path path = ResolveFile(name, work_dir_, field);
     return cache_.empty() ? path : CopyToNode(path, cache_);
   }
+  // Read in place.
+  std::filesystem::path FindDirectory(const std::string& name, const std::string& field) const {
+    return ResolveDirectory(name, work_dir_, field);
+  }
   // The source's file and `more_files`.
   std::vector<std::filesystem::path> FindAll(const std::string& name,
                                              const std::string& field) const {
@@ -72,13 +76,11 @@ class Files {
 
 // Whether rows are left in their files: as the spec says, else when all ranks of the node together
 // would fill half of its memory with them.
-bool ShallStream(const DataSpec& spec, const NetcdfRows& rows, const RankShare& share) {
+bool ShallStream(const DataSpec& spec, const RowSource& rows, const RankShare& share) {
   if (spec.load != "auto") return spec.load == "stream";
   double bytes = sizeof(float);
   for (const int64_t size : rows.shape()) bytes *= static_cast<double>(size);
-  const double memory =
-      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
-  return bytes * share.ranks_on_node > memory / 2;
+  return bytes * share.ranks_on_node > MachineMemoryBytes() / 2;
 }
 
 // The samples of one file after those of another, array by array.
@@ -174,14 +176,15 @@ Loaded Load(const NetcdfFile& source, const DataSpec& spec, uint64_t, const File
   return loaded;
 }
 
-Loaded Load(const Hdf5File& source, const DataSpec& spec, uint64_t, const Files& files,
-            const RankShare& share) {
-  const auto paths = files.FindAll(source.path, "train.data.hdf5.path");
+// Input and target as arrays of their own. `open(name, must_exist)` gives their rows, or null.
+template <typename Source, typename Open>
+Loaded LoadPair(const Source& source, const DataSpec& spec, const RankShare& share, const std::string& field,
+                const Open& open) {
   Loaded loaded;
   auto& part = loaded.store.parts.emplace_back();
-  for (const auto& [dataset, name, must_exist] :
+  for (const auto& [array_name, name, must_exist] :
        {std::tuple{source.input, "input", true}, {source.target, "target", source.target_named}}) {
-    const auto rows = NetcdfRows::One(paths, dataset, must_exist);
+    const auto rows = open(array_name, must_exist);
     if (!rows) continue;
     StoredArray& array = part[name];
     if (name == std::string("target") && rows->is_integer()) {
@@ -189,13 +192,32 @@ Loaded Load(const Hdf5File& source, const DataSpec& spec, uint64_t, const Files&
     } else if (ShallStream(spec, *rows, share)) {
       array = StreamArray(std::make_shared<RowCache>(rows, kRowCacheBytes));
     } else {
-      const NetcdfField read = ReadAll(*rows);
-      loaded.missing_cells += read.missing_cells;
-      array = StoreArray(read.field, false);
+      array = StoreArray(ReadAllRows(*rows, field + "." + name), false);
+      loaded.missing_cells += array.values.isnan().sum().template item<int64_t>();
     }
-    if (!loaded.time_axis_of) loaded.time_axis_of = rows;
   }
   return loaded;
+}
+
+Loaded Load(const Hdf5File& source, const DataSpec& spec, uint64_t, const Files& files,
+            const RankShare& share) {
+  const auto paths = files.FindAll(source.path, "train.data.hdf5.path");
+  std::shared_ptr<const NetcdfRows> first;
+  Loaded loaded = LoadPair(source, spec, share, "train.data.hdf5", [&](const std::string& name, bool must_exist) {
+    const auto rows = NetcdfRows::One(paths, name, must_exist);
+    if (!first) first = rows;
+    return rows;
+  });
+  loaded.time_axis_of = first;
+  return loaded;
+}
+
+Loaded Load(const ZarrStore& source, const DataSpec& spec, uint64_t, const Files& files,
+            const RankShare& share) {
+  const std::filesystem::path store = files.FindDirectory(source.path, "train.data.zarr.path");
+  return LoadPair(source, spec, share, "train.data.zarr", [&](const std::string& name, bool must_exist) {
+    return ZarrRows::Open(store, name, must_exist);
+  });
 }
 
 StoredArray LoadImages(const std::filesystem::path& path, const char* field) {
@@ -364,9 +386,7 @@ Loaded Load(const SyntheticData& source, const DataSpec&, uint64_t seed, const F
   }
   const double bytes =
       4 * (static_cast<double>(source.samples) * (inputs + outputs) + inputs * outputs);
-  const double memory =
-      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
-  if (bytes > memory / 2) {
+  if (bytes > MachineMemoryBytes() / 2) {
     throw UserError(
         field + ": needs " + std::to_string(static_cast<int64_t>(std::min(bytes / 1048576, 1e15))) +
         " MiB with its linear map, more than half of this machine's memory; make it smaller");

@@ -1,7 +1,6 @@
 #include "agent/worker/data/netcdf.h"
 
 #include <netcdf.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -240,18 +239,6 @@ std::vector<Variable> Select(const std::vector<Variable>& all,
   return selected;
 }
 
-// A header may lie. For the classic format CheckClassicNetcdf has compared it with the file; for
-// NetCDF-4, which may be compressed, the bound is the machine's memory.
-void CheckFitsMemory(const std::filesystem::path& path, size_t bytes) {
-  const double memory =
-      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
-  if (static_cast<double>(bytes) > memory) {
-    throw ResourceError("train.data.netcdf: " + path.string() + ": the variables need " +
-                        std::to_string(bytes >> 20) +
-                        " MiB, more than this machine has; name fewer in train.data.variables");
-  }
-}
-
 // How the cells of a variable become numbers.
 struct Decoding {
   std::vector<float> missing;
@@ -431,7 +418,7 @@ int64_t NetcdfRows::missing_cells() const {
 
 Array NetcdfRows::ReadIntegers() const {
   const size_t bytes = CheckedBytes(shape_, ElementType::kInt64, "train.data.hdf5");
-  CheckFitsMemory(files_->parts.front().path, bytes);
+  CheckFitsMemory("train.data.hdf5: " + files_->parts.front().path.string(), bytes);
   std::vector<std::byte> all(bytes);
   auto* to = reinterpret_cast<int64_t*>(all.data());
   std::lock_guard lock(library_mutex);
@@ -471,14 +458,11 @@ std::optional<TimeAxis> NetcdfRows::ReadTimeAxis() const {
   return axis;
 }
 
+// A header may lie. For the classic format CheckClassicNetcdf has compared it with the file; for
+// NetCDF-4, which may be compressed, the bound is the machine's memory.
 NetcdfField ReadAll(const NetcdfRows& rows) {
-  const size_t bytes = CheckedBytes(rows.shape(), ElementType::kFloat32, "train.data.netcdf");
-  CheckFitsMemory("train.data.netcdf", bytes);
-  std::vector<std::byte> field(bytes);
-  rows.Read(0, rows.shape()[0], reinterpret_cast<float*>(field.data()));
-  return {.field = OwnedArray(ElementType::kFloat32, rows.shape(), std::move(field)),
-          .variables = rows.variables(),
-          .missing_cells = rows.missing_cells()};
+  Array field = ReadAllRows(rows, "train.data.netcdf");
+  return {.field = std::move(field), .variables = rows.variables(), .missing_cells = rows.missing_cells()};
 }
 
 NetcdfField ReadNetcdf(const std::filesystem::path& path,

@@ -11,6 +11,14 @@ constexpr size_t kMaxReadBytes = 64 << 20;  // in one go
 
 }  // namespace
 
+Array ReadAllRows(const RowSource& rows, const std::string& what) {
+  const size_t bytes = CheckedBytes(rows.shape(), ElementType::kFloat32, what);
+  CheckFitsMemory(what, bytes);
+  std::vector<std::byte> all(bytes);
+  rows.Read(0, rows.shape()[0], reinterpret_cast<float*>(all.data()));
+  return OwnedArray(ElementType::kFloat32, rows.shape(), std::move(all));
+}
+
 RowCache::RowCache(std::shared_ptr<const RowSource> source, size_t capacity_bytes)
     : source_(std::move(source)) {
   for (size_t d = 1; d < source_->shape().size(); ++d) row_elements_ *= source_->shape()[d];

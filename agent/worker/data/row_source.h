@@ -6,7 +6,10 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
+
+#include "agent/worker/data/array.h"
 
 namespace itwin::worker {
 
@@ -20,6 +23,9 @@ class RowSource {
   // Rows [first, first + count) as float32. Throws UserError for damage.
   virtual void Read(int64_t first, int64_t count, float* to) const = 0;
 };
+
+// All rows at once, float32, where they fit (CheckFitsMemory, with `what`).
+Array ReadAllRows(const RowSource& rows, const std::string& what);
 
 // Gives rows in any order, from a bounded memory of what was read last. Rows that follow each other
 // are read in one go.

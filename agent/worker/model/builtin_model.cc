@@ -45,7 +45,7 @@ class BuiltinModel : public Model, public StagedModel {
 
   std::map<std::string, ParameterPart> parts() override { return network_->parts(); }
   StagedModel* staged() override { return this; }
-  at::Tensor ForwardStage(const at::Tensor& input) override { return network_->Forward(input); }
+  at::Tensor ForwardStage(const at::Tensor& input, int64_t) override { return network_->Forward(input); }
   StepOutput LossOf(const at::Tensor& output, const at::Tensor& target) override {
     return loss_(Predicted(output), target);
   }

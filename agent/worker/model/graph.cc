@@ -761,6 +761,14 @@ std::vector<GraphUnit> Graph::Units(int count) const {
   return units;
 }
 
+void Graph::KeepOnly(const GraphUnit& unit) {
+  const std::set<std::string> kept(unit.parameters.begin(), unit.parameters.end());
+  std::erase_if(parameters_, [&](const auto& parameter) { return !kept.contains(parameter.first); });
+  for (const auto& [slot, name] : parameter_of_slot_) {
+    if (!kept.contains(name)) constants_[static_cast<size_t>(slot)].value = IValue();
+  }
+}
+
 at::Tensor Graph::RunUnit(const GraphUnit& unit, const at::Tensor& input, int64_t batch_size) {
   std::vector<Value> values = constants_;
   // The numbers that follow from the batch's size, wherever in the graph they are computed.

@@ -54,6 +54,8 @@ class Graph {
   // from the batch's size alone are computed anew in each unit and do not count as crossing. For
   // graphs of one input and one output.
   std::vector<GraphUnit> Units(int count) const;
+  // Frees the weights that the unit does not use: from here on this is a part of the graph.
+  void KeepOnly(const GraphUnit& unit);
   // Runs one of Units(). `batch_size` is the number of samples of the graph's input.
   at::Tensor RunUnit(const GraphUnit& unit, const at::Tensor& input, int64_t batch_size);
 

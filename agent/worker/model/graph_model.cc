@@ -2,7 +2,9 @@
 
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <optional>
+#include <set>
 #include <utility>
 
 #include "agent/worker/checkpoint/durable_file.h"
@@ -14,6 +16,14 @@
 namespace itwin::worker {
 namespace {
 
+std::vector<std::pair<std::string, at::Tensor>> Trainable(const Graph& graph) {
+  std::vector<std::pair<std::string, at::Tensor>> trainable;
+  for (const auto& parameter : graph.parameters()) {
+    if (parameter.second.requires_grad()) trainable.push_back(parameter);
+  }
+  return trainable;
+}
+
 class GraphModel : public Model {
  public:
   GraphModel(std::string file, nlohmann::json json, std::unique_ptr<Graph> graph,
@@ -24,13 +34,7 @@ class GraphModel : public Model {
         loss_(std::move(loss)),
         preprocessing_(std::move(preprocessing)) {}
 
-  std::vector<std::pair<std::string, at::Tensor>> parameters() override {
-    std::vector<std::pair<std::string, at::Tensor>> trainable;
-    for (const auto& parameter : graph_->parameters()) {
-      if (parameter.second.requires_grad()) trainable.push_back(parameter);
-    }
-    return trainable;
-  }
+  std::vector<std::pair<std::string, at::Tensor>> parameters() override { return Trainable(*graph_); }
   std::vector<std::pair<std::string, at::Tensor>> buffers() override { return graph_->buffers(); }
 
   StepOutput TrainingStep(const Batch& batch) override { return Step(batch, /*with_metrics=*/false); }
@@ -91,15 +95,49 @@ class GraphModel : public Model {
   const nlohmann::json preprocessing_;
 };
 
+// The layers of a pipeline's stage.
+class GraphStage : public Model, public StagedModel {
+ public:
+  GraphStage(std::string name, std::unique_ptr<Graph> graph, GraphUnit unit, Loss loss)
+      : name_(std::move(name)), graph_(std::move(graph)), unit_(std::move(unit)), loss_(std::move(loss)) {
+    graph_->KeepOnly(unit_);
+  }
+
+  std::vector<std::pair<std::string, at::Tensor>> parameters() override { return Trainable(*graph_); }
+  std::vector<std::pair<std::string, at::Tensor>> buffers() override { return {}; }
+  void Train(bool training) override { graph_->Train(training); }
+  std::string description() override {
+    return name_ + " (exported graph), " + std::to_string(unit_.elements) + " parameters";
+  }
+  StagedModel* staged() override { return this; }
+  at::Tensor ForwardStage(const at::Tensor& input, int64_t samples) override {
+    return graph_->RunUnit(unit_, input, samples);
+  }
+  StepOutput LossOf(const at::Tensor& output, const at::Tensor& target) override {
+    return loss_(output, target, /*with_metrics=*/!at::GradMode::is_enabled());
+  }
+
+  StepOutput TrainingStep(const Batch&) override { throw NotWhole(); }
+  StepOutput EvaluationStep(const Batch&) override { throw NotWhole(); }
+  at::Tensor Predict(const at::Tensor&) override { throw NotWhole(); }
+  void Save(const std::filesystem::path&) override { throw NotWhole(); }
+
+ private:
+  WorkerError NotWhole() const { return AppError("a stage of " + name_ + " is not run as a whole model"); }
+
+  const std::string name_;
+  const std::unique_ptr<Graph> graph_;
+  const GraphUnit unit_;
+  const Loss loss_;
+};
+
 }  // namespace
 
 std::unique_ptr<Model> MakeGraphModel(const TrainSpec& spec, const Dataset& dataset,
                                       const ModelArchive& archive) {
   const std::string field = "train.model.archive: " + archive.file;
   auto graph = std::make_unique<Graph>(archive.graph, archive.weights, field);
-  bool trainable = false;
-  for (const auto& [name, tensor] : graph->parameters()) trainable = trainable || tensor.requires_grad();
-  if (!trainable) throw UserError(field + ": no parameter requires a gradient, so there is nothing to train");
+  if (Trainable(*graph).empty()) throw UserError(field + ": no parameter requires a gradient, so there is nothing to train");
   std::optional<Loss> loss;
   if (graph->outputs()[0] == "loss") {
     if (!spec.loss.empty() || !spec.metrics.empty()) {
@@ -115,6 +153,36 @@ std::unique_ptr<Model> MakeGraphModel(const TrainSpec& spec, const Dataset& data
   }
   return std::make_unique<GraphModel>(archive.file, archive.graph, std::move(graph), std::move(loss),
                                       dataset.preprocessing());
+}
+
+std::unique_ptr<Model> MakeGraphStage(const TrainSpec& spec, const ModelArchive& archive, int stage, int stages) {
+  const std::string field = "train.model.archive: " + archive.file;
+  auto graph = std::make_unique<Graph>(archive.graph, archive.weights, field);
+  const auto refuse = [&](const std::string& why) {
+    return UserError(field + " cannot be cut into the stages of a pipeline: " + why + "; use ddp or zero1, zero2, zero3");
+  };
+  if (graph->outputs()[0] == "loss" || graph->inputs().size() != 1 || graph->outputs().size() != 1)
+    throw refuse("it must have one input and give the prediction alone (export it with a named loss)");
+  if (spec.loss.empty()) throw UserError("train.loss: is not given; name a loss");
+  if (!graph->buffers().empty())
+    throw refuse("it has buffers (" + graph->buffers()[0].first + "), which stages do not exchange");
+  std::vector<GraphUnit> units = graph->Units(stages);
+  if (static_cast<int>(units.size()) < stages) {
+    throw refuse("there are places for " + std::to_string(units.size()) + " stages, where a single tensor goes from one to the next, and " +
+                 std::to_string(stages) + " are wanted");
+  }
+  std::set<std::string> seen;
+  for (const GraphUnit& unit : units) {
+    bool trainable = false;
+    for (const auto& [name, tensor] : Trainable(*graph))
+      trainable = trainable || std::find(unit.parameters.begin(), unit.parameters.end(), name) != unit.parameters.end();
+    if (!trainable) throw refuse("a stage would have nothing to train");
+    for (const std::string& name : unit.parameters) {
+      if (!seen.insert(name).second) throw refuse("two stages would use " + name);
+    }
+  }
+  return std::make_unique<GraphStage>(archive.file, std::move(graph), std::move(units[static_cast<size_t>(stage)]),
+                                      Loss(spec.loss, spec.metrics, spec.loss_options, spec.top_k));
 }
 
 }  // namespace itwin::worker

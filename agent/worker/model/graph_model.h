@@ -12,4 +12,8 @@ namespace itwin::worker {
 std::unique_ptr<Model> MakeGraphModel(const TrainSpec& spec, const Dataset& dataset,
                                       const ModelArchive& archive);
 
+// One stage of `stages`, cut by Graph::Units: a StagedModel that is not run as a whole. Throws UserError for a graph
+// that cannot be cut into so many, and says why.
+std::unique_ptr<Model> MakeGraphStage(const TrainSpec& spec, const ModelArchive& archive, int stage, int stages);
+
 }  // namespace itwin::worker

@@ -34,9 +34,9 @@ struct StepOutput {
 class StagedModel {
  public:
   virtual ~StagedModel() = default;
-  // From the output of the stage before (the first: from the batch's input), with gradient
-  // recording where the mode of the thread says so.
-  virtual at::Tensor ForwardStage(const at::Tensor& input) = 0;
+  // From the output of the stage before (the first: from the batch's input) for so many samples, with
+  // gradient recording where the mode of the thread says so.
+  virtual at::Tensor ForwardStage(const at::Tensor& input, int64_t samples) = 0;
   // Of the last stage's output.
   virtual StepOutput LossOf(const at::Tensor& output, const at::Tensor& target) = 0;
 };

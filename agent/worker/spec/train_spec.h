@@ -59,6 +59,11 @@ struct Hdf5File {
   std::string input = "input", target = "target";
   bool target_named = false;  // it must be there
 };
+struct ZarrStore {
+  std::string path;  // a directory
+  std::string input = "input", target = "target";
+  bool target_named = false;  // it must be there
+};
 struct SafetensorsFile {
   std::string path;
 };
@@ -123,7 +128,7 @@ using Transform = std::variant<Standardize, Scale, Crop, Coarsen, FillMissing, W
 
 struct DataSpec {
   std::variant<NetcdfFile, IdxFiles, NpzFile, NpyFiles, CsvFile, SyntheticData, Hdf5File,
-               SafetensorsFile, RawFiles>
+               SafetensorsFile, RawFiles, ZarrStore>
       source;
   std::vector<std::string> variables;
   std::string input;   // empty: "input" where present
@@ -163,7 +168,14 @@ struct Lars {
   double lr = 0.1, momentum = 0.9, weight_decay = 1e-4, trust = 1e-3;
   bool nesterov = false;
 };
-using OptimizerSpec = std::variant<Sgd, Adam, AdamW, RmsProp, Adagrad, Lamb, Lars>;
+struct Lbfgs {
+  double lr = 1;
+  int max_iter = 20, max_eval = 25;
+  double tolerance_grad = 1e-7, tolerance_change = 1e-9;
+  int history = 10;
+  bool strong_wolfe = false;
+};
+using OptimizerSpec = std::variant<Sgd, Adam, AdamW, RmsProp, Adagrad, Lamb, Lars, Lbfgs>;
 
 // What differs for the parameters whose names match; see ParameterGroup in spec.proto.
 struct ParameterGroupSpec {
@@ -359,5 +371,8 @@ TrainSpec ParseSpec(const nlohmann::json& job);
 // working directory.
 std::filesystem::path ResolveFile(const std::string& name, const std::filesystem::path& work_dir,
                                   const std::string& field);
+// The same for a directory.
+std::filesystem::path ResolveDirectory(const std::string& name, const std::filesystem::path& work_dir,
+                                       const std::string& field);
 
 }  // namespace itwin::worker

@@ -4,13 +4,16 @@
 #include <chrono>
 #include <cmath>
 #include <deque>
+#include <optional>
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
 
 #include "agent/worker/error.h"
+#include "agent/worker/model/archive.h"
 #include "agent/worker/model/builtin_model.h"
+#include "agent/worker/model/graph_model.h"
 #include "agent/worker/training/optimizer_kernels.h"
 #include "agent/worker/training/sampler.h"
 
@@ -74,7 +77,10 @@ class MeshModel : public Model {
     return part_->parameters();
   }
   std::vector<std::pair<std::string, at::Tensor>> buffers() override { return part_->buffers(); }
-  StepOutput TrainingStep(const Batch& batch) override { return part_->TrainingStep(batch); }
+  // Of a pipeline the loop runs the passes (Mesh::RunPasses); this gives the loss alone.
+  StepOutput TrainingStep(const Batch& batch) override {
+    return groups_.shape().pipeline == 1 ? part_->TrainingStep(batch) : EvaluationStep(batch);
+  }
   StepOutput EvaluationStep(const Batch& batch) override {
     if (groups_.shape().pipeline == 1) return part_->EvaluationStep(batch);
     const at::NoGradGuard no_grad;
@@ -145,7 +151,7 @@ class MeshModel : public Model {
     Communicator& stages = groups_.pipeline();
     const int stage = stages.rank();
     const at::Tensor output =
-        part_->staged()->ForwardStage(stage == 0 ? input : Receive(stages, stage - 1));
+        part_->staged()->ForwardStage(stage == 0 ? input : Receive(stages, stage - 1), input.size(0));
     if (stage + 1 < stages.size()) {
       Outbox outbox(stages);
       outbox.Send(output, stage + 1);
@@ -188,12 +194,7 @@ MeshPlace MeshGroups::place() {
 }
 
 std::unique_ptr<Model> MakeMeshModel(const TrainSpec& spec, const Dataset& dataset,
-                                     MeshGroups& groups) {
-  if (spec.model.builtin.empty()) {
-    throw UserError(
-        "train.strategy: only built-in models can be split between ranks (mlp and transformer); "
-        "use ddp or zero1, zero2, zero3");
-  }
+                                     const std::filesystem::path& work_dir, MeshGroups& groups) {
   const auto refuse = [](bool given, const std::string& what) {
     if (given) throw UserError(what + " does not go with a strategy that splits the model");
   };
@@ -201,7 +202,20 @@ std::unique_ptr<Model> MakeMeshModel(const TrainSpec& spec, const Dataset& datas
   refuse(std::holds_alternative<Lamb>(spec.optimizer), "train.optimizer: lamb");
   refuse(std::holds_alternative<Lars>(spec.optimizer), "train.optimizer: lars");
   refuse(spec.best.has_value(), "train.best");
-  return std::make_unique<MeshModel>(MakeBuiltinModel(spec, dataset, groups.place()), groups);
+  if (!spec.model.builtin.empty())
+    return std::make_unique<MeshModel>(MakeBuiltinModel(spec, dataset, groups.place()), groups);
+  std::optional<ModelArchive> archive;
+  if (!spec.model.archive.empty())
+    archive = ReadModelArchive(ResolveFile(spec.model.archive, work_dir, "train.model.archive"));
+  if (!archive || !archive->script.empty() || groups.shape().tensor > 1 || groups.shape().pipeline == 1) {
+    throw UserError(
+        "train.strategy: only built-in models can be split between ranks (mlp and transformer), and exported graphs into "
+        "the stages of a pipeline; use ddp or zero1, zero2, zero3");
+  }
+  const MeshPlace place = groups.place();
+  auto model = std::make_unique<MeshModel>(MakeGraphStage(spec, *archive, place.stage, place.stages), groups);
+  ShakeHands(*model, *archive);
+  return model;
 }
 
 Mesh::Mesh(std::string name, FlatParameters& parameters, MeshGroups& groups, Model& model,
@@ -283,7 +297,7 @@ StepStatus Mesh::RunPasses(const BatchSource::Item& item, StepStatus status) {
       pass.input = TimedReceive(stages, stage - 1);
       pass.input.requires_grad_(true);
     }
-    const at::Tensor output = model_.staged()->ForwardStage(pass.input);
+    const at::Tensor output = model_.staged()->ForwardStage(pass.input, pass.samples.size());
     if (last_stage) {
       pass.output = model_.staged()->LossOf(output, part("target")).loss;
       const double value = pass.output.item<double>();

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <filesystem>
 #include <map>
 #include <memory>
 #include <string>
@@ -41,9 +42,10 @@ class MeshGroups {
   std::unique_ptr<Communicator> data_gradients_, data_, tensor_, pipeline_;
 };
 
-// The part of the model that a rank of the mesh has.
+// The part of the model that a rank of the mesh has: of a built-in model, or a stage of an exported
+// graph, whose handshake all ranks do together. Every rank calls it.
 std::unique_ptr<Model> MakeMeshModel(const TrainSpec& spec, const Dataset& dataset,
-                                     MeshGroups& groups);
+                                     const std::filesystem::path& work_dir, MeshGroups& groups);
 
 class Mesh : public Strategy {
  public:

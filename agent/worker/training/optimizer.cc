@@ -17,6 +17,7 @@ namespace itwin::worker {
 namespace {
 
 constexpr int64_t kElementsPerThread = 1 << 16;  // below, a second thread does not pay
+constexpr char kLbfgsFigures[] = "lbfgs/figures";
 
 std::vector<std::string> StateNames(const OptimizerSpec& spec) {
   struct Visitor {
@@ -32,6 +33,7 @@ std::vector<std::string> StateNames(const OptimizerSpec& spec) {
       return o.momentum != 0 ? std::vector<std::string>{"momentum_buffer"}
                              : std::vector<std::string>{};
     }
+    std::vector<std::string> operator()(const Lbfgs& o) const { return LbfgsMinimizer::StateNames(o); }
     std::vector<std::string> operator()(const RmsProp& o) const {
       return o.momentum != 0 ? std::vector<std::string>{"square_avg", "momentum_buffer"}
                              : std::vector<std::string>{"square_avg"};
@@ -45,7 +47,9 @@ OptimizerSpec WithGroup(OptimizerSpec spec, const ParameterGroupSpec* group) {
   std::visit(
       [&](auto& o) {
         if (group->lr) o.lr = *group->lr;
-        if (group->weight_decay) o.weight_decay = *group->weight_decay;
+        if constexpr (requires { o.weight_decay; }) {
+          if (group->weight_decay) o.weight_decay = *group->weight_decay;
+        }
       },
       spec);
   return spec;
@@ -55,7 +59,10 @@ bool SameOptions(const OptimizerSpec& a, const OptimizerSpec& b) {  // of one op
   return std::visit(
       [&](const auto& o) {
         const auto& other = std::get<std::decay_t<decltype(o)>>(b);
-        return o.lr == other.lr && o.weight_decay == other.weight_decay;
+        if constexpr (requires { o.weight_decay; }) {
+          if (o.weight_decay != other.weight_decay) return false;
+        }
+        return o.lr == other.lr;
       },
       a);
 }
@@ -225,6 +232,7 @@ Optimizer::Optimizer(const OptimizerSpec& spec, const FlatParameters& parameters
     AddSegments(range, groups);
   }
   if (needs_norms()) norms_.resize(2 * parameters.parameters().size());
+  if (const auto* lbfgs = std::get_if<Lbfgs>(&spec)) lbfgs_.emplace(*lbfgs, ranges_, state_);
 }
 
 void Optimizer::AddSegments(const FlatRange& range, const std::vector<ParameterGroupSpec>& groups) {
@@ -303,6 +311,10 @@ void Optimizer::StepRange(size_t i, double gradient_scale) {
   });
 }
 
+LbfgsMinimizer::Result Optimizer::Search(const LbfgsMinimizer::Evaluate& evaluate) {
+  return lbfgs_->Step(learning_rate(), evaluate);
+}
+
 std::vector<StateSlice> Optimizer::Slices() const {
   std::vector<StateSlice> slices;
   for (size_t s = 0; s < state_names_.size(); ++s) {
@@ -320,6 +332,13 @@ std::vector<StateSlice> Optimizer::Slices() const {
   return slices;
 }
 
+NamedTensors Optimizer::WholeState() const {
+  NamedTensors state = {
+      {step_name_, at::full({1}, at::Scalar(step_), at::TensorOptions().dtype(at::kLong))}};
+  if (lbfgs_) state.emplace_back(kLbfgsFigures, lbfgs_->figures());
+  return state;
+}
+
 std::vector<at::Tensor> Optimizer::FlatState() const {
   std::vector<at::Tensor> flat;
   for (const auto& states : state_) flat.insert(flat.end(), states.begin(), states.end());
@@ -328,25 +347,19 @@ std::vector<at::Tensor> Optimizer::FlatState() const {
 
 void Optimizer::LoadState(const NamedTensors& state, const Strategy* strategy) {
   ScatterSlices(state, strategy == nullptr ? Slices() : strategy->InWhole(Slices()), "the checkpoint's optimiser state");
-  for (const auto& [name, tensor] : state) {
-    if (name != step_name_) continue;
-    step_ = tensor.item<int64_t>();
-    return;
-  }
-  throw AppError("the checkpoint's optimiser state does not fit: " + step_name_ + " is missing");
-}
-
-NamedTensors GatherState(const Optimizer& optimizer, const Strategy& strategy,
-                         Communicator& communicator) {
-  NamedTensors state = GatherSlices(strategy.Owned(optimizer.Slices()), communicator);
-  state.insert(state.begin(), {optimizer.step_name(), at::full({1}, at::Scalar(optimizer.step()),
-                                                at::TensorOptions().dtype(at::kLong))});
-  return state;
+  const auto whole = [&](const std::string& wanted) -> const at::Tensor& {
+    for (const auto& [name, tensor] : state) {
+      if (name == wanted) return tensor;
+    }
+    throw AppError("the checkpoint's optimiser state does not fit: " + wanted + " is missing");
+  };
+  step_ = whole(step_name_).item<int64_t>();
+  if (lbfgs_) lbfgs_->SetFigures(whole(kLbfgsFigures));
 }
 
 std::string Optimizer::name() const {
   constexpr const char* kNames[] = {"sgd",     "adam", "adamw", "rmsprop",
-                                      "adagrad", "lamb", "lars"};
+                                      "adagrad", "lamb", "lars",  "lbfgs"};
   return kNames[spec_.index()];
 }
 

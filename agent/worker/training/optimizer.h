@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include "agent/worker/checkpoint/safetensors.h"
 #include "agent/worker/spec/train_spec.h"
 #include "agent/worker/training/flat_parameters.h"
+#include "agent/worker/training/lbfgs.h"
 #include "agent/worker/training/strategy.h"
 
 namespace itwin::worker {
@@ -37,18 +39,23 @@ class Optimizer {
   void MeasureRange(size_t range, double gradient_scale);
   std::vector<double>& norms() { return norms_; }
 
+  // LBFGS: a step looks at the loss several times. After BeginStep, in place of StepRange.
+  bool searches() const { return lbfgs_.has_value(); }
+  LbfgsMinimizer::Result Search(const LbfgsMinimizer::Evaluate& evaluate);
+
   // Of the step begun last, for parameters of no group.
   double learning_rate() const;
 
   int64_t step() const { return step_; }
-  const std::string& step_name() const { return step_name_; }
   // Whether it updates the parameter, by index.
   bool Has(size_t parameter) const { return mine_[parameter]; }
   // What this rank holds, as "<state>/<parameter>"; the views stay.
   std::vector<StateSlice> Slices() const;
+  // What every rank holds alike beside them: the number of steps, and what else is no parameter's.
+  NamedTensors WholeState() const;
   // All state as flat tensors, range by range; the tensors stay.
   std::vector<at::Tensor> FlatState() const;
-  // "step", and "<state>/<parameter>" for every parameter, whole. Throws AppError when it does not
+  // WholeState's, and "<state>/<parameter>" for every parameter, whole. Throws AppError when it does not
   // fit these parameters and this optimiser. `strategy` says where a rank's parameters lie in whole
   // ones (Strategy::InWhole); without it they are whole.
   void LoadState(const NamedTensors& state, const Strategy* strategy = nullptr);
@@ -78,12 +85,8 @@ class Optimizer {
   double lr_factor_ = 1;
   std::vector<std::string> state_names_;
   std::vector<std::vector<at::Tensor>> state_;  // [range][state name], flat
+  std::optional<LbfgsMinimizer> lbfgs_;
 };
-
-// The whole state on rank 0, for LoadState; what this strategy holds on the others is sent there.
-// Every rank calls it.
-NamedTensors GatherState(const Optimizer& optimizer, const Strategy& strategy,
-                         Communicator& communicator);
 
 // Sum of squares of the gradients in the ranges.
 double SumOfSquares(const std::vector<FlatRange>& ranges);

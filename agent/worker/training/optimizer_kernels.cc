@@ -163,17 +163,32 @@ ITWIN_INLINE void ScaleAndClampLoop(T* g, int64_t n, double scale, double limit)
   }
 }
 
-template <typename T>
-ITWIN_INLINE double SumOfSquaresLoop(const T* g, int64_t n) {
-  // Eight sums, so that the order of additions is fixed and still fits vector registers.
+// Eight sums of term(i), so that the order of additions is fixed and still fits vector registers.
+template <typename Term>
+ITWIN_INLINE double Sum(int64_t n, Term term) {
   double sums[8] = {};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    for (int k = 0; k < 8; ++k)
-      sums[k] += static_cast<double>(g[i + k]) * static_cast<double>(g[i + k]);
+    for (int k = 0; k < 8; ++k) sums[k] += term(i + k);
   }
-  for (int k = 0; i < n; ++i, ++k) sums[k] += static_cast<double>(g[i]) * static_cast<double>(g[i]);
+  for (int k = 0; i < n; ++i, ++k) sums[k] += term(i);
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+template <typename T>
+ITWIN_INLINE double DotLoop(const T* a, const T* b, int64_t n) {
+  return Sum(n, [=](int64_t i) __attribute__((always_inline)) { return static_cast<double>(a[i]) * static_cast<double>(b[i]); });
+}
+
+template <typename T>
+ITWIN_INLINE double SumOfAbsolutesLoop(const T* p, int64_t n) {
+  return Sum(n, [=](int64_t i) __attribute__((always_inline)) { return std::abs(static_cast<double>(p[i])); });
+}
+
+template <typename T>
+ITWIN_INLINE void AddScaledLoop(T* __restrict p, const T* __restrict d, int64_t n, double factor) {
+  const T f = static_cast<T>(factor);
+  for (int64_t i = 0; i < n; ++i) p[i] += f * d[i];
 }
 
 template <typename T>
@@ -216,8 +231,18 @@ ITWIN_VECTORISED void RmsProp(double* p, double* g, double* v, double* b, int64_
                               const RmsPropArguments& a) {
   RmsPropLoop(p, g, v, b, n, s, a);
 }
-ITWIN_VECTORISED double SumOfSquares(const float* g, int64_t n) { return SumOfSquaresLoop(g, n); }
-ITWIN_VECTORISED double SumOfSquares(const double* g, int64_t n) { return SumOfSquaresLoop(g, n); }
+ITWIN_VECTORISED double SumOfSquares(const float* g, int64_t n) { return DotLoop(g, g, n); }
+ITWIN_VECTORISED double SumOfSquares(const double* g, int64_t n) { return DotLoop(g, g, n); }
+ITWIN_VECTORISED double Dot(const float* a, const float* b, int64_t n) { return DotLoop(a, b, n); }
+ITWIN_VECTORISED double Dot(const double* a, const double* b, int64_t n) { return DotLoop(a, b, n); }
+ITWIN_VECTORISED double SumOfAbsolutes(const float* p, int64_t n) { return SumOfAbsolutesLoop(p, n); }
+ITWIN_VECTORISED double SumOfAbsolutes(const double* p, int64_t n) { return SumOfAbsolutesLoop(p, n); }
+ITWIN_VECTORISED void AddScaled(float* p, const float* d, int64_t n, double factor) {
+  AddScaledLoop(p, d, n, factor);
+}
+ITWIN_VECTORISED void AddScaled(double* p, const double* d, int64_t n, double factor) {
+  AddScaledLoop(p, d, n, factor);
+}
 ITWIN_VECTORISED bool AllFinite(const float* p, int64_t n) { return AllFiniteLoop(p, n); }
 ITWIN_VECTORISED bool AllFinite(const double* p, int64_t n) { return AllFiniteLoop(p, n); }
 

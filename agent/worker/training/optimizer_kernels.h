@@ -62,6 +62,14 @@ void ScaleAndClamp(double* g, int64_t n, double scale, double limit);
 // Sum of squares, in double and in a fixed order.
 double SumOfSquares(const float* g, int64_t n);
 double SumOfSquares(const double* g, int64_t n);
+// Sums in double, in a fixed order.
+double Dot(const float* a, const float* b, int64_t n);
+double Dot(const double* a, const double* b, int64_t n);
+double SumOfAbsolutes(const float* p, int64_t n);
+double SumOfAbsolutes(const double* p, int64_t n);
+// p += factor * d.
+void AddScaled(float* p, const float* d, int64_t n, double factor);
+void AddScaled(double* p, const double* d, int64_t n, double factor);
 // Whether every value is finite.
 bool AllFinite(const float* p, int64_t n);
 bool AllFinite(const double* p, int64_t n);

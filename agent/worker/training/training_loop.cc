@@ -328,7 +328,7 @@ bool TrainingLoop::Step() {
       ForwardAndBackward(item);
       Enter(Activity::kOptimizer);
       if (!reported_unused_) parameters_.CheckGradientViews();
-      const StepStatus mine = UpdateParameters();
+      const StepStatus mine = phases_[p].optimizer.searches() ? Minimize(item) : UpdateParameters();
       if (n == 0) status.loss += mine.loss;
       status.not_finite += mine.not_finite;
       status.stop += mine.stop;
@@ -476,6 +476,37 @@ StepStatus TrainingLoop::UpdateParameters() {
   const StepStatus status = strategy_->EndStep(&agreed_);
   if (features_.average() != nullptr && phase_ + 1 == phases_.size()) features_.average()->Update();
   return status;
+}
+
+// LBFGS: forward and backward have been run once; the search runs them again wherever it looks. The
+// step's loss is the one that it begins with.
+StepStatus TrainingLoop::Minimize(const BatchSource::Item& item) {
+  StepStatus all;
+  bool fresh = true;
+  const auto evaluate = [&] {
+    if (!fresh) {
+      Enter(Activity::kForward);
+      ForwardAndBackward(item);
+      Enter(Activity::kOptimizer);
+    }
+    fresh = false;
+    for (size_t r = 0; r < strategy_->ranges().size(); ++r) strategy_->WaitGradients(r);
+    const StepStatus status = strategy_->EndStep(&agreed_);
+    all.stop += status.stop;
+    all.trace = std::max(all.trace, status.trace);
+    return status.loss;
+  };
+  Optimizer& optimizer = phases_[phase_].optimizer;
+  optimizer.BeginStep(features_.RateFactor(position_.step));
+  const LbfgsMinimizer::Result result = optimizer.Search(evaluate);
+  all.loss = result.first_loss;
+  // What was tried and left again may have had any loss.
+  if (!std::isfinite(result.last_loss)) all.not_finite = 1;
+  step_values_.resize(1);
+  step_values_.emplace_back("train/evaluations", result.evaluations);
+  for (size_t r = 0; r < strategy_->ranges().size(); ++r) strategy_->Updated(r);
+  if (features_.average() != nullptr) features_.average()->Update();
+  return all;
 }
 
 void TrainingLoop::CheckReplicas() {
@@ -738,10 +769,7 @@ void TrainingLoop::Save() {
     only_first.insert(only_first.end(), buffers.begin(), buffers.end());
     AppendParts(WholeParts(only_first), &parts.weights);
     for (const Phase& phase : phases_) {
-      AppendParts(WholeParts({{phase.optimizer.step_name(),
-                               at::full({1}, at::Scalar(phase.optimizer.step()),
-                                        at::TensorOptions().dtype(at::kLong))}}),
-                  &parts.optimizer);
+      AppendParts(WholeParts(phase.optimizer.WholeState()), &parts.optimizer);
     }
     AppendParts(WholeParts(features_.State()), &parts.optimizer);
   }
@@ -832,8 +860,9 @@ double TrainingLoop::ReserveSeconds() const {
   const double longest = std::max(clock_->save, setup_.checkpoints.longest_save_seconds());
   double save = longest;
   if (longest < 0) {
-    double bytes = 0;  // with two moments of an optimiser
-    for (const auto& bucket : parameters_.buckets()) bytes += 3 * static_cast<double>(bucket.values.nbytes());
+    double bytes = 0;
+    for (const auto& bucket : parameters_.buckets()) bytes += static_cast<double>(bucket.values.nbytes());
+    for (const at::Tensor& state : OptimizerState()) bytes += static_cast<double>(state.nbytes());
     save = kFirstSaveSeconds + bytes / kFirstSaveBytesPerSecond;
   }
   return 2 * save + kReserveSeconds + clock_->evaluation +

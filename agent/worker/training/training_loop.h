@@ -89,6 +89,7 @@ class TrainingLoop {
   void ForwardAndBackward(const BatchSource::Item& item);
   void RunMicroBatches(const BatchSource::Item& item, StepStatus status);
   StepStatus UpdateParameters();
+  StepStatus Minimize(const BatchSource::Item& item);
   void CheckReplicas();
   void FinishEpoch();
   void FinishRun(TrainingOutcome& outcome);

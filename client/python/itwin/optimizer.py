@@ -9,8 +9,9 @@ _SUPPORTED = {
     "AdamW": ("adamw", ("lr", "betas", "eps", "weight_decay")),
     "RMSprop": ("rmsprop", ("lr", "alpha", "eps", "weight_decay", "momentum")),
     "Adagrad": ("adagrad", ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")),
+    "LBFGS": ("lbfgs", ("lr", "max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn")),
 }
-_RENAMED = {"initial_accumulator_value": "initial_accumulator"}
+_RENAMED = {"initial_accumulator_value": "initial_accumulator", "history_size": "history"}
 _OF_GROUPS = ("lr", "weight_decay")  # what may differ between groups
 _NEUTRAL = {"amsgrad": False, "maximize": False, "centered": False, "differentiable": False}
 _EITHER = ("params", "foreach", "capturable", "fused", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")  # how it
@@ -48,9 +49,11 @@ def document(optimizer, module=None):
     for option in options:
         if option == "betas":
             values["beta1"], values["beta2"] = (float(beta) for beta in group["betas"])
+        elif option == "line_search_fn":
+            values["strong_wolfe"] = group[option] == "strong_wolfe"
         else:
             value = group[option]
-            values[_RENAMED.get(option, option)] = value if isinstance(value, bool) else float(value)
+            values[_RENAMED.get(option, option)] = value if isinstance(value, (bool, int)) else float(value)
     return {name: values}
 
 

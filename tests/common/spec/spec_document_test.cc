@@ -238,7 +238,7 @@ TEST(SpecDocument, NamesThePlaceTheMistakeAndTheRemedy) {
       {"train: {clip_norm: \"1\"}", "train.clip_norm: found the text '1', expected a number"},
       {"train: {optimizer: {adam: {lr: 1e}}}", "train.optimizer.adam.lr: found '1e', expected a number"},
       {"train: {optimizer: {adam: 2e-3}}", "train.optimizer.adam: found '2e-3', expected a map with fields such as lr"},
-      {"train: {optimizer: [adam]}", "train.optimizer: found a list, expected a map with one of sgd, adam, adamw, rmsprop, adagrad, lamb, lars"},
+      {"train: {optimizer: [adam]}", "train.optimizer: found a list, expected a map with one of sgd, adam, adamw, rmsprop, adagrad, lamb, lars, lbfgs"},
       {"train: {stop_on_nan: yes}", "train.stop_on_nan: found 'yes', expected true or false"},
       {"train: {stop_on_nan: \"true\"}", "train.stop_on_nan: found the text 'true', expected true or false"},
       {"command: {mpi: 1}", "command.mpi: found '1', expected true or false"},
@@ -264,7 +264,7 @@ TEST(SpecDocument, NamesThePlaceTheMistakeAndTheRemedy) {
       {"inputs: {a: b}", "inputs: found a map, expected a list"},
       // alternatives
       {"train: {optimizer: adm}", "train.optimizer: 'adm' is unknown; did you mean 'adam'?"},
-      {"train: {optimizer: lion}", "train.optimizer: 'lion' is unknown; use one of sgd, adam, adamw, rmsprop, adagrad, lamb, lars"},
+      {"train: {optimizer: lion}", "train.optimizer: 'lion' is unknown; use one of sgd, adam, adamw, rmsprop, adagrad, lamb, lars, lbfgs"},
       {"train: {data: {transforms: [normalise]}}", "train.data.transforms[0]: 'normalise' is unknown; use one of standardize"},
       {"train: {optimizer: {adam: {}, sgd: {}}}", "train.optimizer: 'adam' and 'sgd' are both given; keep one"},
       {"train: {model: {builtin: mlp, torchscript: x.pt}}", "train.model: 'builtin' and 'torchscript' are both given"},

@@ -45,6 +45,9 @@ TEST(ValidateSpec, AcceptsGoodSpecs) {
   EXPECT_OK(Check(kTrain, {"resources.partition=booster,devel", "resources.account=hpc-1", "resources.constraint='[a&b]'",
                            "resources.exclude_nodes=[\"n[1-3]\"]", "resources.scheduler_options=[\"--licenses=matlab:1\"]",
                            "resources.gpus_per_node=4", "resources.gpu_type=a100", "resources.exclusive=true"}));
+  EXPECT_OK(Check(kTrain, {"train={model: {archive: a.itw}, loss: mse, strategy: pipeline}"}));
+  EXPECT_OK(Check(kTrain, {"train={optimizer: {lbfgs: {strong_wolfe: true}}, accumulate: 4, parameter_groups: [{match: [a], freeze: true}]}"}));
+  EXPECT_OK(Check(kTrain, {"train.data={zarr: {path: 'site:/d/a.zarr', input: t2m}, load: stream}"}));
   EXPECT_OK(Check(kTrain, {"train.data={hdf5: {path: a.h5}, more_files: [b.h5], load: stream, cache: node}"}));
   EXPECT_OK(Check(kTrain, {"train.data={raw: {input: {path: x, type: float32, shape: [3]}, target: {path: y, type: int64}}}"}));
   EXPECT_OK(Check(kTrain, {"train.data.split={train: 1982-01..1990-12, test_fraction: 0.1, by_hash: true}"}));
@@ -100,7 +103,10 @@ TEST(ValidateSpec, NamesTheFieldWhatWasWrongAndWhatWouldBeRight) {
       {"train.model.builtin=gpt", "train.model.builtin: 'gpt' is unknown; use one of mlp, cnn"},
       {"train.model.torchscript=", "train.model.torchscript: names no file"},
       {"train.model.options={a: 1}", "train.model.options: belongs to built-in models"},
-      {"train.data={}", "train.data: is missing; give one of netcdf, hdf5, idx"},
+      {"train.data={}", "train.data: is missing; give one of netcdf, hdf5, zarr, idx"},
+      {"train.data={zarr: {input: x}}", "train.data.zarr.path: is missing; name a file"},
+      {"train.data={zarr: {path: a.zarr}}", "train.data.zarr.path: 'a.zarr' is not at the site; a store is a directory"},
+      {"train.data={zarr: {path: 'site:/a.zarr'}, cache: node}", "train.data.cache: is for files; a zarr store"},
       {"train.data.variables=[]", "train.data.variables: is missing; list the variables"},
       {"train.data.variables=[A, A]", "train.data.variables[1]: 'A' is given twice"},
       {"train.data.variables=['']", "train.data.variables[0]: is empty"},
@@ -198,6 +204,22 @@ TEST(ValidateSpec, NamesTheFieldWhatWasWrongAndWhatWouldBeRight) {
       {"train.optimizer.adagrad.lr_decay=-1", "train.optimizer.adagrad.lr_decay: -1 is out of range"},
       {"train.optimizer.lamb.beta2=1", "train.optimizer.lamb.beta2: 1 is out of range"},
       {"train.optimizer.lars.trust=0", "train.optimizer.lars.trust: 0 is out of range"},
+      {"train={model: {archive: a.itw}, loss: mse, strategy: tensor}",
+       "train.strategy: tensor splits the layers of a built-in mlp or transformer, and exported graphs into the stages of a "
+       "pipeline, not a module that was handed over"},
+      {"train.optimizer.lbfgs.max_iter=0", "train.optimizer.lbfgs.max_iter: 0 is out of range"},
+      {"train.optimizer.lbfgs.history=0", "train.optimizer.lbfgs.history: 0 is out of range"},
+      {"train.optimizer.lbfgs.tolerance_grad=-1", "train.optimizer.lbfgs.tolerance_grad: -1 is out of range"},
+      {"train={optimizer: lbfgs, strategy: zero2}",
+       "train.strategy: does not go with the optimizer lbfgs, which works with single and ddp"},
+      {"train={optimizer: lbfgs, local_sgd: {every: 2}}", "train.local_sgd: does not go with the optimizer lbfgs"},
+      {"train={optimizer: lbfgs, precision: fp16}", "train.precision: does not go with the optimizer lbfgs"},
+      {"train={optimizer: lbfgs, clip_norm: 1}", "train.clip_norm: does not go with the optimizer lbfgs"},
+      {"train={optimizer: lbfgs, clip_value: 1}", "train.clip_value: does not go with the optimizer lbfgs"},
+      {"train={optimizer: lbfgs, parameter_groups: [{match: [a], lr: 1}]}",
+       "train.parameter_groups: does not go with the optimizer lbfgs"},
+      {"train={model: {torchscript: x.pt}, phases: [{name: g, match: [g], optimizer: lbfgs}]}",
+       "train.phases[0].optimizer: is lbfgs"},
       {"train.schedule.unit=epcoh", "train.schedule.unit: 'epcoh' is unknown; did you mean 'epoch'?"},
       {"train.schedule.warmup_steps=-1", "train.schedule.warmup_steps: -1 is out of range"},
       {"train.schedule={linear: {start: -1}}", "train.schedule.linear.start: -1 is out of range"},

@@ -421,6 +421,45 @@ TEST_F(StreamedData, MissingCellsAreFoundWhenTheyAreRead) {
   EXPECT_THAT(UserErrorOf([&] { stream->Gather(Split::kTrain, {1}); }), HasSubstr("fill_missing"));
 }
 
+TEST(ZarrData, StreamedOrNotAndAsNumPyGivesTheSameSamples) {
+  const Scratch scratch;
+  scratch.Python(R"(
+import numpy as np, zarr
+x = np.random.default_rng(3).normal(size=(30, 2, 4, 6)).astype('f4')
+x[7, 1, 2, 3] = np.nan
+y = (np.arange(30) % 4).astype('i2')
+root = zarr.open_group('s.zarr', mode='w')
+root.create_dataset('model/field', data=x, chunks=(4, 1, 3, 6), fill_value=float('nan'))
+root.create_dataset('label', data=y, chunks=(7,))
+np.save('x.npy', np.nan_to_num(x, nan=-5.0))
+np.save('y.npy', y)
+)");
+  DataSpec spec;
+  spec.split = {.test = IndexRange{22, 30}};
+  spec.transforms = {FillMissing{.value = -5}, Standardize{}, Crop{{4, 4}}};
+  DataSpec plain = spec;
+  plain.source = NpyFiles{"x.npy", "y.npy"};
+  const auto expected = Open(plain, scratch);
+  EXPECT_EQ(expected->classes(), 4);
+  spec.source = ZarrStore{.path = "s.zarr", .input = "model/field", .target = "label", .target_named = true};
+  for (const std::string load : {"memory", "stream", "auto"}) {
+    spec.load = load;
+    const auto data = Open(spec, scratch);
+    EXPECT_EQ(data->classes(), 4);
+    EXPECT_EQ(data->sample_shapes(), expected->sample_shapes());
+    for (const Split split : {Split::kTrain, Split::kTest}) {
+      const Batch a = Whole(*expected, split), b = Whole(*data, split);
+      EXPECT_TRUE(a.at("input").equal(b.at("input"))) << load;
+      EXPECT_TRUE(a.at("target").equal(b.at("target"))) << load;
+    }
+  }
+  spec.transforms = {};
+  spec.load = "memory";
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch); }), HasSubstr("add the transform fill_missing"));
+  spec.source = ZarrStore{.path = "x.npy"};
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch); }), HasSubstr("train.data.zarr.path: \"x.npy\" is a file; it must be a directory"));
+}
+
 TEST_F(StreamedData, StatisticsHaveTheSameBitsForAnyNumberOfRanks) {
   DataSpec spec;
   spec.source = SyntheticData{.samples = 20000, .input_shape = {5}, .target_shape = {1}};

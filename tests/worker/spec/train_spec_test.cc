@@ -95,6 +95,55 @@ TEST(TrainSpec, ReadsFeatures) {
             "validation/loss");
 }
 
+TEST(TrainSpec, ReadsAZarrStore) {
+  const TrainSpec spec = ParseSpec(WithTrain(
+      R"({"data": {"synthetic": null, "zarr": {"path": "site:/d/s.zarr", "input": "group/t2m"}, "load": "stream"}})"));
+  const auto& store = std::get<ZarrStore>(spec.data.source);
+  EXPECT_EQ(store.path, "site:/d/s.zarr");
+  EXPECT_EQ(store.input, "group/t2m");
+  EXPECT_EQ(store.target, "target");
+  EXPECT_FALSE(store.target_named);
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"data": {"synthetic": null, "zarr": {}}})")), HasSubstr("train.data.zarr.path is missing"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"data": {"synthetic": null, "zarr": {"path": "s"}, "cache": "node"}})")),
+              HasSubstr("train.data.cache is for files"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"data": {"synthetic": null, "zarr": {"path": "s"}, "more_files": ["t"]}})")),
+              HasSubstr("train.data.more_files belongs to"));
+}
+
+TEST(TrainSpec, ResolvesDirectories) {
+  const Scratch scratch;
+  std::filesystem::create_directory(scratch / "store");
+  scratch.Write("file", "x");
+  EXPECT_EQ(ResolveDirectory("store", scratch.path(), "f"), scratch / "store");
+  EXPECT_EQ(ResolveDirectory("site:" + (scratch / "store").string(), "/", "f"), scratch / "store");
+  EXPECT_THAT(UserErrorOf([&] { ResolveDirectory("file", scratch.path(), "f"); }), HasSubstr("is a file; it must be a directory"));
+  EXPECT_THAT(UserErrorOf([&] { ResolveDirectory("none", scratch.path(), "f"); }), HasSubstr("there is no directory \"none\""));
+  EXPECT_THAT(UserErrorOf([&] { ResolveFile("store", scratch.path(), "f"); }), HasSubstr("is a directory; it must be a file"));
+}
+
+TEST(TrainSpec, ReadsLbfgsAndRefusesWhatItCannot) {
+  const TrainSpec spec = ParseSpec(WithTrain(R"({"optimizer": {"lbfgs": {"max_iter": 8, "strong_wolfe": true}},
+      "parameter_groups": [{"match": ["a"], "freeze": true}]})"));
+  EXPECT_EQ(std::get<Lbfgs>(spec.optimizer).max_eval, 10);
+  EXPECT_EQ(std::get<Lbfgs>(spec.optimizer).history, 10);
+  EXPECT_TRUE(std::get<Lbfgs>(spec.optimizer).strong_wolfe);
+  const std::pair<const char*, const char*> refused[] = {
+      {R"("strategy": "zero1")", "train.strategy does not go with the optimizer lbfgs, which works with single and ddp"},
+      {R"("local_sgd": {"every": 3})", "train.local_sgd does not go with the optimizer lbfgs"},
+      {R"("precision": "fp16")", "train.precision does not go with the optimizer lbfgs"},
+      {R"("clip_norm": 1)", "train.clip_norm does not go with the optimizer lbfgs"},
+      {R"("clip_value": 1)", "train.clip_value does not go with the optimizer lbfgs"},
+      {R"("parameter_groups": [{"match": ["a"], "weight_decay": 0}])", "train.parameter_groups does not go with"}};
+  for (const auto& [setting, problem] : refused) {
+    EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"lbfgs": {}}, )" + std::string(setting) + "}")), HasSubstr(problem));
+  }
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"optimizer": {"lbfgs": {"history": 0}}})")),
+              HasSubstr("train.optimizer.lbfgs.history is 0; it must be at least 1"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"model": {"builtin": null, "torchscript": "m.pt"}, "phases": [
+                  {"name": "g", "match": ["g"], "optimizer": {"lbfgs": {}}}]})")),
+              HasSubstr("train.phases[0].optimizer is lbfgs"));
+}
+
 TEST(TrainSpec, RefusesFeaturesThatDoNotGoTogether) {
   EXPECT_THAT(ErrorOf(WithTrain(R"({"schedule": {"one_cycle": {}, "warmup_steps": 5}})")),
               HasSubstr("train.schedule.warmup_steps does not go with one_cycle"));

@@ -209,6 +209,181 @@ TEST(Optimizer, LambAndLarsEqualTheirAlgorithms) {
   ExpectEqualToReference<LarsReference>(Lars{.lr = 1.0, .trust = 0.02, .nesterov = true});
 }
 
+// ---- LBFGS ----------------------------------------------------------------------------------------
+
+// Badly conditioned, not convex, another one in each step.
+at::Tensor LossOf(const std::vector<at::Tensor>& parameters, int step) {
+  at::Tensor loss = torch::zeros({}, parameters[0].options().requires_grad(false));
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const at::Tensor x = parameters[i].reshape({-1});
+    const at::Tensor k = torch::arange(x.numel(), x.options().requires_grad(false)) + static_cast<double>(i);
+    const at::Tensor weight = (k * 1.3).sin().square() * 9 + 0.05;
+    loss = loss + (weight * (x - (k * 0.7 + 0.1 * step).cos()).square()).mean() + 0.3 * (3 * x).sin().mean();
+  }
+  return loss + (parameters[0].mean() * parameters[2].mean()).square();
+}
+
+struct LbfgsRun {
+  std::vector<at::Tensor> parameters;
+  std::vector<double> losses{};
+  int evaluations = 0;
+};
+
+LbfgsRun RunOurLbfgs(const Lbfgs& spec, at::ScalarType type, int64_t bucket_bytes, int steps) {
+  LbfgsRun run{.parameters = MakeParameters(type)};
+  FlatParameters flat(Named(run.parameters), bucket_bytes, bucket_bytes);
+  Optimizer optimizer(spec, flat, WholeBuckets(flat));
+  EXPECT_TRUE(optimizer.searches());
+  for (int step = 0; step < steps; ++step) {
+    optimizer.BeginStep();
+    const auto result = optimizer.Search([&] {
+      const at::Tensor loss = LossOf(run.parameters, step);
+      loss.backward();
+      return loss.item<double>();
+    });
+    run.losses.push_back(result.first_loss);
+    run.evaluations += result.evaluations;
+    EXPECT_EQ(SumOfSquares(WholeBuckets(flat)), 0) << "gradients not cleared";
+  }
+  return run;
+}
+
+LbfgsRun RunTorchLbfgs(const Lbfgs& spec, at::ScalarType type, int steps) {
+  LbfgsRun run{.parameters = MakeParameters(type)};
+  torch::optim::LBFGSOptions options(spec.lr);
+  options.max_iter(spec.max_iter).max_eval(spec.max_eval).history_size(spec.history);
+  options.tolerance_grad(spec.tolerance_grad).tolerance_change(spec.tolerance_change);
+  if (spec.strong_wolfe) options.line_search_fn("strong_wolfe");
+  torch::optim::LBFGS reference(run.parameters, options);
+  for (int step = 0; step < steps; ++step) {
+    const at::Tensor first = reference.step([&] {
+      ++run.evaluations;
+      reference.zero_grad();
+      at::Tensor loss = LossOf(run.parameters, step);
+      loss.backward();
+      return loss;
+    });
+    run.losses.push_back(first.item<double>());
+  }
+  return run;
+}
+
+TEST(Lbfgs, EqualsTorch) {
+  const std::vector<Lbfgs> cases = {
+      {.lr = 0.5, .max_iter = 3, .max_eval = 100, .history = 4},
+      {.max_iter = 6, .max_eval = 7, .history = 2, .strong_wolfe = true},
+      {.lr = 0.3, .max_iter = 20, .max_eval = 25, .history = 10, .strong_wolfe = true},
+      {.max_iter = 40, .max_eval = 50, .tolerance_grad = 1e-3, .history = 5, .strong_wolfe = true},
+      {.lr = 0.7, .max_iter = 40, .max_eval = 50, .tolerance_change = 1e-4, .history = 5}};
+  for (size_t c = 0; c < cases.size(); ++c) {
+    for (const int64_t bucket_bytes : {int64_t{1}, int64_t{1} << 20}) {
+      SCOPED_TRACE("case " + std::to_string(c) + ", buckets of " + std::to_string(bucket_bytes));
+      const LbfgsRun ours = RunOurLbfgs(cases[c], at::kDouble, bucket_bytes, 5);
+      const LbfgsRun theirs = RunTorchLbfgs(cases[c], at::kDouble, 5);
+      EXPECT_EQ(ours.evaluations, theirs.evaluations);
+      for (size_t i = 0; i < ours.parameters.size(); ++i) {
+        EXPECT_LT((ours.parameters[i] - theirs.parameters[i]).detach().abs().max().item<double>(), 1e-9) << i;
+        EXPECT_GT((ours.parameters[i] - MakeParameters(at::kDouble)[i]).detach().abs().max().item<double>(), 0.1);
+      }
+      for (size_t s = 0; s < ours.losses.size(); ++s) EXPECT_NEAR(ours.losses[s], theirs.losses[s], 1e-9);
+    }
+  }
+  // In float32 the sums differ (ours are in double): a few steps agree to what that leaves.
+  const LbfgsRun ours = RunOurLbfgs({.max_iter = 4, .max_eval = 10, .strong_wolfe = true}, at::kFloat, 1000, 2);
+  const LbfgsRun theirs = RunTorchLbfgs({.max_iter = 4, .max_eval = 10, .strong_wolfe = true}, at::kFloat, 2);
+  for (size_t i = 0; i < ours.parameters.size(); ++i)
+    EXPECT_LT((ours.parameters[i] - theirs.parameters[i]).detach().abs().max().item<double>(), 1e-4) << i;
+}
+
+// Rosenbrock's function from (-1.2, 1) with Python's torch.optim.LBFGS([x], lr, max_iter, history_size=3,
+// line_search_fn) of PyTorch 1.13, float64: loss at the start of each step, x after it, evaluations so far.
+TEST(Lbfgs, FollowsPythonOnRosenbrocksFunction) {
+  struct After {
+    double loss, x, y;
+    int evaluations;
+  };
+  const auto follow = [](const Lbfgs& spec, const std::vector<After>& expected) {
+    at::Tensor x = torch::tensor({-1.2, 1.0}, at::kDouble).requires_grad_();
+    FlatParameters flat({{"x", x}}, 1, 1);
+    Optimizer optimizer(spec, flat, WholeBuckets(flat));
+    int evaluations = 0;
+    for (const After& after : expected) {
+      optimizer.BeginStep();
+      const auto result = optimizer.Search([&] {
+        ++evaluations;
+        const at::Tensor loss = 100 * (x[1] - x[0].square()).square() + (1 - x[0]).square();
+        loss.backward();
+        return loss.item<double>();
+      });
+      EXPECT_NEAR(result.first_loss, after.loss, 1e-11 * after.loss);
+      EXPECT_NEAR(x[0].item<double>(), after.x, 1e-11);
+      EXPECT_NEAR(x[1].item<double>(), after.y, 1e-11);
+      EXPECT_EQ(evaluations, after.evaluations);
+    }
+  };
+  follow({.max_iter = 4, .max_eval = 5, .history = 3, .strong_wolfe = true},
+         {{24.2, -1.02887953483197, 1.06550295168486, 5},
+          {4.12112677576564, -0.934981827793496, 0.836452117556499, 10},
+          {3.88657713685453, -0.537830225621637, 0.296109901732195, 16},
+          {2.36961206673747, -0.18402624497878, 0.0190980336549992, 21},
+          {1.42372642416194, 0.183584238601843, 0.0305275717327528, 26},
+          {0.667543139586163, 0.404889023972628, 0.150316897309106, 31}});
+  follow({.lr = 0.01, .max_iter = 5, .max_eval = 6, .history = 3},
+         {{24.2, -1.18761153588215, 1.00558598947924, 5},
+          {21.1747957739656, -1.18153544085973, 1.00976895652721, 10},
+          {19.678547089046, -1.17602043031286, 1.01471300414497, 15}});
+}
+
+// Where a trial's loss is not finite, the search goes back.
+TEST(Lbfgs, SurvivesATrialBeyondTheNumbers) {
+  at::Tensor x = torch::tensor({0.0}, at::kDouble).requires_grad_();
+  FlatParameters flat({{"x", x}}, 1, 1);
+  Optimizer optimizer(Lbfgs{.lr = 1e3, .strong_wolfe = true}, flat, WholeBuckets(flat));
+  bool beyond = false;
+  const auto evaluate = [&] {
+    const at::Tensor loss = (4 - x).log().neg().sum() + x.square().sum() - 3 * x.sum();  // none from 4 on
+    loss.backward();
+    beyond = beyond || !std::isfinite(loss.item<double>());
+    return loss.item<double>();
+  };
+  for (int step = 0; step < 20; ++step) {
+    optimizer.BeginStep();
+    optimizer.Search(evaluate);
+  }
+  EXPECT_TRUE(beyond);
+  EXPECT_NEAR(x.item<double>(), (11 - std::sqrt(33)) / 4, 1e-6);  // 1 / (4 - x) + 2 x - 3 = 0
+}
+
+TEST(Lbfgs, StateMovesToOtherBuckets) {
+  const Lbfgs spec{.max_iter = 3, .max_eval = 4, .history = 2, .strong_wolfe = true};
+  std::vector<at::Tensor> a = MakeParameters(at::kDouble), b = MakeParameters(at::kDouble);
+  FlatParameters small(Named(a), 1, 1), large(Named(b), 1 << 20, 1 << 20);
+  Optimizer first(spec, small, WholeBuckets(small)), second(spec, large, WholeBuckets(large));
+  const auto step = [](Optimizer& o, const std::vector<at::Tensor>& p, int n) {
+    o.BeginStep();
+    o.Search([&] {
+      const at::Tensor loss = LossOf(p, n);
+      loss.backward();
+      return loss.item<double>();
+    });
+  };
+  for (int n = 0; n < 3; ++n) step(first, a, n);
+  SelfCommunicator self;
+  NamedTensors state = GatherSlices(first.Slices(), self);
+  for (const auto& more : first.WholeState()) state.push_back(more);
+  second.LoadState(state);
+  EXPECT_EQ(second.step(), 3);
+  for (size_t i = 0; i < a.size(); ++i) b[i].detach().copy_(a[i]);
+  for (int n = 3; n < 6; ++n) {
+    step(first, a, n);
+    step(second, b, n);
+  }
+  // The buckets' sums are added in another order.
+  for (size_t i = 0; i < a.size(); ++i) EXPECT_LT((a[i] - b[i]).detach().abs().max().item<double>(), 1e-9);
+  Optimizer other(Lbfgs{.history = 3}, large, WholeBuckets(large));
+  EXPECT_THROW(other.LoadState(state), WorkerError);
+}
+
 TEST(Optimizer, TheScheduleScalesTheRate) {
   std::vector<at::Tensor> a = MakeParameters(at::kDouble), b = MakeParameters(at::kDouble);
   FlatParameters flat_a(Named(a), 1, 1), flat_b(Named(b), 1, 1);
@@ -284,7 +459,7 @@ TEST(Optimizer, StateMovesToOtherBuckets) {
   SelfCommunicator self;
   const auto whole = [&](const Optimizer& o) {
     NamedTensors state = GatherSlices(o.Slices(), self);
-    state.emplace_back("step", torch::full({1}, o.step(), at::kLong));
+    for (const auto& more : o.WholeState()) state.push_back(more);
     return state;
   };
   const auto step = [](Optimizer& o, FlatParameters& flat, std::vector<at::Tensor>& p, int n) {

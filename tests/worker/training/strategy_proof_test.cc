@@ -8,10 +8,12 @@
 #include <set>
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/linear.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
+#include "agent/worker/checkpoint/safetensors.h"
 #include "agent/worker/dist/self_communicator.h"
 #include "agent/worker/error.h"
 #include "agent/worker/model/model.h"
@@ -247,9 +249,11 @@ torch.jit.script(Net()).save('net.pt')
   // Models draw their weights from LibTorch's one generator: not two at once.
   static std::unique_ptr<Model> MakeModelAlone(const TrainSpec& spec, const Dataset& dataset,
                                                MeshGroups* mesh) {
+    // Stages of a graph draw nothing, and shake hands together.
+    if (mesh != nullptr && spec.model.builtin.empty()) return MakeMeshModel(spec, dataset, scratch_->path(), *mesh);
     static std::mutex mutex;
     std::lock_guard lock(mutex);
-    if (mesh != nullptr) return MakeMeshModel(spec, dataset, *mesh);
+    if (mesh != nullptr) return MakeMeshModel(spec, dataset, scratch_->path(), *mesh);
     return std::make_unique<FixedStatistics>(MakeModel(spec, dataset, scratch_->path()));
   }
   static inline std::atomic<int> count_ = 0;
@@ -351,6 +355,79 @@ TEST_F(Proof, AMeshGoesOnAsAnotherOneAndAsOneProcess) {
                       kFloat32Tolerance);
     }
   }
+}
+
+// An archive with a graph of three layers; sizes go through the number of samples, as an export has them.
+void WriteGraphArchive(const std::filesystem::path& path, double handshake_error) {
+  const auto wave = [](std::vector<int64_t> shape, double frequency) {
+    return testing::Wave(std::move(shape), frequency, at::kFloat).mul(0.4).contiguous();
+  };
+  const NamedTensors weights = {{"a.weight", wave({16, 6}, 0.7)}, {"a.bias", wave({16}, 0.3)},
+                                {"b.weight", wave({16, 16}, 1.1)}, {"b.bias", wave({16}, 0.9)},
+                                {"c.weight", wave({2, 16}, 0.5)},  {"c.bias", wave({2}, 0.4)}};
+  Json graph = {{"format", 1},
+                {"inputs", {{{"value", "x"}, {"name", "input"}}}},
+                {"outputs", {{{"value", "y"}, {"name", "prediction"}}}}};
+  for (const auto& [name, tensor] : weights) graph["weights"].push_back({{"value", name}, {"name", name}, {"kind", "parameter"}});
+  const auto node = [&](const std::string& op, const Json& args, const std::string& out) {
+    graph["nodes"].push_back({{"op", op}, {"args", args}, {"out", {out}}});
+  };
+  const auto value = [](const std::string& name) { return Json{{"v", name}}; };
+  const auto linear = [&](const std::string& in, const std::string& layer, const std::string& out) {
+    node("aten::linear", {{"input", value(in)}, {"weight", value(layer + ".weight")}, {"bias", value(layer + ".bias")}}, out);
+  };
+  node("size", {{"self", value("x")}, {"dim", 0}}, "rows");
+  linear("x", "a", "h1");
+  node("aten::tanh", {{"self", value("h1")}}, "h2");
+  node("mul", {{"a", value("rows")}, {"b", 2}}, "twice");
+  node("aten::reshape", {{"self", value("h2")}, {"shape", {value("twice"), 8}}}, "h3");  // no sample in a row
+  node("aten::reshape", {{"self", value("h3")}, {"shape", {value("rows"), 16}}}, "h4");
+  linear("h4", "b", "h5");
+  node("aten::tanh", {{"self", value("h5")}}, "h6");
+  linear("h6", "c", "y");
+  const at::Tensor input = wave({5, 6}, 1.7), target = wave({5, 2}, 2.3);
+  std::map<std::string, at::Tensor> w(weights.begin(), weights.end());
+  const auto layer = [&](const at::Tensor& x, const std::string& name) { return at::linear(x, w.at(name + ".weight"), w.at(name + ".bias")); };
+  const at::Tensor output = layer(layer(layer(input, "a").tanh(), "b").tanh(), "c");
+  const double loss = at::mse_loss(output, target).item<double>() + handshake_error;
+  const Json manifest = {{"format", 1}, {"handshake", {{"loss", loss}, {"training_loss", loss}}}};
+  NamedTensors tensors = {{"sample/input", input}, {"sample/target", target}};
+  for (const auto& [name, tensor] : weights) tensors.emplace_back("weights/" + name, tensor);
+  WriteSafetensors(path, tensors, {{"itwin.manifest", manifest.dump()}, {"itwin.graph", graph.dump()}});
+}
+
+TEST_F(Proof, AnExportedGraphIsCutIntoStagesAndEqualsOneProcess) {
+  WriteGraphArchive(*scratch_ / "net.itw", 0);
+  Family family = Families("net.pt")[0];
+  family.model = {{"archive", "net.itw"}};
+  const Outcome one = Run(JobOf(family, {}), 1);
+  ASSERT_EQ(one.error, "");
+  Json still = JobOf(family, Json{{"steps", 1}});
+  still["train"]["optimizer"]["sgd"]["lr"] = 1e-12;
+  EXPECT_GT(Difference(one.parameters, Run(still, 1).parameters), kLeastMovement);
+  for (const MeshCase& c : {MeshCase{1, 1, 2}, {1, 1, 3}, {2, 1, 2}, {1, 1, 3, "gpipe"}}) {
+    const Json shape = {{"data", c.data}, {"pipeline", c.pipeline}, {"schedule", c.schedule}, {"micro_batches", 3}};
+    SCOPED_TRACE(shape.dump());
+    ExpectEqualRuns(one, Run(JobOf(family, {{"strategy", "mesh"}, {"mesh", shape}}), c.data * c.pipeline), kFloat32Tolerance);
+  }
+  // From stages to one process and back.
+  const Outcome half = Run(JobOf(family, {{"strategy", "pipeline"}, {"steps", 4}}), 3);
+  ASSERT_EQ(half.error, "");
+  ExpectEqualRuns(one, Run(JobOf(family, {}), 1, nullptr, half.checkpoints), kFloat32Tolerance);
+  ExpectEqualRuns(one, Run(JobOf(family, {{"strategy", "pipeline"}}), 2, nullptr, half.checkpoints), kFloat32Tolerance);
+}
+
+TEST_F(Proof, StagesOfAGraphThatCannotBeSaySo) {
+  WriteGraphArchive(*scratch_ / "net.itw", 0);
+  WriteGraphArchive(*scratch_ / "other.itw", 0.01);
+  Family family = Families("net.pt")[0];
+  const auto error = [&](const std::string& file, const Json& train, int ranks) {
+    family.model = {{"archive", file}};
+    return Run(JobOf(family, train), ranks).error;
+  };
+  EXPECT_THAT(error("net.itw", {{"strategy", "pipeline"}}, 4), HasSubstr("there are places for 3 stages"));
+  EXPECT_THAT(error("net.itw", {{"strategy", "tensor"}}, 2), HasSubstr("only built-in models"));
+  EXPECT_THAT(error("other.itw", {{"strategy", "pipeline"}}, 2), HasSubstr("does not compute here what it computed"));
 }
 
 TEST_F(Proof, AModelThatCannotBeSplitSaysSo) {

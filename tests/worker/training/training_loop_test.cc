@@ -361,6 +361,52 @@ TEST(TrainingLoop, GoesOnAtAnotherNumberOfRanks) {
   }
 }
 
+TEST(TrainingLoop, GoesOnWithAnotherStrategyAndNumberOfRanks) {
+  const Scratch scratch;
+  struct Part {
+    std::string strategy;
+    int ranks;
+  };
+  const auto with = [&](const Part& part, const std::string& name, const std::string& resume = "") {
+    Training run{.ranks = part.ranks, .checkpoints = scratch / name};
+    if (!resume.empty()) run.resume = scratch / resume;
+    run.spec.optimizer = AdamW{.lr = 0.02, .eps = 1e-3};
+    run.spec.strategy = part.strategy;
+    run.spec.ddp = {.bucket_mb = 1e-4, .first_bucket_mb = 1e-4};
+    run.spec.zero.bucket_mb = 1e-4;
+    return run;
+  };
+  Training whole = with({"", 1}, "whole");
+  whole.GoOrThrow(TinyDataset(43, 5, 6));
+  int number = 0;
+  for (const auto& [before, after] : std::vector<std::pair<Part, Part>>{{{"ddp", 2}, {"zero1", 3}},
+                                                                        {{"ddp", 2}, {"zero2", 3}},
+                                                                        {{"ddp", 2}, {"zero3", 3}},
+                                                                        {{"zero1", 3}, {"ddp", 2}},
+                                                                        {{"zero2", 3}, {"ddp", 2}},
+                                                                        {{"zero3", 3}, {"ddp", 2}},
+                                                                        {{"zero3", 2}, {"zero1", 3}}}) {
+    SCOPED_TRACE(before.strategy + ", then " + after.strategy);
+    const std::string name = std::to_string(number++);
+    const TinyDataset dataset(43, 5, 6);
+    Training first = with(before, name + "a"), second = with(after, name + "b", name + "a");
+    first.spec.steps = 9;  // in the second epoch of three
+    first.GoOrThrow(dataset);
+    EXPECT_GT(LargestDifference(whole.parameters[0], first.parameters[0]), 1e-3);
+    second.GoOrThrow(dataset);
+    EXPECT_LT(LargestDifference(whole.parameters[0], second.parameters[0]), 1e-12);
+    for (const NamedTensors& of_rank : second.parameters) EXPECT_TRUE(SameBits(second.parameters[0], of_rank));
+    EXPECT_EQ(second.sink.points["train/loss"].front().first, 10);
+    for (size_t i = 0; i < second.sink.points["train/loss"].size(); ++i) {
+      EXPECT_NEAR(second.sink.points["train/loss"][i].second, whole.sink.points["train/loss"][9 + i].second, 1e-12);
+    }
+    std::map<int64_t, int> seen;
+    for (const int64_t sample : dataset.Seen(Split::kTrain)) ++seen[sample];
+    EXPECT_EQ(seen.size(), 43u);
+    for (const auto& [sample, times] : seen) EXPECT_EQ(times, 3) << "sample " << sample;
+  }
+}
+
 TEST(TrainingLoop, RefusesACheckpointOfAnotherSpec) {
   const Scratch scratch;
   const TinyDataset dataset(43, 5, 6);
@@ -501,6 +547,55 @@ TEST(TrainingLoop, RanksAgreeWithEveryFeatureOn) {
   std::vector<int64_t> steps;
   for (const auto& [step, value] : one.sink.points["validation/loss"]) steps.push_back(step);
   EXPECT_THAT(steps, ::testing::IsSupersetOf({4, 6, 8, 12, 16, 18}));
+}
+
+TEST(TrainingLoop, LbfgsOnRanksEqualsOneProcessAndGoesOnBitForBit) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 5, 6);
+  for (const bool strong_wolfe : {false, true}) {
+    const auto with = [&](const std::string& name, int ranks, const std::string& resume = "") {
+      Training run{.ranks = ranks, .checkpoints = scratch / name};
+      if (!resume.empty()) run.resume = scratch / resume;
+      run.spec.optimizer = Lbfgs{.lr = 0.5, .max_iter = 4, .max_eval = 5, .history = 3, .strong_wolfe = strong_wolfe};
+      run.spec.accumulate = 2;
+      run.spec.check_every = 1;
+      run.spec.epochs = 2;
+      return run;
+    };
+    const std::string search = strong_wolfe ? "wolfe" : "plain";
+    Training one = with(search + "1", 1);
+    one.GoOrThrow(dataset);
+    EXPECT_EQ(one.sink.points["train/evaluations"].size(), 12u);
+    EXPECT_GE(one.sink.points["train/evaluations"].back().second, strong_wolfe ? 5 : 4);
+    EXPECT_LT(one.outcomes[0].metrics.at("train/loss_epoch"), 0.2 * one.sink.points["train/loss"].front().second);
+    for (const int ranks : {2, 4}) {
+      SCOPED_TRACE(search + ", " + std::to_string(ranks) + " ranks");
+      const std::string name = search + std::to_string(ranks);
+      Training many = with(name, ranks);
+      many.GoOrThrow(dataset);
+      EXPECT_LT(LargestDifference(one.parameters[0], many.parameters[0]), 1e-9);
+      EXPECT_EQ(one.sink.points["train/evaluations"], many.sink.points["train/evaluations"]);
+      for (int r = 1; r < ranks; ++r) EXPECT_TRUE(SameBits(many.parameters[0], many.parameters[r]));
+      Training first = with(name + "-part", ranks);
+      first.spec.steps = 5;
+      first.GoOrThrow(dataset);
+      Training second = with(name + "-rest", ranks, name + "-part"), alone = with(name + "-alone", 1, name + "-part");
+      second.GoOrThrow(dataset);
+      alone.GoOrThrow(dataset);
+      EXPECT_TRUE(SameBits(many.parameters[0], second.parameters[0]));
+      EXPECT_LT(LargestDifference(one.parameters[0], alone.parameters[0]), 1e-9);
+    }
+  }
+}
+
+TEST(TrainingLoop, LbfgsThatMeetsALossThatIsNotFiniteSaysSo) {
+  const Scratch scratch;
+  TinyDataset dataset(40, 0, 0);
+  dataset.broken_sample = 17;
+  Training run{.ranks = 2, .checkpoints = scratch / "c"};
+  run.spec.optimizer = Lbfgs{.strong_wolfe = true};
+  run.Go(dataset);
+  for (const auto& error : run.errors) EXPECT_THAT(ErrorOf(error).what(), HasSubstr("the loss is not finite at step"));
 }
 
 TEST(TrainingLoop, FeaturesGoOnFromACheckpoint) {
