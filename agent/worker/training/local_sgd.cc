@@ -31,7 +31,7 @@ StepStatus LocalSgd::EndStep(bool* agreed) {
 
 StepStatus LocalSgd::EndStepOnDevice(bool* agreed) {
   const at::Tensor bad = status_.on_device.narrow(0, 1, 1);
-  not_finite_on_device_ = not_finite_on_device_.defined() ? not_finite_on_device_ + bad : bad.clone();
+  not_finite_on_device_ = not_finite_on_device_.defined() ? not_finite_on_device_.add(bad) : bad.clone();
   *agreed = ++steps_ % every_ == 0;
   at::Tensor figures = status_.on_device.clone();
   if (!*agreed) {

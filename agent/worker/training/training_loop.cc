@@ -542,7 +542,8 @@ void TrainingLoop::Backward(const at::Tensor& loss) {
   if (gradient_weight_ == 1 && !graph_) {
     loss.backward();
   } else {
-    loss.backward(gradient_of_loss_.to(loss.scalar_type()));  // mostly itself
+    const bool fits = gradient_of_loss_.scalar_type() == loss.scalar_type();
+    loss.backward(fits ? gradient_of_loss_ : gradient_of_loss_.to(loss.scalar_type()));
   }
 }
 
