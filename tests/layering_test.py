@@ -31,6 +31,7 @@ FOREIGN = [
     (r"<sqlite3\.h>|<SQLiteCpp/", r"^server/store/"),
     (r"<libssh/", r"^server/tunnel/ssh_session\."),
     (r"<(torch|ATen|c10|caffe2)/", r"^agent/worker/"),
+    (r"<cuda|<(ATen|c10)/cuda/", r"^agent/worker/device/gpu_cuda\.cc"),
     (r"<mpi\.h>", r"^agent/worker/dist/"),
     (r"<netcdf\.h>", r"^agent/worker/data/netcdf\."),
     (r"<yaml-cpp/", r"^(common/spec/|server/sites/site_file|client/src/)"),

@@ -25,6 +25,10 @@
 #include "agent/worker/checkpoint/durable_file.h"
 #include "agent/worker/checkpoint/state_dict.h"
 #include "agent/worker/data/dataset.h"
+#include "agent/worker/device/device.h"
+#include "agent/worker/device/device_dataset.h"
+#include "agent/worker/device/gpu.h"
+#include "agent/worker/device/staged_communicator.h"
 #include "agent/worker/dist/collective_log.h"
 #include "agent/worker/dist/gather_texts.h"
 #include "agent/worker/dist/mpi_communicator.h"
@@ -143,6 +147,28 @@ struct World {
     if (!mpi) return std::make_unique<SelfCommunicator>();
     return overlap ? mpi->MakeThreaded(&gradients_log) : mpi->MakeDirect(&gradients_log);
   }
+  // For buffers of the device, which is what this thread's current stream computes on. `note` becomes a
+  // sentence where NCCL cannot be used. Every rank calls it.
+  std::unique_ptr<Communicator> MakeGpuGradients(at::Device device, std::string* note) {
+    if (!mpi) return std::make_unique<SelfCommunicator>();
+    std::string why_not;
+    int64_t without = NcclAvailable(&why_not) ? 0 : 1;
+    const std::vector<std::string> reasons = GatherTexts(*control, why_not);
+    control->AllReduce(BufferOf(std::span(&without, 1)), Reduction::kMax)->Wait();
+    if (without == 0) {
+      return std::make_unique<NcclCommunicator>(
+          mpi->MakeDirect(&control_log),
+          NcclCommunicator::Options{.device = device.index(),
+                                    .compute_stream = gpu::Native(CurrentStream(device)),
+                                    .log = &gradients_log});
+    }
+    for (const std::string& reason : reasons) {
+      if (note->empty() && !reason.empty()) {
+        *note = "gradients travel through the nodes' memory and MPI instead of NCCL, which is slower: " + reason;
+      }
+    }
+    return std::make_unique<StagedCommunicator>(mpi->MakeDirect(&gradients_log), device);
+  }
   std::vector<std::string> DescribeCommunicators() const {
     if (!mpi) return {};
     return {gradients_log.Describe(), control_log.Describe(), saving_log.Describe()};
@@ -226,6 +252,12 @@ WorkerError Translate(const std::exception_ptr& error) {
         "out of memory; ask for more memory per node, use a smaller batch or more ranks");
   } catch (const c10::Error& e) {
     const std::string text = e.what_without_backtrace();
+    if (is_memory(text) && text.find("CUDA") != std::string::npos) {
+      return ResourceError(
+          "out of GPU memory; use a smaller batch, more GPUs, train.accumulate, precision bf16 or "
+          "strategy zero2 (" +
+          text.substr(0, text.find('\n')) + ")");
+    }
     if (is_memory(text)) {
       return ResourceError(
           "out of memory; ask for more memory per node, use a smaller batch or more ranks (" +
@@ -419,7 +451,14 @@ int Train(World& world, RunState& state) {
       SetUpMachine(control, spec.deterministic ? std::max(1, spec.resources.cpus_per_rank)
                                                : spec.resources.cpus_per_rank);
   if (spec.deterministic) MakeDeterministic();
-  RequirePrecision(spec.precision);
+  CheckGpuSettings(spec, strategy);
+  const at::Device device = ChooseDevice(spec.resources, FindGpus(machine.local_rank, machine.host));
+  SetUpDevice(device, spec);
+  const StreamScope compute(StreamBeside(device));
+  if (!device.is_cpu()) RequireOwnGpus(GatherTexts(control, gpu::Describe(device.index()).uuid));
+  // A recorded step has no place for the calls that start exchanges in the midst of backward.
+  if (spec.gpu.graphs) spec.ddp.overlap = spec.zero.overlap = false;
+  RequirePrecision(spec.precision, device);
   double gflops = 0;
   if (first) {
     gflops = MeasureBlas();
@@ -436,6 +475,7 @@ int Train(World& world, RunState& state) {
   print("itwin-worker " ITWIN_VERSION ": " + spec.name + ", " + std::to_string(world.size()) +
         " rank(s) on " + std::to_string(machine.nodes) + " node(s), " +
         std::to_string(machine.threads) + " thread(s) each, LibTorch " + TorchVersion());
+  if (!device.is_cpu()) print("device of rank 0: " + DescribeDevice(device));
   HangDetector hang(WatchFor(world, state, machine, spec.profile.hang_timeout_seconds));
   const RankShare share{.rank = world.rank(),
                         .ranks = world.size(),
@@ -443,7 +483,10 @@ int Train(World& world, RunState& state) {
                         .sum = [&control](std::span<double> values) {
                           control.AllReduce(BufferOf(values), Reduction::kSum)->Wait();
                         }};
-  const std::unique_ptr<Dataset> dataset = OpenDataset(spec.data, spec.seed, contract.work, share);
+  const std::unique_ptr<Dataset> on_host = OpenDataset(spec.data, spec.seed, contract.work, share);
+  std::optional<DeviceDataset> on_device;
+  if (!device.is_cpu()) on_device.emplace(*on_host, device, spec.gpu.channels_last);
+  const Dataset* const dataset = on_device ? &*on_device : on_host.get();
   if (!strategy_note.empty()) print("note: " + strategy_note);
   print("data: " + std::to_string(dataset->size(Split::kTrain)) + " training, " +
         std::to_string(dataset->size(Split::kValidation)) + " validation, " +
@@ -452,11 +495,18 @@ int Train(World& world, RunState& state) {
   const bool threaded = strategy == "horovod"          ? false
                         : strategy.starts_with("zero") ? spec.zero.overlap
                                                        : spec.ddp.overlap;
-  const std::unique_ptr<Communicator> gradients = world.MakeGradients(threaded);
+  std::string gradients_note;
+  const std::unique_ptr<Communicator> gradients =
+      device.is_cpu() ? world.MakeGradients(threaded) : world.MakeGpuGradients(device, &gradients_note);
+  if (!gradients_note.empty()) print("note: " + gradients_note);
   std::optional<MeshGroups> mesh;
   if (IsMesh(strategy)) mesh.emplace(MeshOf(spec, strategy, world.size()), *gradients, control);
-  const std::unique_ptr<Model> model = mesh ? MakeMeshModel(spec, *dataset, contract.work, *mesh)
-                                            : MakeModel(spec, *dataset, contract.work);
+  const std::unique_ptr<Model> model = mesh ? MakeMeshModel(spec, *on_host, contract.work, *mesh)
+                                            : MakeModel(spec, *on_host, contract.work);
+  if (!device.is_cpu()) {
+    model->MoveTo(device);
+    TrySamples(*model, *dataset);
+  }
   print("model: " + model->description());
   if (spec.predict) {
     const int code = RunPrediction(world, state, spec, *dataset, *model, print,
@@ -493,7 +543,9 @@ int Train(World& world, RunState& state) {
                        .mesh = mesh ? &*mesh : nullptr,
                        .profiler = &profiler,
                        .trace = &trace,
-                       .beat = [&hang](int64_t step) { hang.Beat(step); }});
+                       .beat = [&hang](int64_t step) { hang.Beat(step); },
+                       .device = device,
+                       .make_graph = spec.gpu.graphs ? StepGraph::Make(gpu::MakeGraph) : nullptr});
     if (!contract.resume.empty()) {
       const CheckpointContents checkpoint =
           LoadNewestCheckpoint(contract.resume, control, [&](const std::string& problem) {
@@ -510,6 +562,7 @@ int Train(World& world, RunState& state) {
       // bucket.
       return EndJob(&world, state);
     }
+    if (!device.is_cpu()) model->MoveTo(at::kCPU);  // for all that is written from here on
     metrics->Flush();
     energy = EnergyJson(SumEnergy(monitor, control), outcome.samples);
     int64_t parameter_bytes = 0;
@@ -558,6 +611,7 @@ int Train(World& world, RunState& state) {
         {"nodes", machine.nodes},
         {"threads_per_rank", machine.threads},
         {"strategy", strategy},
+        {"device", DescribeDevice(device)},
         {"model", model->description()},
         {"weights_sha256", outcome.weights_sha256},
         {"worker", ITWIN_VERSION},
@@ -590,8 +644,14 @@ int SelfTest(World& world) {
       machine.blas_kernels.empty() ? "(not OpenBLAS)" : machine.blas_kernels.c_str(), gflops,
       gflops < kSlowGflops ? "" : ": ok");
   if (gflops < kSlowGflops) std::printf("%s\n", SlowBlasWarning(gflops).c_str());
+  const GpuSituation gpus = FindGpus(machine.local_rank, machine.host);
+  if (!gpus.built) {
+    std::printf("GPUs: this worker is built without CUDA\n");
+    return 0;
+  }
+  std::printf("GPUs: %d\n", gpus.visible);
   std::string why_not;
-  std::printf("%s\n", NcclAvailable(&why_not) ? "NCCL and a GPU: found" : why_not.c_str());
+  std::printf("%s\n", NcclAvailable(&why_not) ? "NCCL: found" : why_not.c_str());
   return 0;
 }
 

@@ -33,7 +33,10 @@ void TuneAllocator() {
   mallopt(M_TOP_PAD, 64 << 20);
 }
 
-void MakeDeterministic() { at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false); }
+void MakeDeterministic() {
+  setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);  // cuBLAS reads it with its first call
+  at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
+}
 
 void TuneTorchScript() { torch::jit::getProfilingMode() = false; }
 

@@ -483,6 +483,7 @@ class Checker {
     CheckStrategySettings(train);
     CheckLbfgs(train);
     CheckMesh(train, ranks);
+    CheckGpu(train, resources, ranks);
     AtLeast("train.ddp.bucket_mb", train.ddp().bucket_mb(), 0);
     AtLeast("train.ddp.first_bucket_mb", train.ddp().first_bucket_mb(), 0);
     Range("train.validate_every", train.validate_every(), 0, kMaxEpochs);
@@ -744,6 +745,34 @@ class Checker {
     refuse(train.clip_value() > 0, "clip_value", "which needs the gradient as it is; remove it");
     for (const v1::ParameterGroup& group : train.parameter_groups()) {
       refuse(!group.freeze(), "parameter_groups", "which has one rate for all; groups can only freeze");
+    }
+  }
+
+  // What works on GPUs; the worker knows the same (agent/worker/device/device.cc).
+  void CheckGpu(const v1::TrainSpec& train, const v1::Resources& resources, int64_t ranks) {
+    if (resources.gpus_per_node() <= 0) {
+      if (train.has_gpu()) Report("train.gpu", "is for jobs with GPUs; set resources.gpus_per_node, or remove it");
+      return;
+    }
+    if (resources.ranks_per_node() > resources.gpus_per_node()) {
+      Report("resources.ranks_per_node", absl::StrCat(resources.ranks_per_node(), " ranks cannot share the ", resources.gpus_per_node(),
+                                                      " of gpus_per_node; each rank of a training job needs a GPU of its own"));
+    }
+    const std::string strategy = ranks == 1 ? "single" : train.strategy().empty() ? "ddp" : train.strategy();
+    const std::set<std::string> able = {"single", "ddp", "zero1", "zero2"};
+    if (!able.contains(strategy)) {
+      Report("train.strategy", absl::StrCat(Quoted(strategy), " does not work on GPUs; use ddp, zero1 or zero2, or leave "
+                                                              "resources.gpus_per_node out"));
+    }
+    if (train.optimizer().has_lbfgs()) Report("train.optimizer", "is lbfgs, which runs on processors only; use adam, or leave resources.gpus_per_node out");
+    const bool measured = train.optimizer().has_lamb() || train.optimizer().has_lars();
+    if (measured && absl::StartsWith(strategy, "zero")) {
+      Report("train.optimizer", absl::StrCat("lamb and lars do not go with strategy ", strategy, " on GPUs; use ddp"));
+    }
+    if (!train.gpu().graphs()) return;
+    if (train.phases_size() > 0) Report("train.gpu.graphs", "does not go with phases, each of which is another step; remove one");
+    if (strategy == "zero2") {
+      Report("train.gpu.graphs", "does not go with strategy zero2, whose gradients move; use ddp or zero1");
     }
   }
 

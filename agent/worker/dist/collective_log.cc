@@ -33,6 +33,12 @@ void CollectiveLog::End() {
   current_ = {};
 }
 
+void CollectiveLog::Launched() {
+  std::lock_guard lock(mutex_);
+  ++counts_.started;
+  ++counts_.finished;
+}
+
 CollectiveLog::Counts CollectiveLog::counts() const {
   std::lock_guard lock(mutex_);
   return counts_;

@@ -17,6 +17,8 @@ class CollectiveLog {
   // literal.
   void Begin(const char* operation, int64_t bytes);
   void End();
+  // An operation that a device does on its own: it counts, its time is not known.
+  void Launched();
 
   struct Counts {
     int64_t started = 0, finished = 0;

@@ -19,6 +19,7 @@ struct Buffer {
   void* data = nullptr;
   int64_t count = 0;  // elements
   ElementType type = ElementType::kByte;
+  bool on_device = false;  // memory of a GPU; only for communicators that say that they take it
 };
 inline Buffer BufferOf(std::span<float> v) {
   return {v.data(), static_cast<int64_t>(v.size()), ElementType::kFloat32};
@@ -36,7 +37,8 @@ int64_t SizeInBytes(ElementType type);
 int64_t SizeInBytes(const Buffer& buffer);
 
 // A collective that was started. Wait() may be called once, by any thread, and throws what the
-// collective met.
+// collective met. Of a GPU's buffer it may return earlier: then all that the compute stream is given
+// afterwards comes after the collective.
 class Work {
  public:
   virtual ~Work() = default;
@@ -73,6 +75,10 @@ class Communicator {
   // keys are equal, by rank. Every rank calls it, at a time when nothing is under way. Destroy the
   // result before this one.
   virtual std::unique_ptr<Communicator> Split(int color, int key) = 0;
+
+  // Throws what collectives met that go on after their Wait() has returned, on a GPU. For who waits
+  // for the GPU.
+  virtual void CheckProgress() {}
 };
 
 // Sends `text` of the root to every rank; returns it.

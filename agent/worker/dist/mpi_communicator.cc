@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "agent/worker/dist/half.h"
+#include "agent/worker/dist/work_thread.h"
 #include "agent/worker/error.h"
 
 namespace itwin::worker {
@@ -261,79 +262,17 @@ class DirectMpiCommunicator : public MpiBase {
 
 class ThreadedMpiCommunicator : public MpiBase {
  public:
-  ThreadedMpiCommunicator(MPI_Comm owned, CollectiveLog* log)
-      : MpiBase(owned, log), thread_([this] { Run(); }) {}
-  ~ThreadedMpiCommunicator() override {
-    {
-      std::lock_guard lock(mutex_);
-      stopping_ = true;
-    }
-    started_.notify_one();
-    thread_.join();
-  }
+  using MpiBase::MpiBase;
 
  private:
-  struct State {
-    std::function<void()> collective;
-    bool done = false;
-    std::exception_ptr error;
-  };
-  class Queued : public Work {
-   public:
-    Queued(ThreadedMpiCommunicator& owner, std::shared_ptr<State> state)
-        : owner_(owner), state_(std::move(state)) {}
-    void Wait() override {
-      std::unique_lock lock(owner_.mutex_);
-      owner_.finished_.wait(lock, [&] { return state_->done; });
-      if (state_->error) std::rethrow_exception(state_->error);
-    }
-
-   private:
-    ThreadedMpiCommunicator& owner_;
-    std::shared_ptr<State> state_;
-  };
-
   std::unique_ptr<Communicator> Wrap(MPI_Comm owned) const override {
     return std::make_unique<ThreadedMpiCommunicator>(owned, log_);
   }
   std::unique_ptr<Work> Start(std::function<void()> collective) override {
-    auto state = std::make_shared<State>();
-    state->collective = std::move(collective);
-    {
-      std::lock_guard lock(mutex_);
-      queue_.push_back(state);
-    }
-    started_.notify_one();
-    return std::make_unique<Queued>(*this, state);
+    return thread_.Start(std::move(collective));
   }
 
-  void Run() {
-    std::unique_lock lock(mutex_);
-    while (true) {
-      started_.wait(lock, [&] { return stopping_ || !queue_.empty(); });
-      if (queue_.empty()) return;
-      std::shared_ptr<State> state = queue_.front();
-      queue_.pop_front();
-      lock.unlock();
-      std::exception_ptr error;
-      try {
-        state->collective();
-      } catch (...) {
-        error = std::current_exception();
-      }
-      lock.lock();
-      state->error = error;
-      state->done = true;
-      finished_.notify_all();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable started_, finished_;
-  std::deque<std::shared_ptr<State>>
-      queue_;  // bounded by the caller: it waits for a step's buckets
-  bool stopping_ = false;
-  std::thread thread_;  // last: it uses all of the above
+  WorkThread thread_;  // last: its work uses all of the base
 };
 
 int TasksOfLauncher() {

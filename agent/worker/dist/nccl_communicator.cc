@@ -2,9 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <chrono>
-#include <cstring>
-#include <thread>
 
 #include "agent/worker/error.h"
 
@@ -18,11 +15,8 @@ struct UniqueId {
 };
 constexpr int kNcclSuccess = 0, kNcclInProgress = 7;
 constexpr int kNcclSum = 0, kNcclMax = 2;
-constexpr int kCudaSuccess = 0, kCudaNotReady = 600;
+constexpr int kCudaSuccess = 0;
 constexpr unsigned kStreamNonBlocking = 1, kEventDisableTiming = 2;
-
-constexpr auto kPoll = std::chrono::microseconds(20);
-constexpr auto kCheckErrors = std::chrono::milliseconds(100);
 
 int TypeOf(ElementType type) {
   switch (type) {
@@ -74,7 +68,6 @@ struct NcclLibraries::Functions {
   int (*cudaEventCreateWithFlags)(void**, unsigned);
   int (*cudaEventDestroy)(void*);
   int (*cudaEventRecord)(void*, void*);
-  int (*cudaEventQuery)(void*);
   const char* (*cudaGetErrorString)(int);
   int (*ncclGetUniqueId)(UniqueId*);
   int (*ncclCommInitRank)(void**, int, UniqueId, int);
@@ -119,7 +112,6 @@ std::unique_ptr<NcclLibraries> NcclLibraries::Load(const Names& names) {
   ITWIN_FIND(cuda_, cudaEventCreateWithFlags);
   ITWIN_FIND(cuda_, cudaEventDestroy);
   ITWIN_FIND(cuda_, cudaEventRecord);
-  ITWIN_FIND(cuda_, cudaEventQuery);
   ITWIN_FIND(cuda_, cudaGetErrorString);
   ITWIN_FIND(nccl_, ncclGetUniqueId);
   ITWIN_FIND(nccl_, ncclCommInitRank);
@@ -157,43 +149,18 @@ bool NcclAvailable(std::string* why_not) {
   return false;
 }
 
-// A collective on the stream.
+// The end of a collective on the stream.
 class NcclCommunicator::Event : public Work {
  public:
   explicit Event(NcclCommunicator& owner) : owner_(owner), f_(owner.libraries_.functions()) {
     f_.CheckCuda(f_.cudaEventCreateWithFlags(&event_, kEventDisableTiming), "cudaEventCreate");
     f_.CheckCuda(f_.cudaEventRecord(event_, owner.stream_), "cudaEventRecord");
   }
-  ~Event() override { f_.cudaEventDestroy(event_); }
+  ~Event() override { f_.cudaEventDestroy(event_); }  // CUDA keeps it until it is done
 
   void Wait() override {
-    using Clock = std::chrono::steady_clock;
-    const auto start = Clock::now();
-    auto next_check = start + kCheckErrors;
-    while (true) {
-      const int state = f_.cudaEventQuery(event_);
-      if (state == kCudaSuccess) return;
-      if (state != kCudaNotReady) f_.CheckCuda(state, "cudaEventQuery");
-      const auto now = Clock::now();
-      if (now >= next_check) {
-        next_check = now + kCheckErrors;
-        int error = kNcclSuccess;
-        if (owner_.communicator_ == nullptr) throw AppError("NCCL was aborted");
-        f_.ncclCommGetAsyncError(owner_.communicator_, &error);
-        if (error != kNcclSuccess && error != kNcclInProgress) {
-          owner_.Abort();
-          f_.CheckNccl(error, "NCCL, while a collective was under way");
-        }
-        if (std::chrono::duration<double>(now - start).count() > owner_.options_.timeout_seconds) {
-          owner_.Abort();
-          throw AppError("a collective has not moved for " +
-                         std::to_string(static_cast<int>(owner_.options_.timeout_seconds)) +
-                         " s on rank " + std::to_string(owner_.rank()) +
-                         "; another rank has ended, hangs, or runs other collectives");
-        }
-      }
-      std::this_thread::sleep_for(kPoll);
-    }
+    f_.CheckCuda(f_.cudaStreamWaitEvent(owner_.options_.compute_stream, event_, 0),
+                 "cudaStreamWaitEvent");
   }
 
  private:
@@ -219,66 +186,73 @@ NcclCommunicator::~NcclCommunicator() {
   f.cudaStreamDestroy(stream_);
 }
 
-void NcclCommunicator::Abort() {
-  if (communicator_ != nullptr) libraries_.functions().ncclCommAbort(communicator_);
-  communicator_ = nullptr;
-}
-
-// What is enqueued on the compute stream so far comes first.
-void NcclCommunicator::WaitForCompute() {
+void NcclCommunicator::CheckProgress() {
   if (communicator_ == nullptr) throw AppError("NCCL was aborted");
   const NcclLibraries::Functions& f = libraries_.functions();
-  void* event = nullptr;
-  f.CheckCuda(f.cudaEventCreateWithFlags(&event, kEventDisableTiming), "cudaEventCreate");
-  f.CheckCuda(f.cudaEventRecord(event, options_.compute_stream), "cudaEventRecord");
-  f.CheckCuda(f.cudaStreamWaitEvent(stream_, event, 0), "cudaStreamWaitEvent");
-  f.cudaEventDestroy(event);  // CUDA keeps it until it is done
+  int error = kNcclSuccess;
+  f.CheckNccl(f.ncclCommGetAsyncError(communicator_, &error), "ncclCommGetAsyncError");
+  if (error == kNcclSuccess || error == kNcclInProgress) return;
+  f.ncclCommAbort(communicator_);
+  communicator_ = nullptr;
+  f.CheckNccl(error, "NCCL, while a collective was under way");
 }
 
-std::unique_ptr<Work> NcclCommunicator::After(int result, const char* call) {
-  libraries_.functions().CheckNccl(result, call);
+template <typename F>
+std::unique_ptr<Work> NcclCommunicator::Launch(const char* name, F call) {
+  if (communicator_ == nullptr) throw AppError("NCCL was aborted");
+  const NcclLibraries::Functions& f = libraries_.functions();
+  void* given = nullptr;  // to the compute stream so far
+  f.CheckCuda(f.cudaEventCreateWithFlags(&given, kEventDisableTiming), "cudaEventCreate");
+  f.CheckCuda(f.cudaEventRecord(given, options_.compute_stream), "cudaEventRecord");
+  f.CheckCuda(f.cudaStreamWaitEvent(stream_, given, 0), "cudaStreamWaitEvent");
+  f.cudaEventDestroy(given);
+  f.CheckNccl(call(f), name);
+  if (options_.log != nullptr) options_.log->Launched();
   return std::make_unique<Event>(*this);
 }
 
 std::unique_ptr<Work> NcclCommunicator::AllReduce(Buffer b, Reduction reduction) {
-  WaitForCompute();
-  return After(libraries_.functions().ncclAllReduce(b.data, b.data, static_cast<size_t>(b.count),
-                                                    TypeOf(b.type), OpOf(reduction), communicator_,
-                                                    stream_),
-               "ncclAllReduce");
+  if (!b.on_device) return control_->AllReduce(b, reduction);
+  return Launch("ncclAllReduce", [&](const NcclLibraries::Functions& f) {
+    return f.ncclAllReduce(b.data, b.data, static_cast<size_t>(b.count), TypeOf(b.type),
+                           OpOf(reduction), communicator_, stream_);
+  });
 }
 std::unique_ptr<Work> NcclCommunicator::Broadcast(Buffer b, int root) {
-  WaitForCompute();
-  return After(libraries_.functions().ncclBroadcast(b.data, b.data, static_cast<size_t>(b.count),
-                                                    TypeOf(b.type), root, communicator_, stream_),
-               "ncclBroadcast");
+  if (!b.on_device) return control_->Broadcast(b, root);
+  return Launch("ncclBroadcast", [&](const NcclLibraries::Functions& f) {
+    return f.ncclBroadcast(b.data, b.data, static_cast<size_t>(b.count), TypeOf(b.type), root,
+                           communicator_, stream_);
+  });
 }
 std::unique_ptr<Work> NcclCommunicator::AllGather(Buffer mine, Buffer all) {
-  WaitForCompute();
-  return After(
-      libraries_.functions().ncclAllGather(mine.data, all.data, static_cast<size_t>(mine.count),
-                                           TypeOf(mine.type), communicator_, stream_),
-      "ncclAllGather");
+  if (!mine.on_device) return control_->AllGather(mine, all);
+  return Launch("ncclAllGather", [&](const NcclLibraries::Functions& f) {
+    return f.ncclAllGather(mine.data, all.data, static_cast<size_t>(mine.count), TypeOf(mine.type),
+                           communicator_, stream_);
+  });
 }
 std::unique_ptr<Work> NcclCommunicator::ReduceScatter(Buffer all, Buffer mine,
                                                       Reduction reduction) {
-  WaitForCompute();
-  return After(libraries_.functions().ncclReduceScatter(
-                   all.data, mine.data, static_cast<size_t>(mine.count), TypeOf(mine.type),
-                   OpOf(reduction), communicator_, stream_),
-               "ncclReduceScatter");
+  if (!mine.on_device) return control_->ReduceScatter(all, mine, reduction);
+  return Launch("ncclReduceScatter", [&](const NcclLibraries::Functions& f) {
+    return f.ncclReduceScatter(all.data, mine.data, static_cast<size_t>(mine.count),
+                               TypeOf(mine.type), OpOf(reduction), communicator_, stream_);
+  });
 }
 std::unique_ptr<Work> NcclCommunicator::Send(Buffer b, int to) {
-  WaitForCompute();
-  return After(libraries_.functions().ncclSend(b.data, static_cast<size_t>(b.count),
-                                               TypeOf(b.type), to, communicator_, stream_),
-               "ncclSend");
+  if (!b.on_device) return control_->Send(b, to);
+  return Launch("ncclSend", [&](const NcclLibraries::Functions& f) {
+    return f.ncclSend(b.data, static_cast<size_t>(b.count), TypeOf(b.type), to, communicator_,
+                      stream_);
+  });
 }
 std::unique_ptr<Work> NcclCommunicator::Recv(Buffer b, int from) {
-  WaitForCompute();
-  return After(libraries_.functions().ncclRecv(b.data, static_cast<size_t>(b.count),
-                                               TypeOf(b.type), from, communicator_, stream_),
-               "ncclRecv");
+  if (!b.on_device) return control_->Recv(b, from);
+  return Launch("ncclRecv", [&](const NcclLibraries::Functions& f) {
+    return f.ncclRecv(b.data, static_cast<size_t>(b.count), TypeOf(b.type), from, communicator_,
+                      stream_);
+  });
 }
 
 std::unique_ptr<Communicator> NcclCommunicator::Split(int color, int key) {

@@ -1,11 +1,13 @@
 // Ranks with a GPU each, over NCCL. NCCL and the CUDA runtime are loaded when the first communicator
-// is made, so that the same program runs on nodes that have neither. Buffers are device memory.
+// is made, so that the same program runs on nodes that have neither. Buffers of the device go through
+// NCCL, the others through the communicator over MPI that it is made with.
 #pragma once
 
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "agent/worker/dist/collective_log.h"
 #include "agent/worker/dist/communicator.h"
 
 namespace itwin::worker {
@@ -40,23 +42,22 @@ class NcclLibraries {
 // Whether NCCL can be used here: both libraries and a GPU. A sentence says why not.
 bool NcclAvailable(std::string* why_not);
 
+// Collectives run on a stream of their own. One waits for what the compute stream has been given when
+// it starts; its Wait() makes the compute stream wait for it, and blocks nobody.
 class NcclCommunicator : public Communicator {
  public:
   struct Options {
     int device = 0;
-    void* compute_stream = nullptr;  // cudaStream_t whose work a collective waits for
-    double timeout_seconds = 600;    // without progress: the communicator is aborted
+    void* compute_stream = nullptr;  // cudaStream_t
+    CollectiveLog* log = nullptr;    // of what is launched; may be null
   };
-  // Every rank calls it. `control` (over MPI) carries the unique id, and splits; it becomes this
-  // one's.
+  // Every rank calls it. `control` (over MPI) carries the unique id, splits and the host's buffers; it
+  // becomes this one's.
   NcclCommunicator(std::unique_ptr<Communicator> control, const Options& options);
   ~NcclCommunicator() override;
 
   int rank() const override { return control_->rank(); }
   int size() const override { return control_->size(); }
-  // Collectives run on a stream of their own. Wait() blocks until one is done, and throws when NCCL
-  // reports an error of any rank or nothing has moved for the timeout; the communicator is then
-  // aborted, which lets the stream go.
   std::unique_ptr<Work> AllReduce(Buffer buffer, Reduction reduction) override;
   std::unique_ptr<Work> Broadcast(Buffer buffer, int root) override;
   std::unique_ptr<Work> AllGather(Buffer mine, Buffer all) override;
@@ -65,12 +66,14 @@ class NcclCommunicator : public Communicator {
   std::unique_ptr<Work> Send(Buffer buffer, int to) override;
   std::unique_ptr<Work> Recv(Buffer buffer, int from) override;
   std::unique_ptr<Communicator> Split(int color, int key) override;
+  // Throws what NCCL reports of any rank; the communicator is then aborted, which lets the stream go.
+  void CheckProgress() override;
 
  private:
   class Event;
-  std::unique_ptr<Work> After(int result, const char* call);
-  void WaitForCompute();
-  void Abort();
+  // Launches `call` after what the compute stream has been given.
+  template <typename F>
+  std::unique_ptr<Work> Launch(const char* name, F call);
 
   const std::unique_ptr<Communicator> control_;
   const Options options_;

@@ -195,6 +195,11 @@ struct Graph::Argument {
                            : Fit(values[static_cast<size_t>(slot)].value, *type);
   }
 
+  void MoveTo(at::Device device) {
+    if (constant.isDevice()) constant = IValue(device);
+    for (Argument& entry : list) entry.MoveTo(device);
+  }
+
   void Slots(std::vector<int>* slots) const {
     if (slot != kUndefinedSlot) slots->push_back(slot);
     for (const Argument& entry : list) entry.Slots(slots);
@@ -602,6 +607,18 @@ void Graph::RunNode(const Node& node, std::vector<Value>& values) {
   } else if (!node.outputs.empty()) {
     throw AppError(field_ + ": " + node.name + " gave " + std::to_string(stack.size()) + " values where the graph has " +
                    std::to_string(node.outputs.size()));
+  }
+}
+
+void Graph::MoveTo(at::Device device) {
+  const at::NoGradGuard no_grad;
+  for (const Value& constant : constants_) {
+    if (!constant.value.isTensor()) continue;
+    const at::Tensor& tensor = constant.value.toTensor();
+    if (tensor.defined() && tensor.device() != device) tensor.set_data(tensor.detach().to(device));
+  }
+  for (Node& node : nodes_) {
+    for (Argument& argument : node.arguments) argument.MoveTo(device);
   }
 }
 

@@ -46,6 +46,9 @@ class Graph {
   // (batch norm without running statistics keeps its own), and buffers are left alone.
   void Train(bool training) { training_ = training; }
 
+  // Parameters, buffers, constants and the places where the graph makes new tensors.
+  void MoveTo(at::Device device);
+
   // One tensor per output. Values are freed after their last use. Missing inputs are a UserError.
   std::vector<at::Tensor> Run(const std::map<std::string, at::Tensor>& batch);
 

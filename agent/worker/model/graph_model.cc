@@ -51,6 +51,7 @@ class GraphModel : public Model {
     return graph_->Run({{graph_->inputs()[0], input}})[0];
   }
   void Train(bool training) override { graph_->Train(training); }
+  void MoveTo(at::Device device) override { graph_->MoveTo(device); }
 
   void Save(const std::filesystem::path& dir) override {
     NamedTensors weights;

@@ -10,15 +10,13 @@
 #include "agent/worker/model/torchscript_model.h"
 
 namespace itwin::worker {
-namespace {
 
-// Two samples through the model, so that what does not fit is told at once and as the user's
-// matter. Two: with one, a sum over the batch cannot be told from a value per sample.
-void TrySamples(Model* model, const Dataset& dataset) {
+// Two: with one, a sum over the batch cannot be told from a value per sample.
+void TrySamples(Model& model, const Dataset& dataset) {
   const Batch batch = dataset.Gather(Split::kTrain, {0, dataset.size(Split::kTrain) - 1});
-  model->Train(false);
+  model.Train(false);
   try {
-    model->EvaluationStep(batch);
+    model.EvaluationStep(batch);
   } catch (const WorkerError&) {
     throw;
   } catch (const std::exception& error) {
@@ -34,13 +32,20 @@ void TrySamples(Model* model, const Dataset& dataset) {
       shapes +=
           (shapes.empty() ? "" : ", ") + name + " " + ShapeText(tensor.sizes().slice(1).vec());
     }
-    throw UserError("train.model: " + model->description() +
+    throw UserError("train.model: " + model.description() +
                     " does not run on a sample of the data (" + shapes + "): " + reason);
   }
-  model->Train(true);
+  model.Train(true);
 }
 
-}  // namespace
+void Model::MoveTo(at::Device device) {
+  const at::NoGradGuard no_grad;
+  for (const auto& tensors : {parameters(), buffers()}) {
+    for (const auto& [name, tensor] : tensors) {
+      if (tensor.device() != device) tensor.set_data(tensor.detach().to(device));
+    }
+  }
+}
 
 std::unique_ptr<Model> MakeModel(const TrainSpec& spec, const Dataset& dataset,
                                  const std::filesystem::path& work_dir) {
@@ -55,7 +60,8 @@ std::unique_ptr<Model> MakeModel(const TrainSpec& spec, const Dataset& dataset,
     model = spec.model.torchscript.empty() ? MakeBuiltinModel(spec, dataset)
                                            : MakeTorchScriptModel(spec, dataset, work_dir);
   }
-  TrySamples(model.get(), dataset);
+  // So that what does not fit is told at once and as the user's matter.
+  TrySamples(*model, dataset);
   return model;
 }
 

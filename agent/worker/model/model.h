@@ -73,6 +73,9 @@ class Model {
   // save a copy with compact tensors.
   virtual void Save(const std::filesystem::path& dir) = 0;
 
+  // Moves the parameters, buffers and whatever else the model keeps; parameters stay the same tensors.
+  virtual void MoveTo(at::Device device);
+
   // One line for people: name, number of parameters.
   virtual std::string description() = 0;
 
@@ -85,5 +88,9 @@ class Model {
 // does not fit the data's shapes. Built-in models are initialised from spec.seed alone.
 std::unique_ptr<Model> MakeModel(const TrainSpec& spec, const Dataset& dataset,
                                  const std::filesystem::path& work_dir);
+
+// Two samples through the model; what does not fit throws a UserError that says what. MakeModel has
+// done it on the host.
+void TrySamples(Model& model, const Dataset& dataset);
 
 }  // namespace itwin::worker

@@ -634,7 +634,7 @@ class Transformer : public Net {
   at::Tensor Forward(const at::Tensor& input) override {
     at::Tensor x = Embed(input);
     for (size_t i = 0; i < blocks_->size(); ++i)
-      x = Block(static_cast<int64_t>(i)).forward(x, mask_);
+      x = Block(static_cast<int64_t>(i)).forward(x, MaskFor(x));
     return Scores(x);
   }
   std::vector<Unit> Units() override {
@@ -642,7 +642,7 @@ class Transformer : public Net {
     units.push_back({{"tokens", "positions"}, [this](const at::Tensor& x) { return Embed(x); }});
     for (size_t i = 0; i < blocks_->size(); ++i) {
       units.push_back({{"blocks." + std::to_string(i) + "."}, [this, i](const at::Tensor& x) {
-                         return Block(static_cast<int64_t>(i)).forward(x, mask_);
+                         return Block(static_cast<int64_t>(i)).forward(x, MaskFor(x));
                        }});
     }
     units.push_back({{"norm.", "head"}, [this](const at::Tensor& x) { return Scores(x); }});
@@ -678,6 +678,12 @@ class Transformer : public Net {
   const int part_;
   int64_t context_ = 0;
   bool next_only_ = false, tied_ = true;
+  // Where the model is.
+  const at::Tensor& MaskFor(const at::Tensor& x) {
+    if (mask_.device() != x.device()) mask_ = mask_.to(x.device());
+    return mask_;
+  }
+
   at::Tensor tokens_, positions_, head_, mask_;
   nn::ModuleList blocks_;
   nn::LayerNorm norm_{nullptr};

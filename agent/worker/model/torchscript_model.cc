@@ -166,6 +166,7 @@ class TorchScriptModel : public Model {
   }
 
   void Train(bool training) override { module_.train(training); }
+  void MoveTo(at::Device device) override { module_.to(device); }  // frozen parameters, too
 
   void Save(const std::filesystem::path& dir) override {
     NamedTensors weights;

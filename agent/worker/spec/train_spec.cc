@@ -43,6 +43,7 @@ Resources ParseResources(const Json& json) {
   in.AtLeast("nodes", r.nodes, 1);
   in.AtLeast("ranks_per_node", r.ranks_per_node, 1);
   in.AtLeast("cpus_per_rank", r.cpus_per_rank, 0);
+  in.AtLeast("gpus_per_node", r.gpus_per_node, 0);
   return r;
 }
 
@@ -242,6 +243,16 @@ PredictSpec ParsePredict(const Json& json) {
   return p;
 }
 
+GpuSpec ParseGpu(const Json& json) {
+  Object in(json, "train.gpu");
+  GpuSpec g{.given = true};
+  in.Get("tf32", g.tf32);
+  in.Get("channels_last", g.channels_last);
+  in.Get("graphs", g.graphs);
+  in.Done();
+  return g;
+}
+
 ProfileSpec ParseProfile(const Json& json) {
   JsonObject in(json, "train.profile");
   ProfileSpec p;
@@ -337,6 +348,7 @@ void ParseTrain(const Json& json, TrainSpec& t) {
   in.AtLeast("top_k", t.top_k, 1);
   if (t.loss == "quantile" && t.loss_options.quantiles.empty())
     in.Refuse("loss_options.quantiles", "is missing; the loss quantile needs them, as in [0.1, 0.5, 0.9]");
+  if (const Json* gpu = in.Find("gpu")) t.gpu = ParseGpu(*gpu);
   if (const Json* predict = in.Find("predict")) t.predict = ParsePredict(*predict);
   if (const Json* profile = in.Find("profile")) t.profile = ParseProfile(*profile);
   in.Done();

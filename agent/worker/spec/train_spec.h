@@ -263,6 +263,13 @@ struct BestSpec {
   bool export_best = true;
 };
 
+struct GpuSpec {
+  bool given = false;
+  bool tf32 = true;
+  bool channels_last = false;
+  bool graphs = false;
+};
+
 struct LossOptions {
   double label_smoothing = 0;
   std::vector<double> class_weights{};
@@ -355,6 +362,7 @@ struct TrainSpec {
   std::optional<BestSpec> best;
   int64_t validate_every_steps = 0;  // 0: at the ends of epochs alone
   bool deterministic = false;
+  GpuSpec gpu;
   std::optional<PredictSpec> predict;
   ProfileSpec profile;
 };

@@ -100,6 +100,11 @@ void BatchSource::UseThread() {
   if (!thread_.joinable()) thread_ = std::thread([this] { Run(); });
 }
 
+void BatchSource::WaitIdle() {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] { return !busy_ && wanted_ < 0; });
+}
+
 void BatchSource::Run() {
   UseOneComputeThreadHere();
   std::unique_lock lock(mutex_);

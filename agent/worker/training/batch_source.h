@@ -35,9 +35,12 @@ class BatchSource {
   // The next global batch's part of this rank. Throws what the dataset throws.
   Item Next();
 
+  // Returns when the thread gathers nothing.
+  void WaitIdle();
+
   double waited_seconds() const { return waited_seconds_; }
   bool threaded() const { return thread_.joinable(); }
-  // For tests: decide now instead of by measurement.
+  // Now, instead of by measurement.
   void UseThread();
 
  private:

@@ -2,9 +2,21 @@
 
 #include <chrono>
 
+#include <ATen/ATen.h>
+
 #include "agent/worker/error.h"
 
 namespace itwin::worker {
+namespace {
+
+// As Compress does it.
+at::Tensor Compressed(const at::Tensor& gradients, Compression format) {
+  if (format == Compression::kBfloat16) return gradients.to(at::kBFloat16);
+  constexpr double kLargest = 65504;
+  return at::where(gradients.isfinite(), gradients.clamp(-kLargest, kLargest), gradients).to(at::kHalf);
+}
+
+}  // namespace
 
 Ddp::Ddp(FlatParameters& parameters, Communicator& communicator, Options options)
     : parameters_(parameters),
@@ -15,6 +27,7 @@ Ddp::Ddp(FlatParameters& parameters, Communicator& communicator, Options options
       missing_(parameters.buckets().size(), 0),
       work_(parameters.buckets().size()),
       compressed_(parameters.buckets().size()),
+      compressed_on_device_(parameters.buckets().size()),
       hooks_(parameters, [this](size_t i) { OnGradientReady(i); }) {
   for (const FlatRange& range : ranges_)
     communicator_.Broadcast(BufferOfTensor(range.values), 0)->Wait();
@@ -29,8 +42,7 @@ void Ddp::BeginBackward(const StepStatus& status, bool last) {
   }
   next_bucket_ = 0;
   if (last && options_.compression != Compression::kNone) {
-    status_ = {status.loss, status.not_finite, status.stop};
-    status_work_ = communicator_.AllReduce(BufferOf(std::span(status_)), Reduction::kSum);
+    status_.Start(status, communicator_);
   }
 }
 
@@ -56,6 +68,10 @@ std::unique_ptr<Work> Ddp::Launch(size_t bucket) {
                                    Reduction::kSum);
   }
   const at::Tensor& gradients = ranges_[bucket].gradients;
+  if (!gradients.is_cpu()) {
+    compressed_on_device_[bucket] = Compressed(gradients, options_.compression);
+    return communicator_.AllReduce(BufferOfTensor(compressed_on_device_[bucket]), Reduction::kSum);
+  }
   std::vector<uint16_t>& small = compressed_[bucket];
   small.resize(static_cast<size_t>(gradients.numel()));
   if (gradients.scalar_type() == at::kFloat) {
@@ -82,7 +98,9 @@ void Ddp::WaitGradients(size_t range) {
   work_[range].reset();
   if (options_.compression != Compression::kNone) {
     const at::Tensor& gradients = ranges_[range].gradients;
-    if (gradients.scalar_type() == at::kFloat) {
+    if (!gradients.is_cpu()) {
+      at::Tensor(gradients).copy_(compressed_on_device_[range]);
+    } else if (gradients.scalar_type() == at::kFloat) {
       Expand(compressed_[range].data(), gradients.data_ptr<float>(), gradients.numel(),
              options_.compression);
     } else {
@@ -96,11 +114,7 @@ void Ddp::WaitGradients(size_t range) {
 
 StepStatus Ddp::EndStep(bool* agreed) {
   *agreed = true;
-  if (status_work_) {
-    status_work_->Wait();
-    status_work_.reset();
-    return {.loss = status_[0], .not_finite = status_[1], .stop = status_[2]};
-  }
+  if (status_.under_way()) return status_.Finish();
   return parameters_.ReadStatus();
 }
 

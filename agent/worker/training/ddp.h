@@ -3,7 +3,6 @@
 // backward goes on (with overlap). With one rank: nothing to exchange, the strategy "single".
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -13,6 +12,7 @@
 #include "agent/worker/training/compression.h"
 #include "agent/worker/training/flat_parameters.h"
 #include "agent/worker/training/gradient_hooks.h"
+#include "agent/worker/training/status_exchange.h"
 #include "agent/worker/training/strategy.h"
 
 namespace itwin::worker {
@@ -54,8 +54,8 @@ class Ddp : public Strategy {
   size_t next_bucket_ = 0;        // to launch
   std::vector<std::unique_ptr<Work>> work_;
   std::vector<std::vector<uint16_t>> compressed_;  // per bucket
-  std::array<double, 3> status_{};                 // with compression it travels by itself
-  std::unique_ptr<Work> status_work_;
+  std::vector<at::Tensor> compressed_on_device_;   // instead, of a device
+  StatusExchange status_;                          // with compression it travels by itself
   double waited_seconds_ = 0;
   GradientHooks hooks_;  // last: its callback uses all of the above
 };

@@ -57,7 +57,7 @@ class WeightedSums {
 class VectorSums {
  public:
   void Add(const std::string& name, const at::Tensor& vector) {
-    const at::Tensor values = vector.to(at::kDouble).contiguous();
+    const at::Tensor values = vector.to(at::kCPU, at::kDouble).contiguous();
     std::vector<double>& sum = sums_[name];
     sum.resize(static_cast<size_t>(values.numel()));
     for (size_t i = 0; i < sum.size(); ++i) sum[i] += values.data_ptr<double>()[i];

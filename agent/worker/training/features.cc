@@ -3,7 +3,7 @@
 #include <cstdio>
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 
 #include "agent/worker/error.h"
@@ -21,6 +21,10 @@ double ValueOf(const std::map<std::string, double>& metrics, const std::string& 
     if (name.starts_with("validation/")) names += (names.empty() ? "" : ", ") + name;
   }
   throw UserError(field + ": the evaluation has no " + metric + "; it has " + names);
+}
+
+at::Tensor HostCopy(const at::Tensor& tensor) {
+  return tensor.detach().to(tensor.options().device(at::kCPU).requires_grad(false), /*non_blocking=*/false, /*copy=*/true);
 }
 
 std::string Number(double value) {
@@ -88,8 +92,8 @@ std::vector<std::string> Features::Observe(const std::map<std::string, double>& 
     const double value = ValueOf(metrics, "train.best.metric", watch_best_->metric());
     if (watch_best_->Observe(value, step) && keep_weights) {
       best_.clear();
-      for (const auto& [name, tensor] : model.parameters()) best_.emplace_back(name, tensor.detach().clone());
-      for (const auto& [name, tensor] : model.buffers()) best_.emplace_back(name, tensor.detach().clone());
+      for (const auto& [name, tensor] : model.parameters()) best_.emplace_back(name, HostCopy(tensor));
+      for (const auto& [name, tensor] : model.buffers()) best_.emplace_back(name, HostCopy(tensor));
     }
   }
   if (stopping_) {
@@ -113,7 +117,7 @@ int64_t Features::ExportBest(Model& model, Communicator& communicator) {
   size_t i = 0;
   const auto put = [&](const std::vector<std::pair<std::string, at::Tensor>>& targets) {
     for (const auto& [name, target] : targets) {
-      const at::Tensor value = best_.empty() ? at::empty_like(target, at::MemoryFormat::Contiguous) : best_[i].second.contiguous();
+      const at::Tensor value = best_.empty() ? at::empty(target.sizes(), target.options().device(at::kCPU).requires_grad(false)) : best_[i].second.contiguous();
       ++i;
       communicator.Broadcast({value.data_ptr(), static_cast<int64_t>(value.nbytes()), ElementType::kByte}, 0)->Wait();
       target.detach().copy_(value);

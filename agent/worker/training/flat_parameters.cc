@@ -54,7 +54,8 @@ FlatParameters::FlatParameters(const std::vector<std::pair<std::string, at::Tens
     if (sizes[open] * element >= (open == 0 ? first_bytes : bucket_bytes)) open = -1;
   }
   for (size_t b = 0; b < buckets_.size(); ++b) {
-    const auto options = at::TensorOptions().dtype(buckets_[b].type);
+    const at::Device device = parameters_[buckets_[b].parameters.front()].tensor.device();
+    const auto options = at::TensorOptions().dtype(buckets_[b].type).device(device);
     const int64_t element = buckets_[b].type == at::kFloat ? 4 : 8;
     sizes[b] = parts * RoundUp((sizes[b] + parts - 1) / parts, element);
     buckets_[b].values = at::zeros({sizes[b]}, options);
@@ -77,6 +78,11 @@ at::Tensor FlatParameters::ViewOf(const at::Tensor& flat, size_t i) const {
 
 void FlatParameters::WriteStatus(const StepStatus& status) {
   at::Tensor& flat = buckets_.back().gradients;
+  late_ = status.on_device.defined();
+  if (late_) {
+    flat.narrow(0, flat.numel() - kStatusElements, kStatusElements).copy_(status.on_device);
+    return;
+  }
   const double values[kStatusElements] = {status.loss, status.not_finite, status.stop,
                                           status.trace};
   const int64_t at = flat.numel() - kStatusElements;
@@ -92,6 +98,7 @@ void FlatParameters::WriteStatus(const StepStatus& status) {
 StepStatus FlatParameters::ReadStatus() const {
   const at::Tensor& flat = buckets_.back().gradients;
   const int64_t at = flat.numel() - kStatusElements;
+  if (late_) return {.on_device = flat.narrow(0, at, kStatusElements).to(at::kDouble, false, /*copy=*/true)};
   const auto value = [&](int64_t i) {
     return flat.scalar_type() == at::kFloat ? static_cast<double>(flat.data_ptr<float>()[at + i])
                                             : flat.data_ptr<double>()[at + i];

@@ -20,6 +20,9 @@ struct StepStatus {
   double not_finite = 0;  // 1 when this rank's loss is not finite
   double stop = 0;        // 1 when this rank was asked to stop
   double trace = 0;       // steps to trace from the next one on, where somebody asked for that
+  // Defined where the figures are still on their way: these four, in this order, as float64 on the
+  // device. The numbers above then say nothing.
+  at::Tensor on_device{};
 };
 
 class FlatParameters {
@@ -53,7 +56,7 @@ class FlatParameters {
   at::Tensor ViewOf(const at::Tensor& flat, size_t i) const;
 
   void WriteStatus(const StepStatus& status);
-  StepStatus ReadStatus() const;
+  StepStatus ReadStatus() const;  // `on_device`, where it was written so
 
   // Whether each gradient is still the view that was set; a model that replaces it cannot be
   // averaged. Throws AppError that names the parameter.
@@ -62,6 +65,7 @@ class FlatParameters {
  private:
   std::vector<Parameter> parameters_;
   std::vector<Bucket> buckets_;
+  bool late_ = false;  // the status written last is on a device
 };
 
 }  // namespace itwin::worker

@@ -64,8 +64,13 @@ GradientHooks::GradientHooks(const FlatParameters& parameters, std::function<voi
 GradientHooks::~GradientHooks() { shared_->alive = false; }
 
 Buffer BufferOfTensor(const at::Tensor& flat) {
+  const at::ScalarType type = flat.scalar_type();
   return {flat.data_ptr(), flat.numel(),
-          flat.scalar_type() == at::kFloat ? ElementType::kFloat32 : ElementType::kFloat64};
+          type == at::kFloat      ? ElementType::kFloat32
+          : type == at::kHalf     ? ElementType::kFloat16
+          : type == at::kBFloat16 ? ElementType::kBfloat16
+                                  : ElementType::kFloat64,
+          !flat.is_cpu()};
 }
 
 uint64_t HashValues(const FlatParameters& parameters) {
@@ -73,7 +78,8 @@ uint64_t HashValues(const FlatParameters& parameters) {
   uint64_t lanes[4] = {0x9e3779b97f4a7c15u, 0xbf58476d1ce4e5b9u, 0x94d049bb133111ebu,
                        0xd6e8feb86659fd93u};
   for (const FlatParameters::Bucket& bucket : parameters.buckets()) {
-    const auto* bytes = static_cast<const char*>(bucket.values.data_ptr());
+    const at::Tensor values = bucket.values.cpu();  // itself, but of a device
+    const auto* bytes = static_cast<const char*>(values.data_ptr());
     const size_t size = bucket.values.nbytes();
     size_t at = 0;
     for (; at + 32 <= size; at += 32) {

@@ -17,6 +17,7 @@ LocalSgd::LocalSgd(FlatParameters& parameters, Communicator& communicator, int e
 }
 
 StepStatus LocalSgd::EndStep(bool* agreed) {
+  if (status_.on_device.defined()) return EndStepOnDevice(agreed);
   not_finite_ += status_.not_finite;
   *agreed = ++steps_ % every_ == 0;
   if (!*agreed) return {.loss = status_.loss};
@@ -26,6 +27,24 @@ StepStatus LocalSgd::EndStep(bool* agreed) {
   communicator_.AllReduce(BufferOf(std::span(sums)), Reduction::kSum)->Wait();
   not_finite_ = 0;
   return {.loss = sums[0], .not_finite = sums[1], .stop = sums[2]};
+}
+
+StepStatus LocalSgd::EndStepOnDevice(bool* agreed) {
+  const at::Tensor bad = status_.on_device.narrow(0, 1, 1);
+  not_finite_on_device_ = not_finite_on_device_.defined() ? not_finite_on_device_.add(bad) : bad.clone();
+  *agreed = ++steps_ % every_ == 0;
+  at::Tensor figures = status_.on_device.clone();
+  if (!*agreed) {
+    figures.narrow(0, 1, figures.numel() - 1).zero_();
+    return {.on_device = figures};
+  }
+  steps_ = 0;
+  for (const FlatRange& range : ranges_) Average(range.values);
+  figures.narrow(0, 0, 1).div_(communicator_.size());
+  figures.narrow(0, 1, 1).copy_(not_finite_on_device_);
+  not_finite_on_device_.reset();
+  communicator_.AllReduce(BufferOfTensor(figures), Reduction::kSum)->Wait();
+  return {.on_device = figures};
 }
 
 void LocalSgd::Consolidate(const std::vector<at::Tensor>& state) {

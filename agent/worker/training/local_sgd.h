@@ -36,6 +36,7 @@ class LocalSgd : public Strategy {
 
  private:
   void Average(const at::Tensor& flat);
+  StepStatus EndStepOnDevice(bool* agreed);
 
   FlatParameters& parameters_;
   Communicator& communicator_;
@@ -45,6 +46,7 @@ class LocalSgd : public Strategy {
   int64_t steps_ = 0;        // since the ranks were equal
   StepStatus status_;        // of the step under way
   double not_finite_ = 0;    // since the ranks spoke
+  at::Tensor not_finite_on_device_;  // instead, of a device
   double waited_seconds_ = 0;
   GradientHooks hooks_;
 };

@@ -10,6 +10,7 @@
 #include <ATen/ops/full_like.h>
 
 #include "agent/worker/error.h"
+#include "agent/worker/training/device_optimizer.h"
 #include "agent/worker/training/optimizer_kernels.h"
 #include "agent/worker/training/parameter_groups.h"
 
@@ -224,6 +225,7 @@ Optimizer::Optimizer(const OptimizerSpec& spec, const FlatParameters& parameters
   }
   const auto* adagrad = std::get_if<Adagrad>(&spec);
   const double start = adagrad == nullptr ? 0.0 : adagrad->initial_accumulator;
+  operators_ = !ranges_.empty() && !ranges_.front().values.is_cpu();
   for (const FlatRange& range : ranges_) {
     std::vector<at::Tensor> states;
     for (size_t s = 0; s < state_names_.size(); ++s)
@@ -288,7 +290,23 @@ void Optimizer::OnRange(size_t i, F f) {
   }
 }
 
+void Optimizer::StepByOperators(size_t i, double gradient_scale) {
+  const FlatRange& range = ranges_[i];
+  for (const Segment& segment : segments_[i]) {
+    const auto part = [&](const at::Tensor& flat) {
+      return flat.narrow(0, segment.first, segment.last - segment.first);
+    };
+    DeviceRange on_device{.values = part(range.values),
+                          .gradients = part(range.gradients),
+                          .state = {},
+                          .dimensions = parameters_.parameters()[segment.parameter].tensor.dim()};
+    for (const at::Tensor& state : state_[i]) on_device.state.push_back(part(state));
+    StepOnDevice(segment.spec, on_device, step_, lr_factor_, gradient_scale);
+  }
+}
+
 void Optimizer::MeasureRange(size_t i, double gradient_scale) {
+  if (operators_) return;  // measured with the step
   OnRange(i, [&](const auto& ranges, const Segment& segment) {
     Measure(segment.spec, ranges.From(segment.first), segment.last - segment.first, step_,
             gradient_scale, &norms_[2 * segment.parameter]);
@@ -296,6 +314,7 @@ void Optimizer::MeasureRange(size_t i, double gradient_scale) {
 }
 
 void Optimizer::StepRange(size_t i, double gradient_scale) {
+  if (operators_) return StepByOperators(i, gradient_scale);
   OnRange(i, [&](const auto& ranges, const Segment& segment) {
     if (needs_norms()) {
       StepMeasured(segment.spec, ranges.From(segment.first), segment.last - segment.first,
@@ -366,6 +385,10 @@ std::string Optimizer::name() const {
 double SumOfSquares(const std::vector<FlatRange>& ranges) {
   double sum = 0;
   for (const FlatRange& range : ranges) {
+    if (!range.gradients.is_cpu()) {
+      sum += range.gradients.norm().to(at::kDouble).square().item<double>();
+      continue;
+    }
     const int64_t n = range.gradients.numel();
     sum += range.gradients.scalar_type() == at::kFloat
                ? kernels::SumOfSquares(range.gradients.data_ptr<float>(), n)
@@ -376,6 +399,10 @@ double SumOfSquares(const std::vector<FlatRange>& ranges) {
 
 bool AllFinite(const std::vector<FlatRange>& ranges) {
   for (const FlatRange& range : ranges) {
+    if (!range.values.is_cpu()) {
+      if (!range.values.isfinite().all().item<bool>()) return false;
+      continue;
+    }
     const int64_t n = range.values.numel();
     const bool finite = range.values.scalar_type() == at::kFloat
                             ? kernels::AllFinite(range.values.data_ptr<float>(), n)

@@ -62,6 +62,9 @@ class Optimizer {
 
   std::string name() const;
 
+  // Of a device the step is made of LibTorch's operators; for tests: of the host's memory, too.
+  void UseOperators() { operators_ = true; }
+
  private:
   // A run of elements of a range that are treated alike: those of neighbours with the same options, or
   // of one parameter, where its length matters.
@@ -71,6 +74,7 @@ class Optimizer {
     OptimizerSpec spec;  // with the group's rate and decay
   };
   void AddSegments(const FlatRange& range, const std::vector<ParameterGroupSpec>& groups);
+  void StepByOperators(size_t range, double gradient_scale);
   template <typename F>
   void OnRange(size_t range, F f);  // f(pointers, segment) for each segment
 
@@ -83,6 +87,7 @@ class Optimizer {
   std::vector<double> norms_;  // two per parameter: squared lengths of it and of its step
   int64_t step_ = 0;
   double lr_factor_ = 1;
+  bool operators_ = false;
   std::vector<std::string> state_names_;
   std::vector<std::vector<at::Tensor>> state_;  // [range][state name], flat
   std::optional<LbfgsMinimizer> lbfgs_;

@@ -13,11 +13,16 @@ at::ScalarType TypeOf(Precision precision) {
   return precision == Precision::kFloat16 ? at::kHalf : at::kBFloat16;
 }
 
-void SetAutocast(bool on, at::ScalarType type) {
+void SetAutocast(at::DeviceType device, bool on, at::ScalarType type) {
 #if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 4)
-  at::autocast::set_autocast_enabled(at::kCPU, on);
-  if (on) at::autocast::set_autocast_dtype(at::kCPU, type);
+  at::autocast::set_autocast_enabled(device, on);
+  if (on) at::autocast::set_autocast_dtype(device, type);
 #else
+  if (device == at::kCUDA) {
+    at::autocast::set_enabled(on);
+    if (on) at::autocast::set_autocast_gpu_dtype(type);
+    return;
+  }
   at::autocast::set_cpu_enabled(on);
   if (on) at::autocast::set_autocast_cpu_dtype(type);
 #endif
@@ -25,35 +30,38 @@ void SetAutocast(bool on, at::ScalarType type) {
 
 }  // namespace
 
-AutocastScope::AutocastScope(Precision precision) : on_(precision != Precision::kFloat32) {
+AutocastScope::AutocastScope(Precision precision, at::Device device)
+    : on_(precision != Precision::kFloat32), device_(device.type()) {
   if (!on_) return;
   at::autocast::increment_nesting();
-  SetAutocast(true, TypeOf(precision));
+  SetAutocast(device_, true, TypeOf(precision));
 }
 
 AutocastScope::~AutocastScope() {
   if (!on_) return;
-  SetAutocast(false, at::kBFloat16);
+  SetAutocast(device_, false, at::kBFloat16);
   if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
 }
 
-void RequirePrecision(Precision precision) {
+void RequirePrecision(Precision precision, at::Device device) {
   if (precision == Precision::kFloat32) return;
   const std::string name = precision == Precision::kFloat16 ? "fp16" : "bf16";
   try {
-    const at::Tensor matrix = at::ones({8, 8}).requires_grad_(true);
-    const at::Tensor kernel = at::ones({2, 2, 3, 3}).requires_grad_(true);
+    const at::TensorOptions there(device);
+    const at::Tensor matrix = at::ones({8, 8}, there).requires_grad_(true);
+    const at::Tensor kernel = at::ones({2, 2, 3, 3}, there).requires_grad_(true);
     at::Tensor sum;
     {
-      const AutocastScope autocast(precision);
-      sum = at::linear(at::ones({8, 8}), matrix).sum() + at::conv2d(at::ones({1, 2, 8, 8}), kernel).sum();
+      const AutocastScope autocast(precision, device);
+      sum = at::linear(at::ones({8, 8}, there), matrix).sum() +
+            at::conv2d(at::ones({1, 2, 8, 8}, there), kernel).sum();
     }
     sum.to(at::kFloat).backward();
   } catch (const c10::Error& error) {
     const std::string reason = error.what_without_backtrace();
     throw UserError("train.precision: LibTorch " TORCH_VERSION " cannot train in " + name +
-                    " on this processor (" + reason.substr(0, reason.find('\n')) + "); use " +
-                    (precision == Precision::kFloat16 ? "bf16, fp32 or a GPU" : "fp32"));
+                    " on this " + (device.is_cpu() ? "processor" : "GPU") + " (" + reason.substr(0, reason.find('\n')) + "); use " +
+                    (precision != Precision::kFloat16 ? "fp32" : device.is_cpu() ? "bf16, fp32 or a GPU" : "bf16 or fp32"));
   }
 }
 

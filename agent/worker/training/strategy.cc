@@ -174,7 +174,7 @@ NamedTensors GatherSlices(const std::vector<StateSlice>& owned, Communicator& co
     Whole& whole = found->second;
     if (is_new) {
       order.push_back(s.name);
-      whole.tensor = at::empty(s.shape, s.view.options());
+      whole.tensor = at::empty(s.shape, s.view.options().device(at::kCPU));
       whole.missing = whole.tensor.numel();
     }
     whole.tensor.view({-1}).narrow(0, s.offset, s.count).copy_(s.view);
@@ -197,7 +197,7 @@ NamedTensors GatherSlices(const std::vector<StateSlice>& owned, Communicator& co
     communicator.Send(BufferOf(std::span(&size, 1)), 0)->Wait();
     communicator.Send(BufferOf(std::span(text.data(), text.size())), 0)->Wait();
     for (const StateSlice& s : owned) {
-      const at::Tensor bytes = s.view.contiguous();
+      const at::Tensor bytes = s.view.cpu().contiguous();
       communicator.Send({bytes.data_ptr(), static_cast<int64_t>(bytes.nbytes())}, 0)->Wait();
     }
     return {};

@@ -80,6 +80,8 @@ class Strategy {
   // Adds each figure over the ranks that hold the other parts of what ranges() holds: for norms. The
   // identity where this rank holds all. The same bits on every rank.
   virtual void SumOverShards(std::span<double>) {}
+  // Whether that is more than the identity.
+  virtual bool sharded() const { return false; }
 
   // ---- Between steps.
   // Whether every rank must run forward equally often, with a sample that does not count where it

@@ -6,14 +6,18 @@
 #include <cstdio>
 #include <optional>
 #include <set>
+#include <utility>
 
-#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 
 #include "agent/worker/checkpoint/sha256.h"
+#include "agent/worker/device/gpu.h"
 #include "agent/worker/error.h"
 #include "agent/worker/training/evaluation.h"
 #include "agent/worker/training/optimizer_kernels.h"
@@ -30,7 +34,6 @@ constexpr double kPrintSeconds = 0.25;     // between lines for people
 constexpr double kReserveSeconds = 5;      // kept before the deadline beside the measured save time
 // A save's assumed time before one was measured: a slow shared disk, and the time to create the files.
 constexpr double kFirstSaveBytesPerSecond = 50e6, kFirstSaveSeconds = 1;
-constexpr char kGenerator[] = "random_generator";
 constexpr char kBuffer[] = "buffer/";
 
 double Seconds() {
@@ -66,7 +69,16 @@ void AppendParts(std::vector<TensorPart> more, std::vector<TensorPart>* parts) {
   for (TensorPart& part : more) parts->push_back(std::move(part));
 }
 
-at::Generator Generator() { return at::detail::getDefaultCPUGenerator(); }
+// What dropout draws from.
+at::Generator Generator(at::Device device) { return at::globalContext().defaultGenerator(device); }
+std::string GeneratorName(at::Device device) {
+  return device.is_cpu() ? "random_generator" : "random_generator/gpu";
+}
+
+// Tensors of a device as the host's; nothing for those that are the host's.
+void BringToHost(std::vector<TensorPart>* parts) {
+  for (TensorPart& part : *parts) part.values = part.values.cpu();
+}
 
 // The model's parameters, after those that the job freezes were frozen.
 std::vector<std::pair<std::string, at::Tensor>> Unfrozen(const TrainingSetup& setup) {
@@ -77,6 +89,10 @@ std::vector<std::pair<std::string, at::Tensor>> Unfrozen(const TrainingSetup& se
 
 void ScaleAndClamp(const std::vector<FlatRange>& ranges, double scale, double limit) {
   for (const FlatRange& range : ranges) {
+    if (!range.gradients.is_cpu()) {
+      at::Tensor(range.gradients).mul_(scale).clamp_(-limit, limit);
+      continue;
+    }
     const int64_t n = range.gradients.numel();
     if (range.gradients.scalar_type() == at::kFloat) {
       kernels::ScaleAndClamp(range.gradients.data_ptr<float>(), n, scale, limit);
@@ -127,7 +143,7 @@ std::string HashSpec(const nlohmann::json& job) {
   nlohmann::json train = job.value("train", nlohmann::json::object());
   for (const char* key :
        {"epochs", "steps", "validate_every", "checkpoint", "metrics", "strategy", "ddp",
-        "accumulate", "check_every", "local_sgd", "horovod", "zero", "mesh", "profile"}) {
+        "accumulate", "check_every", "local_sgd", "horovod", "zero", "mesh", "profile", "gpu"}) {
     train.erase(key);
   }
   if (train.contains("data") && train["data"].is_object()) {  // how they are read is no matter
@@ -156,14 +172,28 @@ TrainingLoop::TrainingLoop(const TrainingSetup& setup)
                 setup.dataset.size(Split::kValidation) > 0, strategy_name_, parameters_),
       batches_(setup.dataset, data_.rank(), data_.size(), /*stand_in=*/strategy_->lockstep()),
       clock_(std::make_unique<Clock>()),
-      profiler_(setup.profiler != nullptr ? *setup.profiler : own_profiler_) {
+      profiler_(setup.profiler != nullptr ? *setup.profiler : own_profiler_),
+      late_(!setup.device.is_cpu() || setup.as_on_device),
+      readback_(setup.device) {
   if (spec_.phases.empty()) {
     phases_.push_back({"", "", 1, Optimizer(spec_.optimizer, parameters_, strategy_->ranges(), spec_.parameter_groups)});
   } else {
     MakePhases();
   }
   // Dropout differs between ranks: each sees other samples.
-  Generator().set_current_seed(MixSeed(spec_.seed, static_cast<uint64_t>(rank_) + 1));
+  Generator(setup.device).set_current_seed(MixSeed(spec_.seed, static_cast<uint64_t>(rank_) + 1));
+  if (setup.as_on_device) {
+    for (Phase& phase : phases_) phase.optimizer.UseOperators();
+  }
+  if (!setup.device.is_cpu()) batches_.UseThread();  // the copy to the device is worth it in any case
+  if (!setup.make_graph) return;
+  graph_.emplace(
+      [this](const Batch& batch) {
+        at::Tensor loss = Forward(batch);
+        Backward(loss);
+        return loss;
+      },
+      setup.make_graph, [this] { batches_.WaitIdle(); }, setup.print);
 }
 
 TrainingLoop::~TrainingLoop() = default;
@@ -236,7 +266,7 @@ void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
   position_ = checkpoint.position;
   if (checkpoint.world_size == ranks_) {
     for (const auto& [name, tensor] : checkpoint.of_rank) {
-      if (name == kGenerator) Generator().set_state(tensor);
+      if (name == GeneratorName(setup_.device)) Generator(setup_.device).set_state(tensor);
     }
     for (const auto& [name, buffer] : model_.buffers()) {
       for (const auto& [saved, tensor] : checkpoint.of_rank) {
@@ -244,8 +274,9 @@ void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
       }
     }
   } else {
-    Generator().set_current_seed(MixSeed(spec_.seed, MixSeed(static_cast<uint64_t>(position_.step),
-                                                             static_cast<uint64_t>(rank_) + 1)));
+    Generator(setup_.device)
+        .set_current_seed(MixSeed(spec_.seed, MixSeed(static_cast<uint64_t>(position_.step),
+                                                      static_cast<uint64_t>(rank_) + 1)));
   }
   saved_step_ = position_.step;
   if (!strategy_->holds_model()) return;
@@ -298,6 +329,7 @@ bool TrainingLoop::RunEpoch() {
     if (!Step()) return false;
     if (features_.stopped()) break;
   }
+  if (!Settle()) return false;
   clock_->epoch_data_wait = batches_.waited_seconds() - data_wait;
   clock_->epoch_communication_wait = strategy_->waited_seconds() - communication_wait;
   FinishEpoch();
@@ -328,7 +360,12 @@ bool TrainingLoop::Step() {
       ForwardAndBackward(item);
       Enter(Activity::kOptimizer);
       if (!reported_unused_) parameters_.CheckGradientViews();
-      const StepStatus mine = phases_[p].optimizer.searches() ? Minimize(item) : UpdateParameters();
+      StepStatus mine = phases_[p].optimizer.searches() ? Minimize(item) : UpdateParameters();
+      if (phases_.size() == 1 && phases_[p].repeats == 1) {
+        status = std::move(mine);
+        continue;
+      }
+      if (mine.on_device.defined()) mine = ReadNow(mine);
       if (n == 0) status.loss += mine.loss;
       status.not_finite += mine.not_finite;
       status.stop += mine.stop;
@@ -344,14 +381,17 @@ bool TrainingLoop::Step() {
   Enter(Activity::kOther);
   ++position_.step;
   ++position_.next_batch;
-  position_.epoch_loss_sum += status.loss * static_cast<double>(item.global_samples);
-  position_.epoch_samples += item.global_samples;
-  if (spec_.stop_on_nan && (status.not_finite > 0 || !std::isfinite(status.loss))) FailNotFinite();
+  const Settling step{position_.step, item.global_samples, agreed_, local_figures_};
+  bool go_on = true;
+  if (!status.on_device.defined()) {
+    go_on = Account(step, status);
+  } else {
+    go_on = Settle();  // the step before
+    readback_.Start(status.on_device);
+    settling_ = step;
+  }
   if (!reported_unused_ && agreed_) ReportUnusedParameters();
   if (spec_.check_every > 0 && position_.step % spec_.check_every == 0) CheckReplicas();
-
-  step_values_[0].second = status.loss;
-  setup_.metrics.Write(position_.step, step_values_);
   const double seconds = Seconds() - start;
   clock_->training += seconds;
   clock_->epoch_training += seconds;
@@ -360,19 +400,55 @@ bool TrainingLoop::Step() {
   clock_->epoch_samples += item.global_samples;
   profiler_.EndStep(item.global_samples);
   if (setup_.trace != nullptr) {
-    if (status.trace > 0) setup_.trace->Start(std::llround(status.trace));
+    if (trace_asked_ > 0) setup_.trace->Start(std::llround(std::exchange(trace_asked_, 0)));
     setup_.trace->AfterStep(position_.step);
   }
   ReportProgress(/*now=*/false);
-  if (status.stop != 0) return false;
+  if (!go_on) {
+    Settle();
+    return false;
+  }
   if (spec_.validate_every_steps > 0 && position_.step % spec_.validate_every_steps == 0 &&
       position_.next_batch < order_->batches()) {
+    if (!Settle()) return false;
     strategy_->Consolidate(OptimizerState());
     AverageBuffers(model_, setup_.control);
     Validate();
     model_.Train(true);
   }
   return true;
+}
+
+bool TrainingLoop::Settle() {
+  if (!settling_) return true;
+  const Settling step = *settling_;
+  settling_.reset();
+  return Account(step, TakeFigures());
+}
+
+StepStatus TrainingLoop::TakeFigures() {
+  const std::vector<double> figures = readback_.Take([this] { setup_.gradients.CheckProgress(); });
+  return {.loss = figures[0], .not_finite = figures[1], .stop = figures[2], .trace = figures[3]};
+}
+
+StepStatus TrainingLoop::ReadNow(const StepStatus& status) {
+  readback_.Start(status.on_device);
+  return TakeFigures();
+}
+
+bool TrainingLoop::Account(const Settling& step, const StepStatus& status) {
+  position_.epoch_loss_sum += status.loss * static_cast<double>(step.samples);
+  position_.epoch_samples += step.samples;
+  // Where the ranks have not spoken, the loss is one rank's, which tells the others when they next do.
+  const bool bad = status.not_finite > 0 || (step.agreed && !std::isfinite(status.loss));
+  if (spec_.stop_on_nan && bad) {
+    if (step.local.defined()) local_not_finite_ = step.local[1].item<double>() > 0;
+    FailNotFinite(step.step);
+  }
+  step_values_[0].second = status.loss;
+  setup_.metrics.Write(step.step, step_values_);
+  trace_asked_ = status.trace;
+  return status.stop == 0;
 }
 
 void TrainingLoop::ForwardAndBackward(const BatchSource::Item& item) {
@@ -390,6 +466,12 @@ void TrainingLoop::ForwardAndBackward(const BatchSource::Item& item) {
 }
 
 void TrainingLoop::RunMicroBatches(const BatchSource::Item& item, StepStatus status) {
+  if (late_) {
+    status.on_device = at::zeros({4}, at::TensorOptions().dtype(at::kDouble).device(setup_.device));
+    if (status.stop != 0) status.on_device.narrow(0, 2, 1).fill_(status.stop);
+    if (status.trace != 0) status.on_device.narrow(0, 3, 1).fill_(status.trace);
+  }
+  local_figures_ = status.on_device;
   for (int64_t m = 0; m < spec_.accumulate; ++m) {
     const Slice part = SliceOf(item.local_samples, static_cast<int>(m), spec_.accumulate);
     const bool last = m + 1 == spec_.accumulate;
@@ -403,32 +485,65 @@ void TrainingLoop::RunMicroBatches(const BatchSource::Item& item, StepStatus sta
         part.size() == 0
             ? 0
             : strategy_->Weight(part.size(), item.local_samples, item.global_samples);
-    const at::Tensor loss = [&] {
-      const AutocastScope autocast(spec_.precision);
-      const Batch batch = PartOfBatch(item, part);
-      const std::string& method = phases_[phase_].method;
-      return (method.empty() ? model_.TrainingStep(batch) : model_.PhaseStep(method, batch)).loss;
-    }();
-    if (part.size() > 0) {
-      const double value = loss.item<double>();
-      status.loss += value * weight;
-      if (!std::isfinite(value)) local_not_finite_ = true;
-      status.not_finite = local_not_finite_ ? 1 : 0;
-    }
-    strategy_->BeginBackward(status, last);
-    Enter(Activity::kBackward);
     const double scaled = features_.scaler() == nullptr ? weight : weight * features_.scaler()->scale();
-    if (scaled == 1) {
-      loss.backward();
+    const Batch batch = PartOfBatch(item, part);
+    at::Tensor loss;
+    if (graph_) {
+      SetLossGradient(scaled, at::kDouble);  // the loss's type is not known yet
+      loss = graph_->Run(batch);
     } else {
-      if (scaled != gradient_weight_) {
-        gradient_of_loss_ = at::scalar_tensor(scaled, loss.options().requires_grad(false));
-        gradient_weight_ = scaled;
-      }
-      loss.backward(gradient_of_loss_);
+      loss = Forward(batch);
+    }
+    if (part.size() > 0) NoteLoss(loss, weight, &status);
+    strategy_->BeginBackward(status, last);
+    if (!graph_) {
+      Enter(Activity::kBackward);
+      SetLossGradient(scaled, loss.scalar_type());
+      Backward(loss);
     }
     strategy_->EndBackward();
     Enter(Activity::kForward);
+  }
+}
+
+at::Tensor TrainingLoop::Forward(const Batch& batch) {
+  const AutocastScope autocast(spec_.precision, setup_.device);
+  const std::string& method = phases_[phase_].method;
+  return (method.empty() ? model_.TrainingStep(batch) : model_.PhaseStep(method, batch)).loss;
+}
+
+void TrainingLoop::NoteLoss(const at::Tensor& loss, double weight, StepStatus* status) {
+  if (late_) {
+    const at::NoGradGuard no_grad;
+    const at::Tensor value = loss.detach().to(at::kDouble);
+    status->on_device.narrow(0, 0, 2).add_(
+        at::stack({value.mul(weight), value.isfinite().logical_not().to(at::kDouble)}));
+    return;
+  }
+  const double value = loss.item<double>();
+  status->loss += value * weight;
+  if (!std::isfinite(value)) local_not_finite_ = true;
+  status->not_finite = local_not_finite_ ? 1 : 0;
+}
+
+// What the loss counts in the gradient. A recorded step reads it where it was.
+void TrainingLoop::SetLossGradient(double weight, at::ScalarType type) {
+  const bool there = gradient_of_loss_.defined() && gradient_of_loss_.scalar_type() == type;
+  if (there && weight == gradient_weight_) return;
+  gradient_weight_ = weight;
+  if (there) {
+    gradient_of_loss_.fill_(weight);
+  } else {
+    gradient_of_loss_ = at::scalar_tensor(weight, at::TensorOptions().dtype(type).device(setup_.device));
+  }
+}
+
+void TrainingLoop::Backward(const at::Tensor& loss) {
+  if (gradient_weight_ == 1 && !graph_) {
+    loss.backward();
+  } else {
+    const bool fits = gradient_of_loss_.scalar_type() == loss.scalar_type();
+    loss.backward(fits ? gradient_of_loss_ : gradient_of_loss_.to(loss.scalar_type()));
   }
 }
 
@@ -456,7 +571,11 @@ StepStatus TrainingLoop::UpdateParameters() {
     ScaleAndClamp(strategy_->ranges(), scale, spec_.clip_value);
     scale = 1;
   }
-  if (spec_.clip_norm > 0) {
+  if (spec_.clip_norm > 0 && late_ && !strategy_->sharded()) {
+    wait_for_all();
+    ClipNormOnDevice(scale);
+    scale = 1;
+  } else if (spec_.clip_norm > 0) {
     const double norm = std::sqrt(squares_of_all()) * scale;
     scale *= std::min(1.0, spec_.clip_norm / (norm + 1e-6));
   }
@@ -509,6 +628,19 @@ StepStatus TrainingLoop::Minimize(const BatchSource::Item& item) {
   return all;
 }
 
+// As on the host, without waiting for the length.
+void TrainingLoop::ClipNormOnDevice(double scale) {
+  at::Tensor squares;
+  for (const FlatRange& range : strategy_->ranges()) {
+    const at::Tensor more = range.gradients.norm().to(at::kDouble).square();
+    squares = squares.defined() ? squares.add(more) : more;
+  }
+  const at::Tensor norm = squares.sqrt().mul(scale);
+  const at::Tensor factor = norm.add(1e-6).reciprocal().mul(spec_.clip_norm).clamp_max(1).mul(scale);
+  for (const FlatRange& range : strategy_->ranges())
+    at::Tensor(range.gradients).mul_(factor.to(range.gradients.scalar_type()));
+}
+
 void TrainingLoop::CheckReplicas() {
   if (!agreed_ || ranks_ == 1) return;
   const double start = Seconds();
@@ -526,7 +658,7 @@ void TrainingLoop::CheckReplicas() {
   throw error;
 }
 
-void TrainingLoop::FailNotFinite() {
+void TrainingLoop::FailNotFinite(int64_t step) {
   std::vector<int64_t> bad(ranks_);
   // The local losses are gone; the ranks tell each other who had a bad one. A sum of finite losses
   // that overflows is rank 0's to report.
@@ -537,9 +669,9 @@ void TrainingLoop::FailNotFinite() {
   WorkerError error = AppError(Text("the loss is not finite at step %lld (epoch %lld) on rank %d; "
                                     "a smaller learning rate, `clip_norm` or "
                                     "clean data may help",
-                                    static_cast<long long>(position_.step),
+                                    static_cast<long long>(step),
                                     static_cast<long long>(position_.epoch + 1), rank),
-                               position_.step);
+                               step);
   error.rank = rank;
   throw error;
 }
@@ -629,6 +761,10 @@ void TrainingLoop::AppendMemory(MetricSink::Values* values) const {
                                     std::pair{"gradients_peak", memory.peak_gradients}}) {
     values->emplace_back(std::string("perf/memory_") + name, static_cast<double>(bytes));
   }
+  if (setup_.device.is_cpu()) return;
+  const gpu::Memory on_gpu = gpu::ReadMemory(setup_.device.index());
+  values->emplace_back("perf/gpu_memory_bytes", static_cast<double>(on_gpu.allocated));
+  values->emplace_back("perf/gpu_memory_peak_bytes", static_cast<double>(on_gpu.peak));
 }
 
 void TrainingLoop::Validate() {
@@ -652,7 +788,7 @@ void TrainingLoop::EvaluateSplit(Split split) {
   model_.Train(false);
   at::NoGradGuard no_grad;
   const Evaluation evaluation = [&] {
-    const AutocastScope autocast(spec_.precision);
+    const AutocastScope autocast(spec_.precision, setup_.device);
     return Evaluate(model_, setup_.dataset, split, batch, data_, strategy_->lockstep(), [this] { Beat(); });
   }();
   std::map<std::string, double> metrics = evaluation.metrics;
@@ -740,11 +876,11 @@ void TrainingLoop::Save() {
   parts.spec_sha256 = setup_.spec_sha256;
   if (hashed_step_ != position_.step) HashNow();
   parts.weights_sha256 = weights_sha256_;
-  parts.of_rank.emplace_back(kGenerator, Generator().get_state());
+  parts.of_rank.emplace_back(GeneratorName(setup_.device), Generator(setup_.device).get_state());
   NamedTensors buffers;
   for (const auto& [name, tensor] : model_.buffers()) {
     buffers.emplace_back(name, tensor);
-    parts.of_rank.emplace_back(kBuffer + name, tensor);
+    parts.of_rank.emplace_back(kBuffer + name, tensor.cpu());
   }
   // Every tensor's place first, in the model's order (where a rank has the whole model); then what
   // this rank holds of them.
@@ -776,6 +912,8 @@ void TrainingLoop::Save() {
   for (const Phase& phase : phases_) {
     AppendParts(strategy_->Owned(phase.optimizer.Slices()), &parts.optimizer);
   }
+  BringToHost(&parts.weights);
+  BringToHost(&parts.optimizer);
   setup_.checkpoints.Save(parts);
   saved_step_ = position_.step;
   clock_->save = std::max(clock_->save, Seconds() - start);

@@ -10,6 +10,7 @@
 
 #include "agent/worker/checkpoint/checkpoint.h"
 #include "agent/worker/data/dataset.h"
+#include "agent/worker/device/readback.h"
 #include "agent/worker/dist/communicator.h"
 #include "agent/worker/model/model.h"
 #include "agent/worker/profile/profiler.h"
@@ -22,6 +23,7 @@
 #include "agent/worker/training/mesh.h"
 #include "agent/worker/training/optimizer.h"
 #include "agent/worker/training/stop_request.h"
+#include "agent/worker/training/step_graph.h"
 #include "agent/worker/training/strategy.h"
 
 namespace itwin::worker {
@@ -44,6 +46,11 @@ struct TrainingSetup {
   TraceSession* trace = nullptr;  // null: no traces
   // Told of every sign of life, with the steps done.
   std::function<void(int64_t)> beat = {};
+  // Where the model and the dataset's batches are.
+  at::Device device = at::kCPU;
+  StepGraph::Make make_graph = {};  // empty: steps are not recorded
+  // For tests: all is done on the host as it would be on a device.
+  bool as_on_device = false;
 };
 
 struct TrainingOutcome {
@@ -88,8 +95,24 @@ class TrainingLoop {
   std::vector<at::Tensor> OptimizerState() const;
   void ForwardAndBackward(const BatchSource::Item& item);
   void RunMicroBatches(const BatchSource::Item& item, StepStatus status);
+  at::Tensor Forward(const Batch& batch);
+  void SetLossGradient(double weight, at::ScalarType type);
+  void Backward(const at::Tensor& loss);
+  void NoteLoss(const at::Tensor& loss, double weight, StepStatus* status);
   StepStatus UpdateParameters();
   StepStatus Minimize(const BatchSource::Item& item);
+  void ClipNormOnDevice(double scale);
+  // What a step's figures lead to. On a device those of a step are looked at when the next one has been
+  // launched; Settle() does so now. False: asked to stop.
+  struct Settling {
+    int64_t step = 0, samples = 0;
+    bool agreed = true;
+    at::Tensor local{};  // this rank's figures
+  };
+  bool Account(const Settling& step, const StepStatus& status);
+  bool Settle();
+  StepStatus TakeFigures();
+  StepStatus ReadNow(const StepStatus& status);
   void CheckReplicas();
   void FinishEpoch();
   void FinishRun(TrainingOutcome& outcome);
@@ -105,7 +128,7 @@ class TrainingLoop {
   }
   std::string HashAllWeights();
   NamedTensors GatherWeights();
-  [[noreturn]] void FailNotFinite();
+  [[noreturn]] void FailNotFinite(int64_t step);
   void ReportUnusedParameters();
   void ReportProgress(bool now);
   void AppendMemory(MetricSink::Values* values) const;
@@ -150,6 +173,13 @@ class TrainingLoop {
   bool reported_unused_ = false;
   at::Tensor gradient_of_loss_;  // local samples / global samples, of the step before
   double gradient_weight_ = -1;
+  // On a device figures are tensors, and read late.
+  const bool late_;
+  Readback readback_;
+  std::optional<Settling> settling_;
+  at::Tensor local_figures_;  // of the step under way
+  std::optional<StepGraph> graph_;
+  double trace_asked_ = 0;
   bool local_not_finite_ = false;  // in the step under way
   bool agreed_ = true;             // whether the ranks have spoken in the step just done
 };

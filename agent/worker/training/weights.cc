@@ -73,13 +73,13 @@ void AverageBuffers(Model& model, Communicator& communicator) {
   for (const auto& [name, buffer] : model.buffers()) {
     if (buffer.numel() == 0) continue;
     if (buffer.is_floating_point()) {
-      at::Tensor mean = buffer.detach().to(at::kDouble).contiguous();
+      at::Tensor mean = buffer.detach().to(at::kCPU, at::kDouble).contiguous();
       communicator
           .AllReduce({mean.data_ptr(), mean.numel(), ElementType::kFloat64}, Reduction::kSum)
           ->Wait();
       buffer.detach().copy_(mean.div_(communicator.size()));
     } else {
-      at::Tensor copy = buffer.detach().contiguous();
+      at::Tensor copy = buffer.detach().cpu().contiguous();
       communicator
           .Broadcast({copy.data_ptr(), copy.numel() * static_cast<int64_t>(copy.element_size()),
                       ElementType::kByte},

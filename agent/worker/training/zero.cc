@@ -7,7 +7,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <ATen/record_function.h>
-#include <c10/core/CPUAllocator.h>
+#include <c10/core/Allocator.h>
 
 #include "agent/worker/error.h"
 
@@ -16,19 +16,27 @@ namespace {
 
 constexpr size_t kLiveBuckets = 2;  // the one in use and the one that is gathered ahead
 
+void Clear(const at::Tensor& flat) {
+  if (flat.is_cpu()) {
+    std::memset(flat.data_ptr(), 0, flat.nbytes());
+  } else {
+    at::Tensor(flat).zero_();
+  }
+}
+
 // The memory behind a flat tensor goes and comes; views of it stay views. Nothing may read it in
 // between.
 void FreeStorage(const at::Tensor& flat) {
   c10::StorageImpl* storage = flat.storage().unsafeGetStorageImpl();
-  storage->set_data_ptr_noswap(at::DataPtr(nullptr, c10::Device(c10::DeviceType::CPU)));
+  storage->set_data_ptr_noswap(at::DataPtr(nullptr, flat.device()));
   storage->set_nbytes(static_cast<size_t>(0));
 }
 void AllocateStorage(const at::Tensor& flat, bool zero) {
   c10::StorageImpl* storage = flat.storage().unsafeGetStorageImpl();
   const size_t bytes = flat.nbytes();
-  storage->set_data_ptr_noswap(c10::GetCPUAllocator()->allocate(bytes));
+  storage->set_data_ptr_noswap(c10::GetAllocator(flat.device().type())->allocate(bytes));
   storage->set_nbytes(bytes);
-  if (zero) std::memset(flat.data_ptr(), 0, bytes);
+  if (zero) Clear(flat);
 }
 
 }  // namespace
@@ -153,8 +161,7 @@ void Zero::BeginBackward(const StepStatus& status, bool last) {
     units_[b].missing = static_cast<int64_t>(parameters_.buckets()[b].parameters.size());
   next_reduce_ = 0;
   if (last) {
-    status_ = {status.loss, status.not_finite, status.stop};
-    status_work_ = communicator_.AllReduce(BufferOf(std::span(status_)), Reduction::kSum);
+    status_.Start(status, communicator_);
   }
 }
 
@@ -204,7 +211,7 @@ void Zero::FinishReduce(size_t bucket) {
     FreeStorage(whole);
     unit.gradients_present = false;
   } else {
-    std::memset(whole.data_ptr(), 0, whole.nbytes());
+    Clear(whole);
   }
 }
 
@@ -231,9 +238,12 @@ StepStatus Zero::EndStep(bool* agreed) {
   if (options_.stage < 3) {
     for (Unit& unit : units_) Wait(unit.gather);
   }
-  Wait(status_work_);
   *agreed = true;
-  return {.loss = status_[0], .not_finite = status_[1], .stop = status_[2]};
+  const auto start = std::chrono::steady_clock::now();
+  const StepStatus status = status_.Finish();
+  waited_seconds_ +=
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return status;
 }
 
 void Zero::SumOverShards(std::span<double> figures) {

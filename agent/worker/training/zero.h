@@ -11,7 +11,6 @@
 // therefore run the same operators in the same order.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -19,6 +18,7 @@
 #include <vector>
 
 #include "agent/worker/training/gradient_hooks.h"
+#include "agent/worker/training/status_exchange.h"
 #include "agent/worker/training/strategy.h"
 
 namespace itwin::worker {
@@ -43,6 +43,7 @@ class Zero : public Strategy {
   void Updated(size_t range) override;
   StepStatus EndStep(bool* agreed) override;
   void SumOverShards(std::span<double> figures) override;
+  bool sharded() const override { return true; }
   bool lockstep() const override { return options_.stage == 3; }
   void GatherParameters() override;
   void ReleaseParameters() override;
@@ -84,8 +85,7 @@ class Zero : public Strategy {
   std::vector<int64_t> used_;
   bool last_ = true;
   size_t next_reduce_ = 0;
-  std::array<double, 3> status_{};
-  std::unique_ptr<Work> status_work_;
+  StatusExchange status_;
   int full_ = 0;  // GatherParameters without ReleaseParameters
   uint64_t clock_ = 0;
   std::vector<size_t> trace_, last_trace_;  // buckets in the order of first use, of this step so far

@@ -177,6 +177,8 @@ TEST(ValidateSpec, NamesTheFieldWhatWasWrongAndWhatWouldBeRight) {
       {"train.accumulate=-1", "train.accumulate: -1 is out of range"},
       {"train.check_every=-1", "train.check_every: -1 is out of range"},
       {"train.mesh.tensor=2", "train.mesh: belongs to strategy tensor, pipeline or mesh"},
+      {"train.gpu={tf32: false}", "train.gpu: is for jobs with GPUs; set resources.gpus_per_node"},
+      {"resources.gpus_per_node=2", "resources.ranks_per_node: 4 ranks cannot share the 2 of gpus_per_node"},
       {"train.ddp.bucket_mb=-1", "train.ddp.bucket_mb: -1 is out of range"},
       {"train.validate_every=-1", "train.validate_every: -1 is out of range"},
       {"train.checkpoint.keep=-1", "train.checkpoint.keep: -1 is out of range"},
@@ -264,6 +266,26 @@ TEST(ValidateSpec, NamesTheFieldWhatWasWrongAndWhatWouldBeRight) {
     EXPECT_THAT(Check(kTrain, {row.change}), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(row.problem)))
         << row.change;
   }
+}
+
+TEST(ValidateSpec, RefusesWhatDoesNotWorkOnGpus) {
+  const auto on_gpus = [](std::vector<std::string> changes) {
+    changes.push_back("resources.gpus_per_node=4");
+    return Check(kTrain, changes);
+  };
+  for (const char* strategy : {"ddp", "zero1", "zero2"}) EXPECT_OK(on_gpus({absl::StrCat("train.strategy=", strategy)}));
+  EXPECT_OK(on_gpus({"train.gpu={tf32: false, channels_last: true, graphs: true}", "train.local_sgd={every: 4}"}));
+  EXPECT_OK(on_gpus({"train.strategy=horovod", "resources.nodes=1", "resources.ranks_per_node=1"})) << "it runs single";
+  for (const char* strategy : {"horovod", "zero3"}) {
+    EXPECT_THAT(on_gpus({absl::StrCat("train.strategy=", strategy)}),
+                StatusIs(absl::StatusCode::kInvalidArgument,
+                         HasSubstr(absl::StrCat("train.strategy: '", strategy, "' does not work on GPUs; use ddp"))));
+  }
+  EXPECT_THAT(on_gpus({"train.strategy=zero1", "train.optimizer=lamb"}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("train.optimizer: lamb and lars do not go with strategy zero1")));
+  EXPECT_THAT(on_gpus({"train.strategy=zero2", "train.gpu.graphs=true"}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("train.gpu.graphs: does not go with strategy zero2")));
+  EXPECT_OK(Check(kCommand, {"resources={ranks_per_node: 8, gpus_per_node: 2}"})) << "a program shares as it likes";
 }
 
 TEST(ValidateSpec, NeedsAKind) {

@@ -219,6 +219,28 @@ TEST_F(WorkerProgram, FailuresHaveTheirExitCodeAndRecordUnderMpi) {
   }
 }
 
+TEST_F(WorkerProgram, AJobForGpusSaysWhyItCannotRunHere) {
+  Json asks = Job();
+  asks["resources"] = {{"ranks_per_node", 2}, {"gpus_per_node", 2}};
+  Json settings = Job();
+  settings["train"]["gpu"] = {{"tf32", false}};
+  for (const int ranks : {0, 2}) {
+    const std::string n = std::to_string(ranks);
+    EXPECT_EQ(Run(ranks, settings, "settings" + n), 2) << log_;
+    EXPECT_THAT(Result("settings" + n)["message"].get<std::string>(), HasSubstr("train.gpu is for jobs with GPUs"));
+    const int code = Run(ranks, asks, "asks" + n);
+    const std::string message = Result("asks" + n)["message"];
+    if (message.find("without CUDA") == std::string::npos) {  // a build with CUDA, and no GPU
+      EXPECT_EQ(code, 5) << log_;
+      EXPECT_THAT(message, HasSubstr("but the job was promised 2 per node"));
+    } else {
+      EXPECT_EQ(code, 2) << log_;
+      EXPECT_EQ(Result("asks" + n)["failure"]["class"], "user");
+      EXPECT_THAT(message, HasSubstr("resources.gpus_per_node is 2, but this worker is built on LibTorch"));
+    }
+  }
+}
+
 TEST_F(WorkerProgram, FailureOfOneRankAloneEndsAllOfThemAtOnce) {
   Json bad = Job();
   bad["train"]["data"]["synthetic"]["samples"] = "0";

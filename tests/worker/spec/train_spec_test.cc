@@ -88,6 +88,10 @@ TEST(TrainSpec, ReadsFeatures) {
   EXPECT_FALSE(spec.parameter_groups[0].lr);
   EXPECT_TRUE(spec.parameter_groups[1].freeze);
   EXPECT_THAT(spec.loss_options.class_weights, ElementsAre(1, 0.5));
+  EXPECT_FALSE(spec.gpu.given);
+  const GpuSpec gpu = ParseSpec(WithTrain(R"({"gpu": {"graphs": true}})")).gpu;
+  EXPECT_TRUE(gpu.given && gpu.tf32 && gpu.graphs && !gpu.channels_last);
+  EXPECT_FALSE(ParseSpec(WithTrain(R"({"gpu": {"tf32": false}})")).gpu.tf32);
   EXPECT_EQ(std::get<PlateauSchedule>(
                 ParseSpec(WithTrain(R"({"schedule": {"plateau": {"direction": "max"}}})"))
                     .schedule.kind)
@@ -151,6 +155,7 @@ TEST(TrainSpec, RefusesFeaturesThatDoNotGoTogether) {
               HasSubstr("train.schedule.unit is \"hour\"; known: step, epoch"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"loss": "mse", "loss_options": {"delta": 2}})")),
               HasSubstr("train.loss_options.delta belongs to the loss huber; this job's is mse"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"gpu": {"graph": true}})")), HasSubstr("train.gpu.graph"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"loss": "quantile"})")),
               HasSubstr("train.loss_options.quantiles is missing"));
   EXPECT_THAT(ErrorOf(WithTrain(R"({"parameter_groups": [{"lr": 0.1}]})")),

@@ -71,6 +71,55 @@ double Compare(const OptimizerSpec& spec, const TorchOptimizer& make_torch, at::
   return worst;
 }
 
+// The step made of LibTorch's operators, as on a device, against the kernels: same parameters and state.
+void ExpectOperatorsEqualKernels(const OptimizerSpec& spec, const std::vector<ParameterGroupSpec>& groups = {}) {
+  struct Run {
+    std::vector<at::Tensor> parameters = MakeParameters(at::kDouble);
+    FlatParameters flat{Named(parameters), 1000, 1000};
+    Optimizer optimizer;
+    Run(const OptimizerSpec& s, const std::vector<ParameterGroupSpec>& g) : optimizer(s, flat, WholeBuckets(flat), g) {}
+    void Step(int step) {
+      for (const at::Tensor& p : parameters) p.mutable_grad().copy_(GradientFor(p, step));
+      optimizer.BeginStep(0.5);
+      const size_t buckets = flat.buckets().size();
+      for (size_t b = 0; optimizer.needs_norms() && b < buckets; ++b) optimizer.MeasureRange(b, 0.7);
+      for (size_t b = 0; b < buckets; ++b) optimizer.StepRange(b, 0.7);
+    }
+  };
+  Run kernels(spec, groups), operators(spec, groups);
+  operators.optimizer.UseOperators();
+  for (int step = 0; step < kSteps; ++step) {
+    kernels.Step(step);
+    operators.Step(step);
+    for (size_t b = 0; b < operators.flat.buckets().size(); ++b)
+      EXPECT_EQ(operators.flat.buckets()[b].gradients.abs().sum().item<double>(), 0) << "gradient not cleared";
+  }
+  for (size_t b = 0; b < kernels.flat.buckets().size(); ++b) {
+    const at::Tensor difference = kernels.flat.buckets()[b].values - operators.flat.buckets()[b].values;
+    EXPECT_LT(difference.abs().max().item<double>(), 1e-12) << kernels.optimizer.name();
+  }
+  const auto a = kernels.optimizer.FlatState(), b = operators.optimizer.FlatState();
+  for (size_t i = 0; i < a.size(); ++i) EXPECT_LT((a[i] - b[i]).abs().max().item<double>(), 1e-12);
+  EXPECT_GT((kernels.parameters[0] - MakeParameters(at::kDouble)[0]).abs().max().item<double>(), 1e-4);
+}
+
+TEST(Optimizer, OperatorsOfADeviceEqualTheKernels) {
+  const std::vector<ParameterGroupSpec> groups = {{.match = {"p0"}, .lr = 0.03, .weight_decay = 0.2}};
+  for (const auto& g : {std::vector<ParameterGroupSpec>{}, groups}) {
+    ExpectOperatorsEqualKernels(Sgd{.lr = 0.02, .weight_decay = 0.1}, g);
+    ExpectOperatorsEqualKernels(Sgd{.lr = 0.02, .momentum = 0.9, .weight_decay = 0.1, .dampening = 0.2}, g);
+    ExpectOperatorsEqualKernels(Sgd{.lr = 0.02, .momentum = 0.9, .nesterov = true}, g);
+    ExpectOperatorsEqualKernels(Adam{.weight_decay = 0.1}, g);
+    ExpectOperatorsEqualKernels(AdamW{.weight_decay = 0.1}, g);
+    ExpectOperatorsEqualKernels(RmsProp{.weight_decay = 0.1}, g);
+    ExpectOperatorsEqualKernels(RmsProp{.momentum = 0.9}, g);
+    ExpectOperatorsEqualKernels(Adagrad{.lr_decay = 0.1, .weight_decay = 0.1, .initial_accumulator = 0.3}, g);
+    ExpectOperatorsEqualKernels(Lamb{.lr = 0.02}, g);
+    ExpectOperatorsEqualKernels(Lars{}, g);
+    ExpectOperatorsEqualKernels(Lars{.momentum = 0, .weight_decay = 0}, g);
+  }
+}
+
 void ExpectEqualToTorch(const OptimizerSpec& spec, const TorchOptimizer& make_torch) {
   for (int64_t bucket_bytes : {1, 1000, 1 << 20}) {
     EXPECT_LT(Compare(spec, make_torch, at::kFloat, bucket_bytes), 2e-6);

@@ -14,12 +14,14 @@
 #include "agent/worker/training/weights.h"
 #include "tests/worker/data/scratch.h"
 #include "tests/worker/training/ranks.h"
+#include "tests/worker/training/recording.h"
 #include "tests/worker/training/tiny_model.h"
 
 namespace itwin::worker {
 namespace {
 
 using ::testing::HasSubstr;
+using testing::Recording;
 using testing::RunRanks;
 using testing::RunRanksOrThrow;
 using testing::Scratch;
@@ -57,6 +59,8 @@ struct Training {
   std::filesystem::path resume{};
   std::filesystem::path stop_file{};
   std::optional<double> deadline{};
+  bool as_on_device = false;
+  bool record_steps = false;
 
   RecordingSink sink{};
   std::vector<NamedTensors> parameters{};
@@ -64,11 +68,13 @@ struct Training {
   std::vector<TrainingOutcome> outcomes{};
   std::vector<std::string> printed{};
   std::vector<std::exception_ptr> errors{};
+  std::vector<Recording::Log> recordings{};
 
   void Go(const Dataset& dataset) {
     parameters.resize(ranks);
     buffers.resize(ranks);
     outcomes.resize(ranks);
+    recordings.resize(ranks);
     InProcessGroup saving(ranks);
     errors = RunRanks(ranks, [&](Communicator& gradients, Communicator& control) {
       const int rank = control.rank();
@@ -92,7 +98,12 @@ struct Training {
                              [&](const std::string& line) {
                                if (rank == 0) printed.push_back(line);
                              },
-                         .spec_sha256 = "spec"});
+                         .spec_sha256 = "spec",
+                         .make_graph = record_steps ? StepGraph::Make([log = &recordings[rank]] {
+                           return std::make_unique<Recording>(*log);
+                         })
+                                                    : nullptr,
+                         .as_on_device = as_on_device});
       if (!resume.empty())
         loop.Resume(LoadNewestCheckpoint(resume, control, [](const std::string&) {}));
       outcomes[rank] = loop.Run();
@@ -730,6 +741,106 @@ TEST(TrainingLoop, FrozenParametersStay) {
   const auto initial = TinyModel().parameters();
   EXPECT_TRUE(run.parameters[0][0].second.equal(initial[0].second));
   EXPECT_FALSE(run.parameters[0][2].second.equal(initial[2].second));
+}
+
+// ---- What a GPU's loop does otherwise, on the CPU: figures are tensors that are read when the next step
+// is under way, and optimiser and clipping are LibTorch's operators.
+
+TEST(TrainingLoop, AsOnADeviceTheNumbersAreTheSame) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 5, 6);
+  int n = 0;
+  const auto expect_same = [&](const std::string& what, int ranks, const std::function<void(TrainSpec&)>& change) {
+    const std::string name = std::to_string(++n);
+    Training host{.ranks = ranks, .checkpoints = scratch / ("h" + name)};
+    Training device{.ranks = ranks, .checkpoints = scratch / ("d" + name), .as_on_device = true};
+    for (Training* run : {&host, &device}) {
+      run->spec.strategy = ranks > 1 ? "ddp" : "";
+      change(run->spec);
+      run->GoOrThrow(dataset);
+    }
+    EXPECT_LT(LargestDifference(host.parameters[0], device.parameters[0]), 1e-12) << what;
+    EXPECT_GT(LargestDifference(host.parameters[0], TinyModel().parameters()), 0.01) << what;
+    for (int r = 1; r < ranks; ++r) EXPECT_TRUE(SameBits(device.parameters[0], device.parameters[r])) << what;
+    const auto& expected = host.sink.points["train/loss"];
+    const auto& points = device.sink.points["train/loss"];
+    ASSERT_EQ(points.size(), expected.size()) << what;
+    for (size_t i = 0; i < points.size(); ++i) {
+      EXPECT_EQ(points[i].first, expected[i].first) << what;
+      EXPECT_NEAR(points[i].second, expected[i].second, 1e-12) << what << " step " << points[i].first;
+    }
+    for (const char* metric : {"train/loss_epoch", "validation/rmse", "test/rmse"})
+      EXPECT_NEAR(device.outcomes[0].metrics.at(metric), host.outcomes[0].metrics.at(metric), 1e-12) << what << metric;
+  };
+  const auto nothing = [](TrainSpec&) {};
+  expect_same("single", 1, nothing);
+  expect_same("ddp", 3, nothing);  // with 43 samples one of four ranks has none in the last batch
+  expect_same("ddp, a rank without samples", 4, nothing);
+  expect_same("zero1", 3, [](TrainSpec& s) { s.strategy = "zero1"; });
+  expect_same("zero2", 3, [](TrainSpec& s) { s.strategy = "zero2", s.accumulate = 2; });
+  expect_same("local_sgd", 3, [](TrainSpec& s) { s.local_sgd.every = 3; });
+  expect_same("clip_norm", 3, [](TrainSpec& s) { s.clip_norm = 0.05; });
+  expect_same("clip_norm, sharded", 3, [](TrainSpec& s) { s.clip_norm = 0.05, s.strategy = "zero1"; });
+  expect_same("clip_value", 2, [](TrainSpec& s) { s.clip_value = 0.001; });
+  expect_same("accumulate", 2, [](TrainSpec& s) { s.accumulate = 3; });
+  expect_same("validation within epochs", 2, [](TrainSpec& s) { s.validate_every_steps = 2; });
+  expect_same("ema", 2, [](TrainSpec& s) { s.ema = 0.9; });
+  expect_same("lamb", 2, [](TrainSpec& s) { s.optimizer = Lamb{.lr = 0.05}; });
+}
+
+TEST(TrainingLoop, AsOnADeviceALossThatIsNotFiniteIsOfItsStepAndRank) {
+  const Scratch scratch;
+  TinyDataset dataset(43, 0, 0);
+  dataset.broken_sample = 20;
+  std::vector<WorkerError> errors;
+  for (const bool as_on_device : {false, true}) {
+    Training run{.ranks = 3, .checkpoints = scratch / (as_on_device ? "d" : "h"), .as_on_device = as_on_device};
+    run.Go(dataset);
+    errors.push_back(ErrorOf(run.errors[0]));
+    EXPECT_EQ(ErrorOf(run.errors[2]).rank, errors.back().rank);
+  }
+  EXPECT_THAT(errors[1].what(), HasSubstr("the loss is not finite at step"));
+  EXPECT_STREQ(errors[1].what(), errors[0].what());
+  EXPECT_EQ(errors[1].step, errors[0].step);
+  EXPECT_EQ(errors[1].rank, errors[0].rank);
+}
+
+TEST(TrainingLoop, AsOnADeviceAStopIsActedUponAndTheNextAttemptEqualsTheWholeRun) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 5, 6);
+  Training whole{.ranks = 2, .checkpoints = scratch / "whole", .as_on_device = true};
+  whole.GoOrThrow(dataset);
+  std::ofstream(scratch / "stop") << "";
+  Training first{.ranks = 2, .checkpoints = scratch / "c", .stop_file = scratch / "stop", .as_on_device = true};
+  first.GoOrThrow(dataset);
+  EXPECT_TRUE(first.outcomes[0].saved);
+  EXPECT_TRUE(first.outcomes[1].saved);
+  EXPECT_LE(first.outcomes[0].steps, 2);  // asked in step 1, known when step 2 is under way
+  EXPECT_EQ(first.sink.points["train/loss"].size(), static_cast<size_t>(first.outcomes[0].steps));
+  std::filesystem::remove(scratch / "stop");
+  Training second{.ranks = 2, .checkpoints = scratch / "c", .resume = scratch / "c", .as_on_device = true};
+  second.GoOrThrow(dataset);
+  EXPECT_TRUE(SameBits(second.parameters[0], whole.parameters[0]));
+  EXPECT_EQ(second.outcomes[0].metrics.at("train/loss_epoch"), whole.outcomes[0].metrics.at("train/loss_epoch"));
+}
+
+TEST(TrainingLoop, RecordedStepsGiveTheSameNumbers) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 5, 6);  // an epoch's last batch has another shape
+  for (const int ranks : {1, 2}) {
+    Training plain{.ranks = ranks, .checkpoints = scratch / ("p" + std::to_string(ranks)), .as_on_device = true};
+    Training recorded{.ranks = ranks,
+                      .checkpoints = scratch / ("r" + std::to_string(ranks)),
+                      .as_on_device = true,
+                      .record_steps = true};
+    recorded.spec.ddp.overlap = false;
+    for (Training* run : {&plain, &recorded}) run->GoOrThrow(dataset);
+    EXPECT_LT(LargestDifference(plain.parameters[0], recorded.parameters[0]), 1e-12) << ranks;
+    EXPECT_EQ(recorded.recordings[0].recorded, 1);
+    EXPECT_GT(recorded.recordings[0].replayed, 8);
+    EXPECT_LT(recorded.recordings[0].replayed, 18);  // the warm-up and the odd batches run as they are
+    EXPECT_EQ(recorded.sink.points["train/loss"].size(), 18u);
+  }
 }
 
 }  // namespace

@@ -1,0 +1,73 @@
+#include "agent/worker/training/step_graph.h"
+
+#include <exception>
+#include <utility>
+
+#include <c10/util/Exception.h>
+
+#include "agent/worker/error.h"
+
+namespace itwin::worker {
+
+namespace {
+// Steps before the recording: libraries choose their algorithms and allocate in the first ones.
+constexpr int kWarmUp = 3;
+}  // namespace
+
+StepGraph::StepGraph(Passes passes, Make make, std::function<void()> quiet,
+                     std::function<void(const std::string&)> say)
+    : passes_(std::move(passes)),
+      make_(std::move(make)),
+      quiet_(std::move(quiet)),
+      say_(std::move(say)) {}
+
+bool StepGraph::Fits(const Batch& batch) const {
+  if (batch.size() != batch_.size()) return false;
+  for (const auto& [name, tensor] : batch) {
+    const auto found = batch_.find(name);
+    if (found == batch_.end() || found->second.sizes() != tensor.sizes() ||
+        found->second.strides() != tensor.strides() ||
+        found->second.scalar_type() != tensor.scalar_type()) {
+      return false;
+    }
+  }
+  return true;
+}
+
+at::Tensor StepGraph::Run(const Batch& batch) {
+  if (off_) return passes_(batch).detach();
+  if (graph_ == nullptr) {
+    steps_ = Fits(batch) ? steps_ + 1 : 1;
+    batch_ = batch;
+    if (steps_ <= kWarmUp || !Record(batch)) return passes_(batch).detach();
+  } else {
+    if (!Fits(batch)) return passes_(batch).detach();
+    for (auto& [name, tensor] : batch_) tensor.copy_(batch.at(name), /*non_blocking=*/true);
+  }
+  graph_->Replay();
+  return loss_;
+}
+
+bool StepGraph::Record(const Batch& batch) {
+  for (auto& [name, tensor] : batch_) tensor = batch.at(name).clone();
+  try {
+    quiet_();
+    auto graph = make_();
+    graph->Record([this] { loss_ = passes_(batch_).detach(); });
+    graph_ = std::move(graph);
+    return true;
+  } catch (const WorkerError&) {
+    throw;
+  } catch (const std::exception& error) {
+    const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
+    const std::string reason =
+        torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
+    off_ = true;
+    batch_.clear();
+    say_("note: this model's step cannot be recorded as a CUDA graph (" +
+         reason.substr(0, reason.find('\n')) + "); its operators are launched one by one");
+    return false;
+  }
+}
+
+}  // namespace itwin::worker
