@@ -244,7 +244,7 @@ PredictSpec ParsePredict(const Json& json) {
 }
 
 GpuSpec ParseGpu(const Json& json) {
-  Object in(json, "train.gpu");
+  JsonObject in(json, "train.gpu");
   GpuSpec g{.given = true};
   in.Get("tf32", g.tf32);
   in.Get("channels_last", g.channels_last);
