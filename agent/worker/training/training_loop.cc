@@ -610,7 +610,8 @@ StepStatus TrainingLoop::Minimize(const BatchSource::Item& item) {
     }
     fresh = false;
     for (size_t r = 0; r < strategy_->ranges().size(); ++r) strategy_->WaitGradients(r);
-    const StepStatus status = strategy_->EndStep(&agreed_);
+    StepStatus status = strategy_->EndStep(&agreed_);
+    if (status.on_device.defined()) status = ReadNow(status);  // what comes next depends on it
     all.stop += status.stop;
     all.trace = std::max(all.trace, status.trace);
     return status.loss;

@@ -587,6 +587,11 @@ TEST(TrainingLoop, LbfgsOnRanksEqualsOneProcessAndGoesOnBitForBit) {
       EXPECT_LT(LargestDifference(one.parameters[0], many.parameters[0]), 1e-9);
       EXPECT_EQ(one.sink.points["train/evaluations"], many.sink.points["train/evaluations"]);
       for (int r = 1; r < ranks; ++r) EXPECT_TRUE(SameBits(many.parameters[0], many.parameters[r]));
+      Training device = with(name + "-device", ranks);
+      device.as_on_device = true;
+      device.GoOrThrow(dataset);
+      EXPECT_LT(LargestDifference(one.parameters[0], device.parameters[0]), 1e-9);
+      for (int r = 1; r < ranks; ++r) EXPECT_TRUE(SameBits(device.parameters[0], device.parameters[r]));
       Training first = with(name + "-part", ranks);
       first.spec.steps = 5;
       first.GoOrThrow(dataset);
