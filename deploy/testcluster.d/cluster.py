@@ -1004,8 +1004,8 @@ class Cluster:
         if path.is_dir() and not path.is_symlink():
             try:
                 shutil.rmtree(path)
-            except OSError as error:  # the kernel may still be taking a dead node's mounts away
-                if error.errno != errno.EBUSY:
+            except OSError as error:  # the kernel may still be ending a dead node's processes and taking its mounts away
+                if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
                     raise
                 wait_until(f"{path} to be free", lambda: not shutil.rmtree(path, ignore_errors=True)
                            and not path.exists(), 20)
