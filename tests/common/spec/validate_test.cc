@@ -45,8 +45,8 @@ TEST(ValidateSpec, AcceptsGoodSpecs) {
   EXPECT_OK(Check(kTrain, {"resources.partition=booster,devel", "resources.account=hpc-1", "resources.constraint='[a&b]'",
                            "resources.exclude_nodes=[\"n[1-3]\"]", "resources.scheduler_options=[\"--licenses=matlab:1\"]",
                            "resources.gpus_per_node=4", "resources.gpu_type=a100", "resources.exclusive=true"}));
-  EXPECT_OK(Check(kTrain, {"train={model: {archive: a.itw}, loss: mse, strategy: pipeline}"}));
-  EXPECT_OK(Check(kTrain, {"train={optimizer: {lbfgs: {strong_wolfe: true}}, accumulate: 4, parameter_groups: [{match: [a], freeze: true}]}"}));
+  EXPECT_OK(Check(kTrain, {"train.model={archive: a.itw}", "train.strategy=pipeline", "resources.ranks_per_node=2"}));
+  EXPECT_OK(Check(kTrain, {"train.optimizer={lbfgs: {strong_wolfe: true}}", "train.accumulate=4", "train.parameter_groups=[{match: [a], freeze: true}]"}));
   EXPECT_OK(Check(kTrain, {"train.data={zarr: {path: 'site:/d/a.zarr', input: t2m}, load: stream}"}));
   EXPECT_OK(Check(kTrain, {"train.data={hdf5: {path: a.h5}, more_files: [b.h5], load: stream, cache: node}"}));
   EXPECT_OK(Check(kTrain, {"train.data={raw: {input: {path: x, type: float32, shape: [3]}, target: {path: y, type: int64}}}"}));
