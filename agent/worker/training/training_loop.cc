@@ -447,7 +447,7 @@ bool TrainingLoop::Account(const Settling& step, const StepStatus& status) {
   }
   step_values_[0].second = status.loss;
   setup_.metrics.Write(step.step, step_values_);
-  trace_asked_ = status.trace;
+  trace_asked_ = std::max(trace_asked_, status.trace);
   return status.stop == 0;
 }
 
@@ -1005,7 +1005,7 @@ double TrainingLoop::ReserveSeconds() const {
     save = kFirstSaveSeconds + bytes / kFirstSaveBytesPerSecond;
   }
   return 2 * save + kReserveSeconds + clock_->evaluation +
-         (1 + std::max(1, spec_.local_sgd.every)) * clock_->longest_step;
+         ((late_ ? 2 : 1) + std::max(1, spec_.local_sgd.every)) * clock_->longest_step;
 }
 
 }  // namespace itwin::worker

@@ -232,5 +232,16 @@ TEST(Operators, TheAllowListKeepsToTensors) {
   EXPECT_FALSE(IsAvailable("aten::add.Tensr"));
 }
 
+TEST(Graph, TensorsThatItMakesAreWhereItWasMovedTo) {
+  const Json json = Json::parse(R"({"format": 1, "inputs": [{"value": "x", "name": "input"}], "weights": [],
+    "nodes": [{"op": "aten::zeros", "args": {"size": [2], "device": {"device": "cpu"}}, "out": ["z"]},
+              {"op": "aten::add", "overload": "Tensor", "args": {"self": {"v": "z"}, "other": 1}, "out": ["y"]}],
+    "outputs": [{"value": "y", "name": "prediction"}]})");
+  Graph graph(json, {}, "train.model.archive: g.itw");
+  EXPECT_TRUE(graph.Run({{"input", at::ones({1})}})[0].is_cpu());
+  graph.MoveTo(at::Device(at::kMeta));  // stands for a GPU: a device that is not the CPU
+  EXPECT_TRUE(graph.Run({{"input", at::ones({1})}})[0].is_meta());
+}
+
 }  // namespace
 }  // namespace itwin::worker
