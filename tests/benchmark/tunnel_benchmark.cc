@@ -282,7 +282,7 @@ void LinkLoss(const Sshd& sshd) {
 int Run(int argc, char** argv) {
   const std::set<std::string> wanted(argv + 1, argv + argc);
   if (wanted.contains("--serve")) return Serve();
-  const Sshd sshd;
+  const Sshd sshd({"Subsystem sftp internal-sftp"});
   const std::vector<std::pair<std::string, std::function<void()>>> parts = {
       {"bytes", [&] { Bytes(sshd, false); }},
       {"messages", [&] { Bytes(sshd, true); }},

@@ -11,6 +11,7 @@
 
 #include <cerrno>
 #include <fstream>
+#include <iostream>
 #include <optional>
 #include <iterator>
 #include <string>
@@ -40,7 +41,12 @@ inline std::string MustRun(std::vector<std::string> argv) {
   SubprocessOptions options;
   options.argv = std::move(argv);
   const auto output = RunCommand(options, absl::Seconds(60));
-  ITWIN_CHECK(output.ok() && output->exit.exit_code == 0 && output->exit.signal == 0);
+  const bool well = output.ok() && output->exit.exit_code == 0 && output->exit.signal == 0;
+  if (!well) {
+    std::cerr << options.argv[0] << ": " << (output.ok() ? absl::StrCat("exit code ", output->exit.exit_code, "; ", output->err) : output.status().ToString())
+              << "\n";
+  }
+  ITWIN_CHECK(well);
   return output->out;
 }
 
