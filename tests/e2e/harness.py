@@ -13,10 +13,11 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 import uuid
 
 import grpc
+from waiting import wait_for
+
 from itwin.v1 import artifacts_pb2, artifacts_pb2_grpc, jobs_pb2, jobs_pb2_grpc, sites_pb2, sites_pb2_grpc, spec_pb2
 
 BIN = pathlib.Path(os.environ["ITWIN_BIN"])
@@ -26,18 +27,6 @@ FINAL = {jobs_pb2.JOB_STATE_SUCCEEDED, jobs_pb2.JOB_STATE_FAILED, jobs_pb2.JOB_S
 
 def state_name(state):
     return jobs_pb2.JobState.Name(state)[len("JOB_STATE_"):]
-
-
-def wait_for(what, predicate, seconds=60, interval=0.005):
-    """Returns the first true value of predicate(); fails saying `what` after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = predicate()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds} s: {what}")
-        time.sleep(interval)
 
 
 def processes(*words):

@@ -14,20 +14,14 @@ import time
 
 import grpc
 import testcluster
+import waiting
 from testcluster import ROOT, TOOL, missing  # noqa: F401
 
 BIN = pathlib.Path(os.environ.get("ITWIN_BIN", ROOT / "build" / "bin"))
 
 
 def wait_for(what, predicate, seconds=40, interval=0.05):
-    """Looks again until the predicate holds; a value it returns is passed on."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = predicate()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what() if callable(what) else what}"
-        time.sleep(interval)
+    return waiting.wait_for(what, predicate, seconds, interval)
 
 
 class Cluster(testcluster.Cluster):

@@ -5,19 +5,14 @@ import json
 import os
 import pathlib
 import subprocess
-import time
+
+import waiting
 
 SYSTEM_FILES = ("/etc/passwd", "/etc/group", "/etc/shadow", "/etc/hosts", "/etc/munge/munge.key", "/etc/ssh/sshd_config")
 
 
 def wait_for(what, predicate, seconds=30, interval=0.02):
-    deadline = time.monotonic() + seconds
-    while True:
-        value = predicate()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(interval)
+    return waiting.wait_for(what, predicate, seconds, interval)
 
 
 def file_hashes():
