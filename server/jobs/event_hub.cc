@@ -37,13 +37,49 @@ ChangeCounts WatchTopic::counts() const {
   return counts_;
 }
 
-void WatchTopic::Count(const JobChange& change) {
+uint64_t WatchTopic::round() const {
   absl::MutexLock lock(&mu_);
+  return round_;
+}
+
+void WatchTopic::BeginRound(const JobChange& change) {
+  absl::MutexLock lock(&mu_);
+  ++round_;
+  expected_ = std::exchange(rested_, 0);
+  over_ = false;
   counts_.job += change.event || change.attempt || change.progress;
   counts_.events += change.event;
   counts_.points += change.points;
   // A new attempt moves watchers of logs on, and an attempt's end may complete its log.
   counts_.logs += change.logs || change.event || change.attempt;
+}
+
+WatchTopic::Rest WatchTopic::Rested(const ChangeCounts& seen, Rounds* rounds) {
+  absl::MutexLock lock(&mu_);
+  if (counts_ != seen) return Rest::kNews;
+  if (*rounds != round_) {
+    *rounds = round_;
+    ++rested_;
+  }
+  return RoundIsOver() ? Rest::kEndsRound : Rest::kRests;
+}
+
+bool WatchTopic::Left(const Rounds& rounds) {
+  absl::MutexLock lock(&mu_);
+  if (!rounds) return false;
+  if (*rounds == round_) {
+    --rested_;
+  } else if (*rounds + 1 == round_) {
+    --expected_;
+  }
+  return RoundIsOver();
+}
+
+// Once per round. A tenth may be missing: their networks are slow, or they have just gone.
+bool WatchTopic::RoundIsOver() {
+  if (over_ || rested_ * 10 < expected_ * 9) return false;
+  over_ = true;
+  return true;
 }
 
 absl::StatusOr<WatchTopic::Shared> WatchTopic::GetOrRead(const Shared& key,
@@ -89,7 +125,13 @@ EventHub::~EventHub() {
   rounds_.join();
 }
 
-EventHub::Subscription::~Subscription() { hub_->Unsubscribe(job_, number_); }
+EventHub::Subscription::~Subscription() { hub_->Unsubscribe(job_, number_, rounds_); }
+
+bool EventHub::Subscription::Rest(const ChangeCounts& seen) {
+  const WatchTopic::Rest rest = topic_->Rested(seen, &rounds_);
+  if (rest == WatchTopic::Rest::kEndsRound) hub_->EndRound(job_, *rounds_);
+  return rest != WatchTopic::Rest::kNews;
+}
 
 absl::StatusOr<std::unique_ptr<EventHub::Subscription>> EventHub::Subscribe(const JobId& job, Wake wake) {
   absl::MutexLock lock(&mu_);
@@ -106,12 +148,13 @@ absl::StatusOr<std::unique_ptr<EventHub::Subscription>> EventHub::Subscribe(cons
   return std::unique_ptr<Subscription>(new Subscription(this, job, watched.topic, number));
 }
 
-void EventHub::Unsubscribe(const JobId& job, uint64_t number) {
+void EventHub::Unsubscribe(const JobId& job, uint64_t number, const WatchTopic::Rounds& rounds) {
   absl::MutexLock lock(&mu_);
   const auto it = jobs_.find(job);
   ITWIN_CHECK(it != jobs_.end());
   auto& wakes = it->second.wakes;
   wakes.erase(std::remove_if(wakes.begin(), wakes.end(), [&](const auto& w) { return w.first == number; }), wakes.end());
+  if (it->second.topic->Left(rounds)) EndRound(&it->second);
   if (wakes.empty()) jobs_.erase(it);
   --watchers_;
 }
@@ -137,10 +180,22 @@ void EventHub::OnCommit(absl::Span<const JobChange> changes) {
 }
 
 void EventHub::Tell(Watched* watched, const JobChange& change, absl::Time now) {
-  const absl::Duration round = absl::Seconds(1) * watchers_ / options_.updates_per_second;
-  watched->next_round = round < options_.shortest_round ? absl::InfinitePast() : now + round;
-  watched->topic->Count(change);
+  watched->round_began = now;
+  watched->next_round = now + options_.longest_round;  // unless it ends
+  watched->topic->BeginRound(change);
   for (const auto& [number, wake] : watched->wakes) wake();
+}
+
+void EventHub::EndRound(const JobId& job, uint64_t round) {
+  absl::MutexLock lock(&mu_);
+  const auto it = jobs_.find(job);
+  if (it != jobs_.end() && it->second.topic->round() == round) EndRound(&it->second);
+}
+
+void EventHub::EndRound(Watched* watched) {
+  const absl::Time now = clock_.Now();
+  watched->next_round = now + (now - watched->round_began) / 2;
+  reschedule_ |= watched->waiting.has_value();
 }
 
 void EventHub::Loop() {

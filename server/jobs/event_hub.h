@@ -40,8 +40,19 @@ class WatchTopic {
   explicit WatchTopic(std::atomic<int64_t>* shared_bytes) : shared_bytes_(*shared_bytes) {}
   ~WatchTopic();
 
+  // A round of telling watchers begins with what has changed; it is over when most of those have rested that had when it
+  // began. So one that does not take its updates holds up a single round.
+  void BeginRound(const JobChange& change) ABSL_LOCKS_EXCLUDED(mu_);
   ChangeCounts counts() const ABSL_LOCKS_EXCLUDED(mu_);
-  void Count(const JobChange& change) ABSL_LOCKS_EXCLUDED(mu_);
+  uint64_t round() const ABSL_LOCKS_EXCLUDED(mu_);
+
+  // What a watcher knows of rounds: the last one in which it rested.
+  using Rounds = std::optional<uint64_t>;
+  enum class Rest { kNews, kRests, kEndsRound };
+  // A watcher has been sent everything up to `seen`.
+  Rest Rested(const ChangeCounts& seen, Rounds* rounds) ABSL_LOCKS_EXCLUDED(mu_);
+  // A watcher goes away. True: the round is over now.
+  bool Left(const Rounds& rounds) ABSL_LOCKS_EXCLUDED(mu_);
 
   // The newest updates that some watcher was sent, so that watchers at the same place share one read. An entry is right
   // for ever (what it holds has been committed), though not always the newest.
@@ -62,8 +73,15 @@ class WatchTopic {
       ABSL_LOCKS_EXCLUDED(read_mu_);
 
  private:
+  bool RoundIsOver() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
   mutable absl::Mutex mu_;
   ChangeCounts counts_ ABSL_GUARDED_BY(mu_);
+  uint64_t round_ ABSL_GUARDED_BY(mu_) = 0;
+  int expected_ ABSL_GUARDED_BY(mu_) = 0;  // had rested when the round began
+  int rested_ ABSL_GUARDED_BY(mu_) = 0;    // since
+  bool over_ ABSL_GUARDED_BY(mu_) = true;
+
   void DropOldest() ABSL_EXCLUSIVE_LOCKS_REQUIRED(read_mu_);
   std::atomic<int64_t>& shared_bytes_;
   absl::Mutex read_mu_;
@@ -72,16 +90,16 @@ class WatchTopic {
 
 // Tells watchers that something of their job was committed. It carries no data: watchers hold cursors and read from the
 // store, so a slow one costs nothing. Thread-safe.
-// Few watchers are told within the commit. Many are told in rounds, at most Options::updates_per_second watchers a second
-// in all: what is committed meanwhile waits for the next round and then goes out in one update. Otherwise a thousand
-// watchers of a busy job would take all processors for updates of a point or two, and all would be late.
+// The watchers of a job are told in rounds. The next round waits until the last one has been delivered, and then half as long
+// again, so that deliveries take two thirds of the time at most, however fast the machine is; what is committed meanwhile
+// goes out in one update. Otherwise a thousand watchers of a busy job would take all processors for updates of a point or
+// two, and all would be late. Few watchers are told within the commit.
 class EventHub : public CommitListener {
  public:
   using Wake = std::function<void()>;
   struct Options {
     int max_watchers = 10'000;
-    int updates_per_second = 25'000;  // of all watchers
-    absl::Duration shortest_round = absl::Milliseconds(2);  // watchers so few that a round is shorter do not wait
+    absl::Duration longest_round = absl::Milliseconds(250);  // the next begins even if this one is not delivered
   };
   // Gives the subscription back at its end; afterwards `wake` is not called any more.
   class Subscription {
@@ -90,6 +108,9 @@ class EventHub : public CommitListener {
     Subscription(const Subscription&) = delete;
     Subscription& operator=(const Subscription&) = delete;
     WatchTopic& topic() { return *topic_; }
+    // The watcher has been sent everything up to `seen`. True: it rests, and `wake` will be called. False: there is more.
+    // One thread at a time.
+    bool Rest(const ChangeCounts& seen);
 
    private:
     friend class EventHub;
@@ -99,6 +120,7 @@ class EventHub : public CommitListener {
     const JobId job_;
     const std::shared_ptr<WatchTopic> topic_;
     const uint64_t number_;
+    WatchTopic::Rounds rounds_;
   };
 
   // `clock` must outlive the hub.
@@ -117,10 +139,13 @@ class EventHub : public CommitListener {
   struct Watched {
     std::shared_ptr<WatchTopic> topic;
     std::vector<std::pair<uint64_t, Wake>> wakes;
+    absl::Time round_began = absl::InfinitePast();
     absl::Time next_round = absl::InfinitePast();  // not before
     std::optional<JobChange> waiting;              // committed since the last round
   };
-  void Unsubscribe(const JobId& job, uint64_t number) ABSL_LOCKS_EXCLUDED(mu_);
+  void Unsubscribe(const JobId& job, uint64_t number, const WatchTopic::Rounds& rounds) ABSL_LOCKS_EXCLUDED(mu_);
+  void EndRound(const JobId& job, uint64_t round) ABSL_LOCKS_EXCLUDED(mu_);
+  void EndRound(Watched* watched) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Tell(Watched* watched, const JobChange& change, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool HasWork() const ABSL_SHARED_LOCKS_REQUIRED(mu_) { return closed_ || reschedule_; }
   void Loop() ABSL_LOCKS_EXCLUDED(mu_);

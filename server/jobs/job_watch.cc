@@ -35,7 +35,7 @@ absl::StatusOr<JobWatch::Step> JobWatch::Next() {
       return absl::UnavailableError("the gateway is stopping; connect again and go on with the last cursor");
     }
     WatchTopic& topic = subscription_->topic();
-    if (!more_ && topic.counts() == seen_) return Step{};
+    if (Rests()) return Step{};
     // Which attempt is the newest is this watcher's question, before it shares answers with others.
     if (options_.logs && options_.cursor.log_attempt() == 0) {
       ITWIN_ASSIGN_OR_RETURN(const JobRow row, store_.GetJob(options_.job));
@@ -51,8 +51,7 @@ absl::StatusOr<JobWatch::Step> JobWatch::Next() {
     more_ = shared.more;
     if (shared.update == nullptr) {
       if (shared.finished) return Step{nullptr, true};
-      if (more_) continue;  // moved on to another log without data
-      return Step{};
+      continue;  // rests, or has moved on to another log
     }
     options_.cursor = shared.to;
     if (shared.tells_job) job_seen_ = shared.seen.job + 1;

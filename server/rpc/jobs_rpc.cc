@@ -45,6 +45,8 @@ class WatchReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
 
   void OnWriteDone(bool ok) override {
     if (!ok || finished_) return End(ok ? absl::OkStatus() : absl::CancelledError("the watcher has gone"));
+    // Most often there is nothing new yet, which is known without the store and a change of threads.
+    if (turn_.Look() && watch_->Rests() && turn_.Rest()) return;
     parts_.feeders->Post([this] { Feed(); });
   }
 
