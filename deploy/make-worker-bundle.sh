@@ -103,5 +103,7 @@ chmod 755 "$work/bundle/itwin-worker"
 } >"$work/bundle/README"
 
 tar --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -C "$work/bundle" -cf - . | gzip -n "-$level" >"$output.part"
+# What models may use there, for the gateway: it refuses others before they are queued.
+"$worker" --operators >"$output.operators.json"
 mv "$output.part" "$output"
 echo "$output: $(du -h "$output" | cut -f1), $(find "$work/bundle/lib" -type f | wc -l) libraries; needs glibc $glibc_version or newer, $(uname -m)"

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 
 namespace itwin::server {
 namespace {
@@ -12,7 +13,21 @@ bool Eligible(const PlacementRequest& request, const SiteOffer& offer) {
   return request.site.empty() || request.site == "any" || offer.name == request.site;
 }
 
+constexpr size_t kNamedOperators = 12;
+
 bool HasSlurm(const SiteOffer& offer) { return offer.slurm.has_value() || offer.settings.scheduler == "slurm"; }
+
+// The operators that the site's LibTorch does not have, in words.
+std::string WhyNotComputed(const std::vector<std::string>& operators, const SiteOffer& offer) {
+  if (operators.empty() || offer.settings.worker_operators == nullptr) return "";
+  WorkerOperators::Missing missing = offer.settings.worker_operators->WhatLacks(operators);
+  if (missing.names.empty()) return "";
+  const size_t more = missing.names.size() > kNamedOperators ? missing.names.size() - kNamedOperators : 0;
+  missing.names.resize(missing.names.size() - more);
+  return absl::StrCat("the LibTorch of site ", offer.name, " (", missing.libtorch, ") does not have ",
+                      absl::StrJoin(missing.names, ", "), more > 0 ? absl::StrCat(" and ", more, " more") : "",
+                      "; hand the model over from a PyTorch of that version, write it without them, or name another site");
+}
 
 std::string WhyNot(const PlacementRequest& request, const SiteOffer& offer) {
   if (HasSlurm(offer)) {
@@ -23,6 +38,7 @@ std::string WhyNot(const PlacementRequest& request, const SiteOffer& offer) {
     return absl::StrCat("site ", offer.name, " has no SLURM, so resources.", *field, " means nothing there; leave it out, or name a site with SLURM");
   }
   if (const auto line = ContainerLine(offer.name, offer.settings, request.image); !line.ok()) return std::string(line.status().message());
+  if (std::string why = WhyNotComputed(request.operators, offer); !why.empty()) return why;
   if (!offer.known) return "";
   if (offer.slots > 0 && request.ranks > offer.slots) {
     return absl::StrCat("it asks for ", request.ranks, " ranks (nodes × ranks_per_node), but site ", offer.name, " has ",

@@ -34,6 +34,7 @@ struct PlacementRequest {
   bool train = false;
   std::string image = {};  // JobSpec.image
   v1::Resources resources = {};
+  std::vector<std::string> operators = {};  // of the model archive: "aten::add.Tensor"
 };
 
 // Index into `offers`; nothing when no fitting site is ready now.

@@ -42,13 +42,14 @@ bool SiteBoard::Exists(absl::string_view name) const {
   return false;
 }
 
-std::string SiteBoard::WhyImpossible(const v1::JobSpec& spec) const {
+std::string SiteBoard::WhyImpossible(const v1::JobSpec& spec, const std::vector<std::string>& operators) const {
   PlacementRequest request;
   request.site = spec.site();
   request.ranks = std::max(1, spec.resources().nodes()) * std::max(1, spec.resources().ranks_per_node());
   request.train = spec.has_train();
   request.image = spec.image();
   request.resources = spec.resources();
+  request.operators = operators;
   return itwin::server::WhyImpossible(request, Offers());
 }
 

@@ -23,7 +23,7 @@ class SiteBoard : public SiteDirectory {
 
   std::vector<v1::Site> ListSites() const override;
   bool Exists(absl::string_view name) const override;
-  std::string WhyImpossible(const v1::JobSpec& spec) const override;
+  std::string WhyImpossible(const v1::JobSpec& spec, const std::vector<std::string>& operators) const override;
   std::vector<SiteOffer> Offers() const;
 
   // Replaces what is known of `site.name()`; a site that was removed stays away. `offer.name` must be the same.

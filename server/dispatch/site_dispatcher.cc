@@ -9,6 +9,7 @@
 #include "common/log.h"
 #include "common/status_macros.h"
 #include "server/dispatch/failure_signs.h"
+#include "server/jobs/model_archive.h"
 
 namespace itwin::server {
 namespace {
@@ -642,10 +643,7 @@ void SiteDispatcher::SetRow(const JobRow& row) {
       // Everything known was about the attempt before.
       if (follower_ && job->followed) follower_->Drop(AttemptKey(row.id, job->row.record.attempt));
       auto fresh = std::make_unique<LiveJob>();
-      fresh->spec_read = job->spec_read;
-      fresh->train = job->train;
-      fresh->retry = job->retry;
-      fresh->resources = job->resources;
+      fresh->wish = std::move(job->wish);
       fresh->queued = job->queued;
       fresh->queue_owner = job->queue_owner;
       fresh->wake_at = job->wake_at;
@@ -874,8 +872,10 @@ JobSnapshot SiteDispatcher::Snapshot(const LiveJob& job) {
   JobSnapshot out;
   out.id = job.row.id;
   out.record = job.row.record;
-  out.train = job.train;
-  out.retry = job.retry;
+  if (job.wish) {  // always, once it has been placed
+    out.train = job.wish->train;
+    out.retry = job.wish->retry;
+  }
   out.max_step = job.max_step;
   out.max_step_before = job.max_step_before;
   out.older_checkpoint = job.older_checkpoint;
@@ -936,7 +936,7 @@ void SiteDispatcher::Step(const JobId& id) {
       WakeAt(job, now + kStoreRetry);
       return;
     }
-    if (!job->spec_read && job->row.record.state != JobState::kQueued && !RequestOf(job)) {
+    if (!job->wish && job->row.record.state != JobState::kQueued && !RequestOf(job)) {
       WakeAt(job, now + kStoreRetry);
       return;
     }
@@ -1074,24 +1074,30 @@ void SiteDispatcher::RunErrand(LiveJob* job, const Action& action) {
 // ---- placement ----
 
 std::optional<PlacementRequest> SiteDispatcher::RequestOf(LiveJob* job) {
-  if (!job->spec_read) {
+  if (!job->wish) {
     const absl::StatusOr<v1::JobSpec> spec = store_->GetSpec(job->row.id);
     if (!spec.ok()) {
       log::Error("the spec of job {} cannot be read: {}", job->row.id.text(), std::string(spec.status().message()));
       return std::nullopt;
     }
-    job->train = spec->has_train();
-    job->image = spec->image();
-    job->retry = spec->retry();
-    job->resources = spec->resources();
-    job->spec_read = true;
+    Wish& wish = job->wish.emplace();
+    wish.train = spec->has_train();
+    wish.image = spec->image();
+    wish.retry = spec->retry();
+    wish.resources = spec->resources();
+    if (absl::StatusOr<std::vector<std::string>> operators = OperatorsOfJob(*blobs_, *spec); operators.ok()) {
+      wish.operators = *std::move(operators);
+    } else {
+      log::Warn("job {}: {}", job->row.id.text(), std::string(operators.status().message()));  // the worker will say it
+    }
   }
   PlacementRequest request;
   request.site = job->row.requested_site;
   request.ranks = job->row.ranks;
-  request.train = job->train;
-  request.image = job->image;
-  request.resources = job->resources;
+  request.train = job->wish->train;
+  request.image = job->wish->image;
+  request.resources = job->wish->resources;
+  request.operators = job->wish->operators;
   return request;
 }
 

@@ -180,13 +180,16 @@ class SiteDispatcher : public CommitListener {
   SendingInputs sending_;  // own synchronisation
 
   // The loop's.
-  struct LiveJob {
-    JobRow row;
-    bool spec_read = false;
+  struct Wish {  // of a job's spec and model, which never change
     bool train = false;
     std::string image;
     v1::RetryPolicy retry;
     v1::Resources resources;
+    std::vector<std::string> operators;
+  };
+  struct LiveJob {
+    JobRow row;
+    std::optional<Wish> wish;  // nothing: not read yet
     bool attempts_read = false;
     int64_t max_step = 0;
     int64_t max_step_before = 0;

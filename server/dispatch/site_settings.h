@@ -1,5 +1,6 @@
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -8,6 +9,7 @@
 #include "absl/time/time.h"
 #include "itwin/agent/v1/agent.pb.h"
 #include "itwin/v1/spec.pb.h"
+#include "server/dispatch/worker_operators.h"
 
 // What a site's administrator says about its jobs, and what follows from it for one of them: pure.
 namespace itwin::server {
@@ -34,6 +36,7 @@ struct SiteSettings {
   std::optional<std::vector<std::string>> allowed_partitions, allowed_accounts, allowed_qos, allowed_reservations,
       allowed_constraints;
   std::vector<std::string> allowed_options;
+  std::shared_ptr<WorkerOperators> worker_operators;      // null: only the worker knows
 };
 
 // Everything that is asked of SLURM for one job. kFailedPrecondition: the site will never run it; the message is a sentence

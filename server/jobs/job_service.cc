@@ -97,9 +97,13 @@ absl::Status JobService::CheckInputs(const v1::JobSpec& spec) const {
 absl::Status JobService::CheckPossible(const v1::JobSpec& spec) const {
   ITWIN_RETURN_IF_ERROR(CheckSite(spec.site()));
   ITWIN_RETURN_IF_ERROR(CheckInputs(spec));
-  ITWIN_RETURN_IF_ERROR(CheckModelArchive(blobs_, spec));
-  const std::string why = sites_.WhyImpossible(spec);
-  return why.empty() ? absl::OkStatus() : absl::InvalidArgumentError(absl::StrCat("resources: ", why));
+  ITWIN_ASSIGN_OR_RETURN(const std::vector<std::string> operators, OperatorsOfJob(blobs_, spec));
+  ITWIN_RETURN_IF_ERROR(CheckOperators(operators));
+  if (const std::string why = sites_.WhyImpossible(spec, {}); !why.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("resources: ", why));
+  }
+  const std::string why = operators.empty() ? "" : sites_.WhyImpossible(spec, operators);
+  return why.empty() ? absl::OkStatus() : absl::InvalidArgumentError(absl::StrCat("train.model.archive: ", why));
 }
 
 absl::StatusOr<v1::ValidateJobResponse> JobService::Validate(const v1::ValidateJobRequest& request) {

@@ -97,16 +97,15 @@ absl::Status CheckOperators(const std::vector<std::string>& operators) {
       "processes (`itwin-worker --operators` lists what they may)"));
 }
 
-absl::Status CheckModelArchive(const BlobStore& blobs, const v1::JobSpec& spec) {
+absl::StatusOr<std::vector<std::string>> OperatorsOfJob(const BlobStore& blobs, const v1::JobSpec& spec) {
   const std::string& archive = spec.train().model().archive();
-  if (archive.empty()) return absl::OkStatus();
+  if (archive.empty()) return std::vector<std::string>();
   for (const v1::InputFile& input : spec.inputs()) {
     if (input.path() != archive) continue;
     ITWIN_ASSIGN_OR_RETURN(const BlobStore::Reader reader, blobs.OpenReader(input.sha256()));
-    ITWIN_ASSIGN_OR_RETURN(const std::vector<std::string> operators, OperatorsOfArchive(reader));
-    return CheckOperators(operators);
+    return OperatorsOfArchive(reader);
   }
-  return absl::OkStatus();
+  return std::vector<std::string>();
 }
 
 }  // namespace itwin::server

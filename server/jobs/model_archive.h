@@ -19,7 +19,7 @@ absl::StatusOr<std::vector<std::string>> OperatorsOfArchive(const BlobStore::Rea
 // are the site's to decide and pass here. kInvalidArgument that names each one that may not.
 absl::Status CheckOperators(const std::vector<std::string>& operators);
 
-// Both, for a job whose model is an archive among its inputs; a file that lies at the site is the worker's to check.
-absl::Status CheckModelArchive(const BlobStore& blobs, const v1::JobSpec& spec);
+// Those of a job whose model is an archive among its inputs, else none; a file that lies at the site is the worker's to check.
+absl::StatusOr<std::vector<std::string>> OperatorsOfJob(const BlobStore& blobs, const v1::JobSpec& spec);
 
 }  // namespace itwin::server

@@ -16,8 +16,9 @@ class SiteDirectory {
   // In the order of the configuration.
   virtual std::vector<v1::Site> ListSites() const = 0;
   virtual bool Exists(absl::string_view name) const = 0;
-  // Why no site will ever run this job, as a sentence with the next step; empty when one may.
-  virtual std::string WhyImpossible(const v1::JobSpec& spec) const = 0;
+  // Why no site will ever run this job, as a sentence with the next step; empty when one may. `operators`: of its model
+  // archive, "aten::add.Tensor".
+  virtual std::string WhyImpossible(const v1::JobSpec& spec, const std::vector<std::string>& operators) const = 0;
 };
 
 }  // namespace itwin::server

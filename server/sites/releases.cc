@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <vector>
@@ -17,6 +18,7 @@
 #include "common/log.h"
 #include "common/sha256.h"
 #include "common/status_macros.h"
+#include "common/subprocess.h"
 #include "common/version.h"
 #include "server/sites/site_link.h"
 #include "server/tunnel/shell_quote.h"
@@ -29,6 +31,8 @@ constexpr char kGreeting[] = "ITWIN-SITE 1";
 constexpr int64_t kChunkBytes = 512 << 10;
 constexpr absl::Duration kRenewLimit = absl::Minutes(5);
 constexpr absl::Duration kCallLimit = absl::Seconds(30);
+constexpr absl::Duration kOperatorsLimit = absl::Seconds(30);
+constexpr int64_t kMaxOperatorsBytes = 4 << 20;
 
 std::string OwnMachine() {
 #if defined(__x86_64__)
@@ -100,6 +104,31 @@ absl::StatusOr<GatewayPrograms::Program> GatewayPrograms::WorkerFor(const SiteFi
   }
   if (!site.worker_path.empty() || worker_.empty()) return Program{};
   return Read(worker_, &worker_read_);
+}
+
+absl::StatusOr<std::shared_ptr<WorkerOperators>> GatewayPrograms::OperatorsOf(const SiteFile& site) {
+  std::string file = site.worker_operators;
+  if (file.empty() && !site.worker_bundle.empty()) {
+    file = site.worker_bundle + ".operators.json";
+    if (access(file.c_str(), R_OK) != 0) return nullptr;
+  }
+  if (!file.empty()) {
+    auto listed = std::make_shared<WorkerOperators>(file, [file] { return ReadFile(file, kMaxOperatorsBytes); });
+    ITWIN_RETURN_IF_ERROR(Annotate(listed->Load(), "worker.operators"));
+    return listed;
+  }
+  if (!site.worker_path.empty() || worker_.empty()) return nullptr;
+  absl::MutexLock lock(&mu_);
+  if (own_operators_ == nullptr) {
+    own_operators_ = std::make_shared<WorkerOperators>(worker_, [worker = worker_]() -> absl::StatusOr<std::string> {
+      SubprocessOptions options;
+      options.argv = {worker, "--operators"};
+      ITWIN_ASSIGN_OR_RETURN(CommandOutput output, RunCommand(options, kOperatorsLimit));
+      if (output.exit.exit_code == 0 && output.exit.signal == 0 && !output.truncated) return std::move(output.out);
+      return absl::FailedPreconditionError(absl::StrCat(worker, " --operators failed: ", absl::StripAsciiWhitespace(output.err)));
+    });
+  }
+  return own_operators_;
 }
 
 std::string ReleaseName(const GatewayPrograms::Program& agent, const GatewayPrograms::Program& worker) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <string>
 
 #include "absl/base/thread_annotations.h"
@@ -9,6 +10,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "server/dispatch/agent_client.h"
+#include "server/dispatch/worker_operators.h"
 #include "server/sites/site_file.h"
 #include "server/tunnel/ssh_options.h"
 
@@ -32,6 +34,9 @@ class GatewayPrograms {
   absl::StatusOr<Program> Agent();
   // Of a site: the bundle of its file, else the gateway's own; path "" when the site brings its own, or there is none.
   absl::StatusOr<Program> WorkerFor(const SiteFile& site);
+  // What models may use there: by the file that the site names, the one beside its bundle, or the gateway's own worker. Null when
+  // only the site's own worker can say. kInvalidArgument: the named file is not that list.
+  absl::StatusOr<std::shared_ptr<WorkerOperators>> OperatorsOf(const SiteFile& site);
 
  private:
   absl::StatusOr<Program> Read(const std::string& path, Program* memory) ABSL_LOCKS_EXCLUDED(mu_);
@@ -41,6 +46,7 @@ class GatewayPrograms {
   absl::Mutex mu_;
   Program agent_read_ ABSL_GUARDED_BY(mu_);
   Program worker_read_ ABSL_GUARDED_BY(mu_);
+  std::shared_ptr<WorkerOperators> own_operators_ ABSL_GUARDED_BY(mu_);
 };
 
 // "0.1.0-1a2b3c4d".

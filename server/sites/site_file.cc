@@ -124,8 +124,10 @@ StrictYaml::Take SiteKeys(StrictYaml* reader, SiteFile* out) {
       for (std::string* file : {&s.key, &s.certificate, &s.passphrase_file, &s.known_hosts, &s.one_time_code_program}) *file = LocalPath(*file);
     };
     const StrictYaml::Take worker = [&](const YAML::Node& value, const std::string& where) {
-      r.Mapping(value, where, {{"path", r.Text(&out->worker_path)}, {"bundle", r.Text(&out->worker_bundle)}});
-      out->worker_bundle = LocalPath(out->worker_bundle);
+      r.Mapping(value, where, {{"path", r.Text(&out->worker_path)},
+                                {"bundle", r.Text(&out->worker_bundle)},
+                                {"operators", r.Text(&out->worker_operators)}});
+      for (std::string* file : {&out->worker_bundle, &out->worker_operators}) *file = LocalPath(*file);
     };
     const StrictYaml::Take partitions = [&](const YAML::Node& value, const std::string& where) {
       r.Entries(value, where, kMaxPartitions, [&](const std::string& key, const YAML::Node& one, const std::string& at) {
@@ -275,6 +277,7 @@ std::vector<std::string> SiteProblems(const SiteFile& site, const std::string& p
     }
   }
   if (!site.worker_path.empty() && site.worker_path[0] != '/') problem("worker.path", "must be absolute: scripts name it");
+  if (!site.worker_operators.empty() && site.worker_operators[0] != '/') problem("worker.operators", "must be an absolute path of the gateway's machine, or begin with ~/");
   range("max_waiting", site.max_waiting, 1, 100'000);
   for (const std::string& line : site.settings.launch.prologue()) {
     if (HasControl(line) || line.size() > 4096) problem("prologue", "each entry is one line of shell");

@@ -38,6 +38,7 @@ struct SiteFile {
   std::string agent;                   // path of itwin-agent at the site; "": the one that is installed below root
   std::string worker_path;             // of itwin-worker at the site; "": the one that is installed
   std::string worker_bundle;           // made by deploy/make-worker-bundle.sh; a path of the gateway's machine
+  std::string worker_operators;        // what `itwin-worker --operators` printed at the site; a path of the gateway's machine
   absl::Duration query_interval = absl::ZeroDuration();  // least time between two looks at the queue; zero: the agent's own
   int max_waiting = 64;                // attempts handed over that have not started yet
   absl::Duration spool_retention = absl::Hours(24 * 7);  // after the end of a job; zero: for ever

@@ -52,6 +52,11 @@ absl::StatusOr<std::unique_ptr<SiteRegistry::LiveSite>> SiteRegistry::Make(SiteF
   site.max_waiting = live->file.max_waiting;
   site.spool_retention = live->file.spool_retention;
   site.query_interval = live->file.query_interval;
+  if (auto operators = dependencies_.programs->OperatorsOf(live->file); operators.ok()) {
+    live->file.settings.worker_operators = *std::move(operators);
+  } else {  // AddSite refuses it; a site that runs jobs goes on
+    log::Warn("site {}: {}", live->file.name, std::string(operators.status().message()));
+  }
   site.settings = live->file.settings;
   site.address = tunnel->description();
   if (live->file.ssh) site.connect_timeout = kSshConnectTimeout;
@@ -230,6 +235,7 @@ absl::Status SiteRegistry::AddChecked(const v1::AddSiteRequest& request, SiteFil
     progress.set_found(found);
     return on_progress(progress);
   };
+  ITWIN_RETURN_IF_ERROR(dependencies_.programs->OperatorsOf(site).status());
   tell("site file", v1::SITE_CHECK_OK, absl::StrCat(name, ": ", site.address(), site.settings.scheduler.empty() ? "" : ", scheduler " + site.settings.scheduler));
 
   SiteSurvey::Options options{.site = site,

@@ -1,10 +1,11 @@
 """What users get wrong, and programs that misbehave: a clear sentence, nothing lost, nothing half-done."""
 import json
+import subprocess
 
 import grpc
 import pytest
 from google.protobuf import json_format
-from harness import jobs_pb2, spec_pb2, wait_for
+from harness import BIN, jobs_pb2, spec_pb2, wait_for
 
 CSV = "a,b,y\n" + "".join(f"{i % 7},{i % 5},{(i % 7) * 0.5 - (i % 5)}\n" for i in range(64))
 
@@ -53,6 +54,33 @@ def test_a_wrong_spec_is_refused_with_its_field(world_shared, change, words):
     assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     for word in words:
         assert word in error.value.details()
+
+
+def archive_of(operators):
+    """The head of a model archive (docs/models.md): all that is read before a job is queued."""
+    manifest = json.dumps({"format": 1, "operators": operators})
+    header = json.dumps({"__metadata__": {"itwin.manifest": manifest}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+def test_a_model_that_needs_another_libtorch_is_refused_before_it_is_queued(world_shared):
+    known = json.loads(subprocess.run([BIN / "itwin-worker", "--operators"], check=True, capture_output=True).stdout)
+    # On the allow-list; 1.13 has neither, 2.6 not the second.
+    newer = ("aten::rms_norm", "aten::_fused_rms_norm")
+    lacking = [name for name in newer if name not in {there.split(".")[0] for there in known["operators"]}]
+    assert lacking, "this LibTorch has everything; name a newer operator"
+    spec = validate(world_shared, train(model={"archive": "net.itw"}))
+    spec.inputs.add(path="data.csv", sha256=world_shared.upload(CSV.encode()))
+    archive = spec.inputs.add(path="net.itw", sha256=world_shared.upload(archive_of(["aten::linear", lacking[0]])))
+    before = len(world_shared.jobs.ListJobs(jobs_pb2.ListJobsRequest(), timeout=30).jobs)
+    with pytest.raises(grpc.RpcError) as error:
+        world_shared.submit(spec)
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert f"train.model.archive: the LibTorch of site local ({known['libtorch']}) does not have {lacking[0]};" in error.value.details()
+    assert len(world_shared.jobs.ListJobs(jobs_pb2.ListJobsRequest(), timeout=30).jobs) == before
+    # Without it the job is queued; what else is wrong with this archive is for the worker to find.
+    archive.sha256 = world_shared.upload(archive_of(["aten::linear"]))
+    assert world_shared.submit(spec)
 
 
 def test_invalid_utf8_is_refused(world_shared):

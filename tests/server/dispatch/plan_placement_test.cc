@@ -44,6 +44,24 @@ TEST(PlanPlacement, SaysWhatCanNeverRun) {
   EXPECT_EQ(ChooseSite({.site = "any", .bound_site = "", .ranks = 1, .train = true}, {bare}), std::nullopt);
 }
 
+TEST(PlanPlacement, AModelGoesWhereItsOperatorsAre) {
+  SiteOffer old = Site("old", 8, 8), fresh = Site("fresh", 4, 0), own = Site("own", 4, 4);
+  old.settings.worker_operators = std::make_shared<WorkerOperators>(
+      "old", [] { return R"({"libtorch": "1.13.0", "operators": ["aten::linear"]})"; });
+  fresh.settings.worker_operators = std::make_shared<WorkerOperators>(
+      "fresh", [] { return R"({"libtorch": "2.6.0", "operators": ["aten::linear", "aten::rms_norm"]})"; });
+  PlacementRequest request{.site = "any", .bound_site = "", .ranks = 1, .train = true};
+  request.operators = {"aten::linear", "aten::rms_norm"};
+  EXPECT_EQ(ChooseSite(request, {old, fresh}), 1u);
+  EXPECT_THAT(WhyImpossible(request, {old}),
+              AllOf(HasSubstr("LibTorch of site old (1.13.0) does not have aten::rms_norm;"), HasSubstr("name another site")));
+  EXPECT_EQ(WhyImpossible(request, {own}), "");  // only its worker knows
+  old.known = false;
+  EXPECT_THAT(WhyImpossible(request, {old}), HasSubstr("does not have aten::rms_norm"));
+  request.operators = {"aten::linear"};
+  EXPECT_EQ(ChooseSite(request, {old, fresh}), 0u);
+}
+
 TEST(PlanPlacement, SiteThatHasNotAnsweredYetMayFit) {
   SiteOffer silent = Site("silent", 0, 0, false);
   silent.known = false;

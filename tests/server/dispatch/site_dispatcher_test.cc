@@ -309,6 +309,22 @@ TEST_F(SiteDispatcherTest, AJobsImageTakesItsPlaceInTheSitesContainerLine) {
   EXPECT_THAT(Row(lost).record.reason, HasSubstr("site local runs jobs in no container"));
 }
 
+TEST_F(SiteDispatcherTest, ANewAttemptHasTheSameWishes) {
+  settings_.launch.set_container("run {image} --");  // and no image of the site's own
+  Restart();
+  const JobId id = Submit("alice", 1, "any", "docker://a/b:1");
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  site_.Change(Key(id), [&](agent::v1::AttemptStatus* status) {
+    status->set_phase(agent::v1::ATTEMPT_PHASE_ENDED);
+    status->set_cause(agent::v1::END_CAUSE_NODE_FAILED);
+  });
+  ASSERT_TRUE(Reaches(id, JobState::kQueued));
+  Advance(absl::Minutes(10));
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  EXPECT_EQ(Row(id).record.attempt, 2);
+  EXPECT_EQ(site_.attempts().at(Key(id)).request.launch().container(), "run docker://a/b:1 --");
+}
+
 TEST_F(SiteDispatcherTest, ARefusalFailsTheJobInTheSitesWords) {
   site_.RefuseStarts("invalid partition specified: gpu");
   const JobId id = Submit();

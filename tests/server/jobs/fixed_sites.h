@@ -24,9 +24,12 @@ class FixedSites : public SiteDirectory {
   bool Exists(absl::string_view name) const override {
     return std::any_of(names_.begin(), names_.end(), [&](const std::string& n) { return n == name; });
   }
-  std::string WhyImpossible(const v1::JobSpec&) const override { return impossible; }
+  std::string WhyImpossible(const v1::JobSpec&, const std::vector<std::string>& operators) const override {
+    return operators.empty() ? impossible : lacks;
+  }
 
   std::string impossible;  // what WhyImpossible answers
+  std::string lacks;       // and for a model archive
 
  private:
   const std::vector<std::string> names_;

@@ -37,7 +37,8 @@ class ModelArchive : public ::testing::Test {
     v1::InputFile* input = spec.add_inputs();
     input->set_path("net.itw");
     input->set_sha256(*blobs_->PutText(bytes));
-    return CheckModelArchive(*blobs_, spec);
+    const absl::StatusOr<std::vector<std::string>> operators = OperatorsOfJob(*blobs_, spec);
+    return operators.ok() ? CheckOperators(*operators) : operators.status();
   }
   static std::unique_ptr<BlobStore> OpenBlobs(const std::string& directory) {
     BlobStore::Options options;

@@ -37,7 +37,7 @@ ssh: {hosts: [login1.example, "2001:db8::7"], user: ada, port: 2222, key: /k, ce
 root: ~/itwin
 scheduler: slurm
 agent: /opt/itwin/itwin-agent
-worker: {path: /opt/itwin/itwin-worker}
+worker: {path: /opt/itwin/itwin-worker, operators: /etc/operators.json}
 launcher: srun --mpi=pmix -n {ranks}
 prologue: [source /etc/profile.d/modules.sh]
 modules: [OpenMPI/4.1.4]
@@ -65,6 +65,7 @@ spool_retention: 24h
   EXPECT_EQ(site->settings.launch.launcher(), "srun --mpi=pmix -n {ranks}");
   EXPECT_THAT(site->settings.launch.prologue(), ElementsAre("source /etc/profile.d/modules.sh", "module load OpenMPI/4.1.4"));
   EXPECT_EQ(site->settings.launch.worker(), "/opt/itwin/itwin-worker");
+  EXPECT_EQ(site->worker_operators, "/etc/operators.json");
   EXPECT_EQ(site->settings.launch.container(), "apptainer exec --nv {image}");
   EXPECT_EQ(site->settings.image, "/images/itwin.sif");
   EXPECT_EQ(site->settings.launch.env().at("OMP_NUM_THREADS"), "4");
@@ -107,6 +108,7 @@ TEST(SiteFile, ProblemsSayWhereWhatAndWhatWouldBeRight) {
   EXPECT_THAT(with("worker: {path: bin/w}\n"), StatusIs(kInvalid, HasSubstr("worker.path")));
   EXPECT_THAT(with("gpu_request: --gres=gpu\n"), StatusIs(kInvalid, HasSubstr("with {gpus} in it")));
   EXPECT_THAT(with("allow: {options: [\"--licenses=3\"]}\n"), StatusIs(kInvalid, HasSubstr("without a value")));
+  EXPECT_THAT(with("worker: {operators: here.json}\n"), StatusIs(kInvalid, HasSubstr("worker.operators: must be an absolute path")));
   EXPECT_THAT(with("image: a.sif\n"), StatusIs(kInvalid, HasSubstr("image: has no place: `container` must say where it goes")));
   EXPECT_THAT(with("container: apptainer exec {image}\nimage: \"a b\"\n"), StatusIs(kInvalid, HasSubstr("image: 'a b' is no name of a container image")));
   EXPECT_THAT(with("name: twice\n"), StatusIs(kInvalid, HasSubstr("is there twice")));

@@ -127,6 +127,23 @@ class SiteRegistryTest : public ::testing::Test {
   int requests_ = 0;
 };
 
+TEST_F(SiteRegistryTest, WhatAWorkerLacksIsKnownFromTheSitesFile) {
+  const std::string list = directory_ / "operators.json";
+  const std::string document = Document("lab", "", absl::StrCat("worker: {path: /opt/itwin-worker, operators: ", list, "}\n"));
+  EXPECT_THAT(Add(document), StatusIs(absl::StatusCode::kNotFound, HasSubstr("worker.operators: ")));
+  ASSERT_OK(WriteFileAtomically(list, "{}"));
+  EXPECT_THAT(Add(document), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("is not what `itwin-worker --operators` prints")));
+  ASSERT_OK(WriteFileAtomically(list, R"({"libtorch": "1.13.0", "operators": ["aten::linear"]})"));
+  ASSERT_OK(Add(document));
+  v1::JobSpec spec;
+  spec.set_site("lab");
+  EXPECT_EQ(board_->WhyImpossible(spec, {"aten::linear"}), "");
+  EXPECT_THAT(board_->WhyImpossible(spec, {"aten::rms_norm"}), HasSubstr("LibTorch of site lab (1.13.0) does not have aten::rms_norm"));
+  ASSERT_OK(WriteFileAtomically(list, "{}"));
+  Restart();  // it has jobs, perhaps
+  EXPECT_EQ(board_->WhyImpossible(spec, {"aten::rms_norm"}), "");
+}
+
 TEST_F(SiteRegistryTest, ASiteIsAddedWhileJobsRunAndStays) {
   ASSERT_OK(Add(Document("lab")));
   EXPECT_THAT(told_, AllOf(Contains(HasSubstr("OK site file: lab")), Contains(HasSubstr(absl::StrCat("OK agent: itwin-agent ", kVersion))),
