@@ -81,7 +81,7 @@ options="-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1
 inside "cmake -S /src -B /build -G Ninja $options"
 
 step "build"
-inside "ninja -C /build -j $jobs"
+inside "ninja -C /build -k 0 -j $jobs"  # all that is wrong at once
 
 if ((tests)); then
   step "tests"

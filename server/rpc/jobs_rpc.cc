@@ -3,6 +3,7 @@
 #include <grpcpp/support/byte_buffer.h>
 #include <grpcpp/support/slice.h>
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <utility>
@@ -89,8 +90,8 @@ class WatchReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
       absl::StatusOr<JobWatch::Step> step = watch_->Next();
       if (!step.ok()) return End(step.status());
       if (step->update != nullptr) {
-        finished_ = step->finished;
         message_ = MessageOf(step->update);  // lives until the write is done
+        finished_ = step->finished;
         StartWrite(&message_);
         return;
       }
@@ -111,8 +112,10 @@ class WatchReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
   FeedTurn turn_;
   // Whose turn it is:
   std::unique_ptr<JobWatch> watch_;
-  grpc::ByteBuffer message_;  // being written
-  bool finished_ = false;     // message_ is the last
+  grpc::ByteBuffer message_;            // being written
+  // message_ is the last. The feeder's last word before a write and the first that is read behind it: the turn goes through
+  // gRPC then, whose order a sanitizer does not see.
+  std::atomic<bool> finished_ = false;
 };
 
 }  // namespace

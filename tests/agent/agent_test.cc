@@ -16,6 +16,7 @@ namespace itwin::testing {
 namespace {
 
 using namespace agent;  // NOLINT: the wire's names
+namespace v1 = agent::v1;  // not itwin::v1, should a header bring it
 using ::testing::HasSubstr;
 
 constexpr char kKey[] = "00000000000000aa-1";

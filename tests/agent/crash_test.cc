@@ -8,6 +8,7 @@ namespace itwin::testing {
 namespace {
 
 using namespace agent;  // NOLINT: the wire's names
+namespace v1 = agent::v1;  // not itwin::v1, should a header bring it
 
 constexpr char kKey[] = "00000000000000aa-1";
 

@@ -4,7 +4,8 @@
 //   strategies_benchmark memory      bytes per rank of zero1..3 against theory
 //   strategies_benchmark model       an alpha-beta model of the all-reduce fitted at two ranks, its
 //                                    prediction for 3 and 4 ranks beside what they take, and for 512
-//   strategies_benchmark pytorch     two ranks against PyTorch DDP (gloo), and one against PyTorch
+//   strategies_benchmark pytorch     one rank against PyTorch
+//   strategies_benchmark gloo        two ranks against PyTorch DDP over gloo
 // Without an argument: all of them, one after the other.
 #define OMPI_SKIP_MPICXX 1
 #include <mpi.h>
@@ -298,7 +299,7 @@ double SteadyRate(const fs::path& directory) {
 }
 
 // The same modules, exported by the script and run by it: tests/benchmark/pytorch_reference.py.
-void Pytorch(const fs::path& directory) {
+void AgainstPytorch(int ranks, const std::string& figure, const fs::path& directory) {
   const char* source = std::getenv("ITWIN_SOURCE");
   const std::string script = (source == nullptr ? std::string(".") : source) +
                              "/tests/benchmark/pytorch_reference.py";
@@ -320,46 +321,49 @@ void Pytorch(const fs::path& directory) {
     return program.Output();
   };
   python({"export", directory.string()});
-  for (const int ranks : {1, 2}) {
-    double logarithms = 0;
-    int models = 0;
-    for (const std::string name : {"mlp", "resnet", "lstm", "transformer"}) {
-      const Json form = Json::parse(std::ifstream(directory / (name + ".json")));
-      Json job = {{"name", name},
-                  {"resources", {{"cpus_per_rank", 1}}},
-                  {"train",
-                   {{"model", {{"torchscript", (directory / (name + ".pt")).string()}}},
-                    {"data",
-                     {{"synthetic",
-                       {{"samples", form["samples"]},
-                        {"input_shape", form["input"]},
-                        {"classes", 10}}}}},
-                    {"loss", "cross_entropy"},
-                    {"optimizer", {{"adam", {{"lr", 1e-3}}}}},
-                    {"batch", form["batch"].get<int>() * ranks},
-                    {"epochs", 3},
-                    {"check_every", 0}}}};
-      std::vector<double> ours, theirs, ratios;
-      for (int round = 0; round < kRounds; ++round) {
-        const auto mine = [&] {
-          RunWorker(job, ranks, directory);
-          ours.push_back(SteadyRate(directory));
-        };
-        if (round % 2 == 0) mine();
-        theirs.push_back(
-            std::stod(python({"train", directory.string(), name, std::to_string(ranks)})));
-        if (round % 2 != 0) mine();
-        ratios.push_back(ours.back() / theirs.back());
-      }
-      PrintFigure((ranks == 1 ? "one_rank_against_pytorch_" : "two_ranks_against_ddp_gloo_") + name,
-                  Median(ours), "samples/s", Median(theirs), kRounds, Median(ratios));
-      logarithms += std::log(Median(ratios));
-      ++models;
+  double logarithms = 0;
+  int models = 0;
+  for (const std::string name : {"mlp", "resnet", "lstm", "transformer"}) {
+    const Json form = Json::parse(std::ifstream(directory / (name + ".json")));
+    const Json job = {{"name", name},
+                      {"resources", {{"cpus_per_rank", 1}}},
+                      {"train",
+                       {{"model", {{"torchscript", (directory / (name + ".pt")).string()}}},
+                        {"data",
+                         {{"synthetic",
+                           {{"samples", form["samples"]},
+                            {"input_shape", form["input"]},
+                            {"classes", 10}}}}},
+                        {"loss", "cross_entropy"},
+                        {"optimizer", {{"adam", {{"lr", 1e-3}}}}},
+                        {"batch", form["batch"].get<int>() * ranks},
+                        {"epochs", 3},
+                        {"check_every", 0}}}};
+    std::vector<double> ours, theirs, ratios;
+    for (int round = 0; round < kRounds; ++round) {
+      const auto mine = [&] {
+        RunWorker(job, ranks, directory);
+        ours.push_back(SteadyRate(directory));
+      };
+      if (round % 2 == 0) mine();
+      theirs.push_back(
+          std::stod(python({"train", directory.string(), name, std::to_string(ranks)})));
+      if (round % 2 != 0) mine();
+      ratios.push_back(ours.back() / theirs.back());
     }
-    PrintFigure(std::string(ranks == 1 ? "one_rank_against_pytorch" : "two_ranks_against_ddp_gloo") +
-                    "_geometric_mean",
-                std::exp(logarithms / models), "ratio", 1, kRounds);
+    PrintFigure(figure + "_" + name, Median(ours), "samples/s", Median(theirs), kRounds,
+                Median(ratios));
+    logarithms += std::log(Median(ratios));
+    ++models;
   }
+  PrintFigure(figure + "_geometric_mean", std::exp(logarithms / models), "ratio", 1, kRounds);
+}
+
+void Pytorch(const fs::path& directory) {
+  AgainstPytorch(1, "one_rank_against_pytorch", directory);
+}
+void Gloo(const fs::path& directory) {
+  AgainstPytorch(2, "two_ranks_against_ddp_gloo", directory);
 }
 
 int Main(int argc, char** argv) {
@@ -372,7 +376,8 @@ int Main(int argc, char** argv) {
                                                                      {"bandwidth", Bandwidth},
                                                                      {"memory", Memory},
                                                                      {"model", FitModel},
-                                                                     {"pytorch", Pytorch}};
+                                                                     {"pytorch", Pytorch},
+                                                                     {"gloo", Gloo}};
   for (const auto& [name, run] : parts) {
     if (part.empty() || part == name) run(directory);
   }

@@ -68,6 +68,9 @@ class FakeGateway : public client::Connection {
     artifacts[file.sha256()] = bytes;
   }
 
+  // The calls of another process see what was arranged: it starts after this. A sanitizer sees the lock, not the process.
+  void Arranged() { absl::MutexLock lock(&mu_); }
+
   // ---- the calls
   absl::StatusOr<v1::ValidateJobResponse> ValidateJob(const v1::ValidateJobRequest& request) override {
     absl::MutexLock lock(&mu_);

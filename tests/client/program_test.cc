@@ -38,6 +38,7 @@ class ProgramTest : public ::testing::Test {
     EXPECT_OK(WriteFileAtomically(directory_ / "config.yaml", "endpoint: " + server_->endpoint() + "\nca_file: ca.pem\ntoken_file: token\n"));
   }
   SubprocessOptions Options(std::vector<std::string> arguments) {
+    fake_.Arranged();
     SubprocessOptions options{.argv = {absl::StrCat(getenv("ITWIN_BIN"), "/itwin")}, .directory = directory_.path(), .env = {}};
     options.argv.insert(options.argv.end(), arguments.begin(), arguments.end());
     options.env = {{"ITWIN_CONFIG", directory_ / "config.yaml"}, {"LC_ALL", "C.UTF-8"}, {"TERM", "xterm"}, {"NO_COLOR", ""}};

@@ -3,15 +3,25 @@
 // the library's own for all code in the process, gRPC's included: they tell the sanitizer what is synchronised, and
 // call the real ones.
 #include <dlfcn.h>
+#include <grpc/grpc.h>
 #include <sanitizer/tsan_interface.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
 #include "absl/time/time.h"
 
+extern "C" const char __executable_start, etext;  // of this program's code; the linker's
+
 namespace {
+
+bool IsOurs(const void* caller) { return caller >= &__executable_start && caller < &etext; }
+
+// gRPC hands work from thread to thread by lock-free queues, which the sanitizer does not see. So what a thread did before it
+// began an operation, or gave back one of gRPC's locks, is taken to come before what follows an event or such a lock.
+char grpc_order;
 
 constexpr unsigned kTry = __tsan_mutex_try_lock;
 constexpr unsigned kFailed = __tsan_mutex_try_lock_failed;
@@ -31,20 +41,45 @@ using CvWait = void(void*, void*);
 using CvDeadline = bool(void*, void*, absl::Time);
 using CvTimeout = bool(void*, void*, absl::Duration);
 
-// A wait gives the mutex away and takes it back.
+// The library's functions with a timeout call those with a deadline, which are ours too: what is inside is told once.
+thread_local void* inside = nullptr;  // the mutex that is waited with
+
 template <typename Wait>
-auto AroundWait(void* mu, Wait wait) {
-  __tsan_mutex_pre_unlock(mu, 0);
-  __tsan_mutex_post_unlock(mu, 0);
+auto Inside(void* mu, Wait wait) {
+  struct Restore {
+    void* const before = inside;
+    ~Restore() { inside = before; }
+  } restore;
+  inside = mu;
+  return wait();
+}
+
+template <typename Lock>
+auto AroundLock(void* mu, Lock lock) {
+  if (inside == mu) return lock();
   __tsan_mutex_pre_lock(mu, 0);
-  if constexpr (std::is_void_v<decltype(wait())>) {
-    wait();
+  if constexpr (std::is_void_v<decltype(lock())>) {
+    Inside(mu, lock);
     __tsan_mutex_post_lock(mu, 0, 0);
   } else {
-    auto result = wait();
+    auto result = Inside(mu, lock);
     __tsan_mutex_post_lock(mu, 0, 0);
     return result;
   }
+}
+
+// A wait gives the mutex away and takes it back.
+template <typename Wait>
+auto AroundWait(void* mu, Wait wait) {
+  if (inside == mu) return wait();
+  __tsan_mutex_pre_unlock(mu, 0);
+  __tsan_mutex_post_unlock(mu, 0);
+  return AroundLock(mu, wait);
+}
+
+bool Notified(const void* notification, bool notified) {
+  if (notified) __tsan_acquire(const_cast<void*>(notification));
+  return notified;
 }
 
 }  // namespace
@@ -60,11 +95,13 @@ void TsanLock(void* mu) {
   __tsan_mutex_pre_lock(mu, 0);
   real(mu);
   __tsan_mutex_post_lock(mu, 0, 0);
+  if (!IsOurs(__builtin_return_address(0))) __tsan_acquire(&grpc_order);
 }
 
 void TsanUnlock(void* mu) asm(MUTEX("6UnlockEv"));
 void TsanUnlock(void* mu) {
   static Void* const real = Real<Void>(MUTEX("6UnlockEv"));
+  if (!IsOurs(__builtin_return_address(0))) __tsan_release(&grpc_order);
   __tsan_mutex_pre_unlock(mu, 0);
   real(mu);
   __tsan_mutex_post_unlock(mu, 0);
@@ -98,9 +135,7 @@ void TsanReaderUnlock(void* mu) {
 void TsanLockWhen(void* mu, const absl::Condition& when) asm(MUTEX("8LockWhenERKNS0_9ConditionE"));
 void TsanLockWhen(void* mu, const absl::Condition& when) {
   static When* const real = Real<When>(MUTEX("8LockWhenERKNS0_9ConditionE"));
-  __tsan_mutex_pre_lock(mu, 0);
-  real(mu, when);
-  __tsan_mutex_post_lock(mu, 0, 0);
+  AroundLock(mu, [&] { real(mu, when); });
 }
 
 bool TsanLockWhenDeadline(void* mu, const absl::Condition& when, absl::Time deadline)
@@ -108,10 +143,7 @@ bool TsanLockWhenDeadline(void* mu, const absl::Condition& when, absl::Time dead
 bool TsanLockWhenDeadline(void* mu, const absl::Condition& when, absl::Time deadline) {
   static WhenDeadline* const real =
       Real<WhenDeadline>(MUTEX("20LockWhenWithDeadlineERKNS0_9ConditionENS0_4TimeE"));
-  __tsan_mutex_pre_lock(mu, 0);
-  const bool held = real(mu, when, deadline);
-  __tsan_mutex_post_lock(mu, 0, 0);
-  return held;
+  return AroundLock(mu, [&] { return real(mu, when, deadline); });
 }
 
 bool TsanLockWhenTimeout(void* mu, const absl::Condition& when, absl::Duration timeout)
@@ -119,10 +151,7 @@ bool TsanLockWhenTimeout(void* mu, const absl::Condition& when, absl::Duration t
 bool TsanLockWhenTimeout(void* mu, const absl::Condition& when, absl::Duration timeout) {
   static WhenTimeout* const real =
       Real<WhenTimeout>(MUTEX("19LockWhenWithTimeoutERKNS0_9ConditionENS0_8DurationE"));
-  __tsan_mutex_pre_lock(mu, 0);
-  const bool held = real(mu, when, timeout);
-  __tsan_mutex_post_lock(mu, 0, 0);
-  return held;
+  return AroundLock(mu, [&] { return real(mu, when, timeout); });
 }
 
 void TsanAwait(void* mu, const absl::Condition& when) asm(MUTEX("5AwaitERKNS0_9ConditionE"));
@@ -151,7 +180,8 @@ void TsanMutexEnd(void* mu) asm(MUTEX("D1Ev"));
 void TsanMutexEnd(void* mu) {
   static Void* const real = Real<Void>(MUTEX("D1Ev"));
   real(mu);
-  __tsan_mutex_destroy(mu, 0);
+  // The libraries' own end when an atomic count says so, which the sanitizer does not see; it forgets them with their memory.
+  if (IsOurs(__builtin_return_address(0))) __tsan_mutex_destroy(mu, 0);
 }
 
 void TsanCvWait(void* cv, void* mu) asm(CONDVAR("4WaitEPNS0_5MutexE"));
@@ -173,6 +203,19 @@ bool TsanCvTimeout(void* cv, void* mu, absl::Duration timeout) {
   return AroundWait(mu, [&] { return real(cv, mu, timeout); });
 }
 
+grpc_call_error grpc_call_start_batch(grpc_call* call, const grpc_op* ops, size_t nops, void* tag, void* reserved) {
+  static auto* const real = Real<decltype(grpc_call_start_batch)>("grpc_call_start_batch");
+  __tsan_release(&grpc_order);
+  return real(call, ops, nops, tag, reserved);
+}
+
+grpc_event grpc_completion_queue_next(grpc_completion_queue* queue, gpr_timespec deadline, void* reserved) {
+  static auto* const real = Real<decltype(grpc_completion_queue_next)>("grpc_completion_queue_next");
+  const grpc_event event = real(queue, deadline, reserved);
+  __tsan_acquire(&grpc_order);
+  return event;
+}
+
 // A Status is given away by several threads and deleted by the last of them, inside the library.
 void TsanStatusUnref(uintptr_t rep) asm("_ZN4absl7debian36Status15UnrefNonInlinedEm");
 void TsanStatusUnref(uintptr_t rep) {
@@ -189,6 +232,7 @@ void TsanNotify(void* n) asm("_ZN4absl7debian312Notification6NotifyEv");
 void TsanNotify(void* n) {
   static Void* const real = Real<Void>("_ZN4absl7debian312Notification6NotifyEv");
   __tsan_release(n);
+  __tsan_release(static_cast<char*>(n) + sizeof(absl::Mutex));  // the atomic, behind the mutex
   real(n);
 }
 
@@ -199,14 +243,20 @@ void TsanWaitNotification(const void* n) {
   __tsan_acquire(const_cast<void*>(n));
 }
 
+bool TsanWaitNotificationDeadline(const void* n, absl::Time deadline)
+    asm("_ZNK4absl7debian312Notification31WaitForNotificationWithDeadlineENS0_4TimeE");
+bool TsanWaitNotificationDeadline(const void* n, absl::Time deadline) {
+  static auto* const real =
+      Real<bool(const void*, absl::Time)>("_ZNK4absl7debian312Notification31WaitForNotificationWithDeadlineENS0_4TimeE");
+  return Notified(n, real(n, deadline));
+}
+
 bool TsanWaitNotificationTimeout(const void* n, absl::Duration timeout)
     asm("_ZNK4absl7debian312Notification30WaitForNotificationWithTimeoutENS0_8DurationE");
 bool TsanWaitNotificationTimeout(const void* n, absl::Duration timeout) {
-  using F = bool(void*, absl::Duration);
-  static F* const real = Real<F>("_ZNK4absl7debian312Notification30WaitForNotificationWithTimeoutENS0_8DurationE");
-  const bool notified = real(const_cast<void*>(n), timeout);
-  if (notified) __tsan_acquire(const_cast<void*>(n));
-  return notified;
+  static auto* const real =
+      Real<bool(const void*, absl::Duration)>("_ZNK4absl7debian312Notification30WaitForNotificationWithTimeoutENS0_8DurationE");
+  return Notified(n, real(n, timeout));
 }
 
 }  // extern "C"

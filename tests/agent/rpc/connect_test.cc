@@ -13,6 +13,7 @@ namespace itwin::testing {
 namespace {
 
 using namespace agent;  // NOLINT: the wire's names
+namespace v1 = agent::v1;  // not itwin::v1, should a header bring it
 using ::testing::HasSubstr;
 
 struct Client {

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <deque>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -263,9 +264,9 @@ TEST_F(SpoolFollowerTest, StopEndsTheReaderOnce) {
   EXPECT_EQ(ends_, 1);
 }
 
-TEST_F(SpoolFollowerTest, FromSpoolToDatabaseFastEnough) {
-  constexpr int kChunks = 40;
-  constexpr int kLines = 8000;
+TEST_F(SpoolFollowerTest, ManyPointsAtOnceAllReachTheDatabase) {
+  constexpr int kChunks = 8;
+  constexpr int kLines = 4000;
   int64_t offset = 0;
   int step = 0;
   std::vector<agent::v1::SpoolChunk> chunks;
@@ -281,15 +282,23 @@ TEST_F(SpoolFollowerTest, FromSpoolToDatabaseFastEnough) {
   agent::v1::SpoolSizes sizes;
   sizes.set_metrics(offset);
   follower_->Drained(key_, sizes);
-  const absl::Time start = absl::Now();
   for (const agent::v1::SpoolChunk& chunk : chunks) Send({chunk});
   ASSERT_TRUE(WaitUntil([&] {
     absl::MutexLock lock(&mu_);
     return drained_ == 1;
   }, absl::Seconds(50)));
-  const double rate = 2.0 * kChunks * kLines / absl::ToDoubleSeconds(absl::Now() - start);
-  std::printf("from chunk to database: %.0f points/s\n", rate);
-  EXPECT_GT(rate, 50'000);  // a bound for loaded machines; the benchmark has the figure
+  std::map<std::string, int64_t> next;  // by series
+  int64_t cursor = 0;
+  for (bool end = false; !end;) {
+    const auto page = store_->ListPoints(key_.job(), cursor, {}, 10'000);
+    ASSERT_OK(page);
+    for (const v1::PointBlock& block : page->blocks) {
+      for (const int64_t at : block.steps()) ASSERT_EQ(at, ++next[block.series()]);
+    }
+    cursor = page->next_cursor;
+    end = page->end;
+  }
+  EXPECT_EQ(next, (std::map<std::string, int64_t>{{"lr", step}, {"train/loss", step}}));
 }
 
 }  // namespace

@@ -242,21 +242,5 @@ TEST_F(SpoolIngest, SurvivesRandomDamage) {
   }
 }
 
-TEST_F(SpoolIngest, IsFastEnough) {
-  std::string data;
-  int64_t points = 0;
-  for (int i = 0; data.size() < 900'000; ++i, points += 2) {
-    absl::StrAppend(&data, "{\"t\":17323", i, ".123,\"step\":", i, ",\"metrics\":{\"train/loss\":0.0", i, ",\"train/accuracy\":0.5}}\n");
-  }
-  const absl::Time start = absl::Now();
-  int64_t parsed = 0;
-  for (int i = 0; i < 20; ++i) parsed += Parse(data).points;
-  const double rate = static_cast<double>(parsed) / absl::ToDoubleSeconds(absl::Now() - start);
-  EXPECT_EQ(parsed, 20 * points);
-  RecordProperty("points_per_second", absl::StrCat(static_cast<int64_t>(rate)));
-  std::printf("parsed %.0f points/s\n", rate);
-  EXPECT_GT(rate, 200'000);
-}
-
 }  // namespace
 }  // namespace itwin::server
