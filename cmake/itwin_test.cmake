@@ -53,7 +53,10 @@ function(itwin_test_properties name)
   if(ITWIN_SANITIZE MATCHES "thread")
     list(APPEND environment "TSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/testing/tsan.supp ignore_noninstrumented_modules=1 history_size=4 halt_on_error=1")
   elseif(ITWIN_SANITIZE)
-    list(APPEND environment "ASAN_OPTIONS=detect_stack_use_after_return=0" "UBSAN_OPTIONS=print_stacktrace=1")
+    list(APPEND environment "UBSAN_OPTIONS=print_stacktrace=1"
+      "LSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/testing/lsan.supp:print_suppressions=0"
+      # Freed memory is kept back for a while; little of it, as some tests look at the memory in use.
+      "ASAN_OPTIONS=detect_stack_use_after_return=0:quarantine_size_mb=8")
   endif()
   set_tests_properties(${ITWIN_TEST_PREFIX}${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT}
     ENVIRONMENT "${environment}")

@@ -35,6 +35,10 @@ class TreeBuilder : public YAML::EventHandler {
       Fail(mark, "an alias without its anchor");
       return;
     }
+    // Nodes that hold each other would never be freed.
+    for (const Level& level : levels_) {
+      if (level.node == found->second) return Fail(mark, "an alias of what it stands in, so the document would have no end");
+    }
     Add(found->second);
   }
   void OnScalar(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor,

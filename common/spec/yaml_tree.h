@@ -32,8 +32,8 @@ struct YamlNode {
 };
 
 // YAML or JSON. kInvalidArgument with the line for text that is neither, has several documents, is not UTF-8 or is
-// beyond the limits of spec_document.h. The tree may be a graph (aliases) and even have a cycle: whoever walks it
-// counts depth and nodes.
+// beyond the limits of spec_document.h. Nodes may be shared (aliases), so a small text can stand for a
+// huge tree: whoever walks it counts nodes. There are no cycles.
 // `where` replaces the line number in every node when it is not empty.
 absl::StatusOr<YamlNodePtr> ParseYaml(absl::string_view text, absl::string_view where = "");
 

@@ -47,10 +47,10 @@ TEST(PointCodec, RoundTripsRandomColumns) {
   for (int round = 0; round < 200; ++round) {
     PointColumns points;
     const size_t count = random() % 300;
-    int64_t step = 0;
+    uint64_t step = 0;  // wraps
     for (size_t i = 0; i < count; ++i) {
-      step += round % 2 == 0 ? 1 : static_cast<int64_t>(random());
-      points.steps.push_back(step);
+      step += round % 2 == 0 ? 1 : random();
+      points.steps.push_back(static_cast<int64_t>(step));
       points.times_us.push_back(static_cast<int64_t>(random()));
       points.values.push_back(std::bit_cast<double>(random()));
     }
