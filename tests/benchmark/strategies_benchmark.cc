@@ -87,7 +87,7 @@ double RateOverSlowLink(bool overlap, const fs::path& directory) {
       std::lock_guard lock(alone);  // LibTorch's one generator
       model = MakeModel(spec, *dataset, "");
     }
-    ModelledCommunicator slow(gradients, 1e-4, 1 / 0.6e9);
+    ModelledCommunicator slow(gradients, 1e-4, 1 / 0.2e9);
     NullMetricSink drop;
     CheckpointStore store(directory / "overlap", 1, control);
     StopRequest stop("", std::nullopt);
