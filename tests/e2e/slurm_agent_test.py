@@ -392,11 +392,15 @@ def test_doctor(site, agent):
 def test_the_scheduler_contract(site):
     """tests/contract/scheduler_contract.h against SlurmScheduler, as ada on the login node, and with sbatch losing its answers."""
     binary = pathlib.Path(os.environ.get("ITWIN_BUILD", BIN.parent)) / "tests" / "agent_scheduler_slurm_slurm_scheduler_test"
+    # Its jobs are expected to start at once: the last of what the tests before began must have left the nodes.
+    site.cluster.run("login", "scancel", "--user=ada", check=False)
+    wait_for("an empty queue", lambda: not site.cluster.run("login", "squeue", "-h", "-a").strip())
     root = site.cluster.home() / "contract"
     site.cluster.run("login", "mkdir", "-p", root)
     result = site.cluster.run("login", "env", f"ITWIN_BIN={site.cluster.bin}", f"ITWIN_TEST_SLURM_ROOT={root}", binary, "--gtest_brief=1",
                               check=False, seconds=170)
-    assert result.returncode == 0, result.stdout + result.stderr
+    queue = site.cluster.run("login", "squeue", "-a", "-t", "all", "-O", "JobID,Name:44,State,Reason:30,NodeList,StartTime", check=False)
+    assert result.returncode == 0, result.stdout + result.stderr + queue.stdout
 
 
 # ---- what was begun at the start ----
