@@ -34,8 +34,9 @@ class JobWatch {
   // What is new, in portions: reads the store, so it may wait for the disk. kUnavailable: the gateway stops; go on later
   // with the last cursor.
   absl::StatusOr<Step> Next();
-  // Whether Next would find nothing new, as far as is known without reading. True: `wake` will be called.
-  bool Rests() { return !more_ && subscription_->Rest(seen_); }
+  // Whether Next would find nothing new, as far as is known without reading. True: `wake` will be called. False, too, once the
+  // gateway stops.
+  bool Rests() { return !hub_.closed() && !more_ && subscription_->Rest(seen_); }
 
  private:
   JobWatch(JobStore* store, EventHub* hub, const Options& options, std::unique_ptr<EventHub::Subscription> subscription)

@@ -227,8 +227,12 @@ TEST_F(JobWatchTest, ClosingAndLimitsAreSaid) {
               StatusIs(absl::StatusCode::kResourceExhausted, _));
   absl::Notification woken;
   auto watch = Open(job.id, {}, [&] { woken.Notify(); });
+  Told told;
+  Drain(*watch, &told);
+  EXPECT_TRUE(watch->Rests());
   hub_.Close();
   EXPECT_TRUE(woken.HasBeenNotified());
+  EXPECT_FALSE(watch->Rests());  // nobody would wake it again
   EXPECT_THAT(watch->Next().status(), StatusIs(absl::StatusCode::kUnavailable, _));
   EXPECT_THAT(JobWatch::Open(store_.get(), &hub_, {.job = job.id, .cursor = {}}, [] {}).status(),
               StatusIs(absl::StatusCode::kUnavailable, _));
