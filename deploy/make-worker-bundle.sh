@@ -6,6 +6,7 @@
 #     --site-mpi  leave MPI and what belongs to it (PMIx, UCX, hwloc, fabrics) to the site: load its Open MPI by `modules` in the
 #                 site file. Its libmpi must be of the same major version as this machine's.
 #     --fast      compress less
+# Beside it lies FILE.operators.json: what models may use there. The gateway refuses others before they are queued.
 # Without --site-mpi this machine's Open MPI is packed with its plug-ins; launch it then by srun --mpi=pmix.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -103,7 +104,7 @@ chmod 755 "$work/bundle/itwin-worker"
 } >"$work/bundle/README"
 
 tar --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -C "$work/bundle" -cf - . | gzip -n "-$level" >"$output.part"
-# What models may use there, for the gateway: it refuses others before they are queued.
-"$worker" --operators >"$output.operators.json"
+"$worker" --operators >"$output.operators.json.part"
+mv "$output.operators.json.part" "$output.operators.json"
 mv "$output.part" "$output"
 echo "$output: $(du -h "$output" | cut -f1), $(find "$work/bundle/lib" -type f | wc -l) libraries; needs glibc $glibc_version or newer, $(uname -m)"

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <set>
+#include <utility>
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_join.h"
@@ -25,9 +26,9 @@ std::string NumberText(double value) {
   return absl::StrCat(value);
 }
 
-void Problems::Report(absl::string_view path, absl::string_view what) {
+void Problems::Add(std::string line) {
   ++total_;
-  if (lines_.size() < static_cast<size_t>(kMaxProblems)) lines_.push_back(absl::StrCat(path, ": ", what));
+  if (lines_.size() < static_cast<size_t>(kMaxProblems)) lines_.push_back(std::move(line));
 }
 
 absl::Status Problems::status() const {

@@ -27,7 +27,8 @@ std::string NumberText(double value);
 // Problems so far, each as "train.batch: -1 is out of range; ...".
 class Problems {
  public:
-  void Report(absl::string_view path, absl::string_view what);
+  void Report(absl::string_view path, absl::string_view what) { Add(absl::StrCat(path, ": ", what)); }
+  void Add(std::string line);
   bool none() const { return total_ == 0; }
   // kInvalidArgument with a line for each of the first kMaxProblems, and how many more there are.
   absl::Status status() const;

@@ -77,4 +77,10 @@ std::string UnknownNameHint(absl::string_view word, const std::vector<std::strin
   return absl::StrCat(candidates.size() == 1 ? "use " : "use one of ", absl::StrJoin(candidates, ", "));
 }
 
+std::string ListNames(const std::vector<std::string>& names, size_t most) {
+  const size_t shown = std::min(most, names.size());
+  return absl::StrCat(absl::StrJoin(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(shown), ", "),
+                      names.size() > shown ? absl::StrCat(" and ", names.size() - shown, " more") : "");
+}
+
 }  // namespace itwin

@@ -6,7 +6,7 @@
 
 #include "absl/strings/string_view.h"
 
-// "Did you mean": names that people mistype are answered with the nearest one there is. Pure.
+// Names in messages: those that people mistype are answered with the nearest one there is. Pure.
 namespace itwin {
 
 // The candidate with the fewest edits (insert, delete, replace, swap of neighbours; case, '-' and '_' do not
@@ -16,5 +16,8 @@ std::optional<std::string> NearestName(absl::string_view word, const std::vector
 
 // A clause for an error message: "did you mean 'adam'?", or "use one of sgd, adam, adamw" when nothing is near.
 std::string UnknownNameHint(absl::string_view word, const std::vector<std::string>& candidates);
+
+// "a, b and 3 more": at most `most` of them.
+std::string ListNames(const std::vector<std::string>& names, size_t most);
 
 }  // namespace itwin

@@ -19,6 +19,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
+#include "common/spec/checks.h"
 #include "common/spec/nearest_name.h"
 #include "common/spec/yaml_tree.h"
 #include "common/status_macros.h"
@@ -148,18 +149,11 @@ class DocumentReader {
     ReadMap(root, "", spec, 0);
   }
 
-  absl::Status status() const {
-    if (problems_.empty()) return absl::OkStatus();
-    std::string more;
-    if (total_ > problems_.size()) more = absl::StrCat("\n... and ", total_ - problems_.size(), " more");
-    return absl::InvalidArgumentError(absl::StrCat(absl::StrJoin(problems_, "\n"), more));
-  }
+  absl::Status status() const { return problems_.status(); }
 
  private:
   void Report(const YamlNode& node, const std::string& path, absl::string_view what) {
-    ++total_;
-    if (problems_.size() >= static_cast<size_t>(kMaxProblems)) return;
-    problems_.push_back(absl::StrCat(node.where, ": ", path, path.empty() ? "" : ": ", what));
+    problems_.Add(absl::StrCat(node.where, ": ", path, path.empty() ? "" : ": ", what));
   }
 
   // False (once reported) when the walk must end: aliases can make a small text a huge tree.
@@ -445,8 +439,7 @@ class DocumentReader {
     }
   }
 
-  std::vector<std::string> problems_;
-  size_t total_ = 0;
+  Problems problems_;
   int nodes_ = 0;
   bool exhausted_ = false;
 };

@@ -3,29 +3,27 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
+#include "common/spec/nearest_name.h"
 
 namespace itwin::server {
 namespace {
+
+constexpr size_t kNamedOperators = 12;
 
 bool Eligible(const PlacementRequest& request, const SiteOffer& offer) {
   if (!request.bound_site.empty()) return offer.name == request.bound_site;
   return request.site.empty() || request.site == "any" || offer.name == request.site;
 }
 
-constexpr size_t kNamedOperators = 12;
-
 bool HasSlurm(const SiteOffer& offer) { return offer.slurm.has_value() || offer.settings.scheduler == "slurm"; }
 
 // The operators that the site's LibTorch does not have, in words.
 std::string WhyNotComputed(const std::vector<std::string>& operators, const SiteOffer& offer) {
   if (operators.empty() || offer.settings.worker_operators == nullptr) return "";
-  WorkerOperators::Missing missing = offer.settings.worker_operators->WhatLacks(operators);
+  const WorkerOperators::Missing missing = offer.settings.worker_operators->WhatLacks(operators);
   if (missing.names.empty()) return "";
-  const size_t more = missing.names.size() > kNamedOperators ? missing.names.size() - kNamedOperators : 0;
-  missing.names.resize(missing.names.size() - more);
   return absl::StrCat("the LibTorch of site ", offer.name, " (", missing.libtorch, ") does not have ",
-                      absl::StrJoin(missing.names, ", "), more > 0 ? absl::StrCat(" and ", more, " more") : "",
+                      ListNames(missing.names, kNamedOperators),
                       "; hand the model over from a PyTorch of that version, write it without them, or name another site");
 }
 

@@ -9,7 +9,7 @@
 #include "itwin/v1/spec.pb.h"
 #include "server/dispatch/site_settings.h"
 
-// Where a job goes: pure. A site that is named, or the one that left the checkpoint to go on from, is the only
+// Where a job goes: pure, but that a site's WorkerOperators are asked once. A site that is named, or the one that left the checkpoint to go on from, is the only
 // choice; otherwise, of the ready sites that can run the job at all (slots, partition limits, GPUs, what the site allows), one
 // that has room at once before one where it would wait, then the one with the fewest jobs waiting, then the one with the most room.
 namespace itwin::server {

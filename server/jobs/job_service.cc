@@ -7,7 +7,6 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "common/files.h"
 #include "common/job_state_proto.h"
 #include "common/spec/file_references.h"
@@ -80,18 +79,14 @@ absl::Status JobService::CheckSite(absl::string_view site) const {
 
 absl::Status JobService::CheckInputs(const v1::JobSpec& spec) const {
   std::vector<std::string> missing;
-  size_t count = 0;
   for (const v1::InputFile& input : spec.inputs()) {
     ITWIN_ASSIGN_OR_RETURN(const BlobStore::Stat stat, blobs_.StatBlob(input.sha256()));
     if (stat.complete) continue;
-    if (++count <= kNamedMissing) {
-      missing.push_back(absl::StrCat(input.path(), " (", input.sha256(), stat.received_bytes > 0 ? ", only partly here)" : ")"));
-    }
+    missing.push_back(absl::StrCat(input.path(), " (", input.sha256(), stat.received_bytes > 0 ? ", only partly here)" : ")"));
   }
-  if (count == 0) return absl::OkStatus();
-  return absl::FailedPreconditionError(absl::StrCat("inputs: upload these files first, then submit again: ",
-                                                    absl::StrJoin(missing, ", "),
-                                                    count > kNamedMissing ? absl::StrCat(" and ", count - kNamedMissing, " more") : ""));
+  if (missing.empty()) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrCat("inputs: upload these files first, then submit again: ", ListNames(missing, kNamedMissing)));
 }
 
 absl::Status JobService::CheckPossible(const v1::JobSpec& spec) const {

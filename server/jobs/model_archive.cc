@@ -7,8 +7,8 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "common/spec/nearest_name.h"
 #include "common/status_macros.h"
 
 namespace itwin::server {
@@ -89,10 +89,8 @@ absl::Status CheckOperators(const std::vector<std::string>& operators) {
     if (!tensors) forbidden.push_back(name);
   }
   if (forbidden.empty()) return absl::OkStatus();
-  const size_t more = forbidden.size() > kNamedOperators ? forbidden.size() - kNamedOperators : 0;
-  forbidden.resize(forbidden.size() - more);
   return absl::InvalidArgumentError(absl::StrCat(
-      "train.model.archive: uses ", absl::StrJoin(forbidden, ", "), more > 0 ? absl::StrCat(" and ", more, " more") : "",
+      "train.model.archive: uses ", ListNames(forbidden, kNamedOperators),
       ", which a model may not use at a site: models compute with tensors, they do not reach for files, threads or other "
       "processes (`itwin-worker --operators` lists what they may)"));
 }

@@ -1,4 +1,5 @@
 """The worker as one file for sites without LibTorch: it starts from any directory with its own libraries."""
+import json
 import os
 import subprocess
 import tarfile
@@ -17,6 +18,8 @@ def bundle(tmp_path_factory):
     output = directory / "worker.tar.gz"
     subprocess.run([SOURCE / "deploy" / "make-worker-bundle.sh", "--fast", "--worker", BIN / "itwin-worker", "--output", output],
                    check=True, stdout=subprocess.DEVNULL, timeout=300)
+    operators = json.loads((directory / "worker.tar.gz.operators.json").read_text())
+    assert "aten::linear" in operators["operators"] and operators["libtorch"]
     elsewhere = directory / "some where else"
     with tarfile.open(output) as archive:
         archive.extractall(elsewhere)

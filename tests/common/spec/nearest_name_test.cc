@@ -43,5 +43,11 @@ TEST(UnknownNameHint, ListsTheNamesWhenNothingIsNear) {
   EXPECT_LT(UnknownNameHint("zzz", many).size(), 300u);
 }
 
+TEST(ListNames, SaysHowManyMoreThereAre) {
+  EXPECT_EQ(ListNames({}, 2), "");
+  EXPECT_EQ(ListNames({"a", "b"}, 2), "a, b");
+  EXPECT_EQ(ListNames({"a", "b", "c", "d"}, 2), "a, b and 2 more");
+}
+
 }  // namespace
 }  // namespace itwin
