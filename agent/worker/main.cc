@@ -223,20 +223,6 @@ struct RunState {
   std::optional<Contract> contract;
 };
 
-int CodeOf(const WorkerError& error) {
-  switch (error.failure) {
-    case FailureClass::kUser:
-      return 2;
-    case FailureClass::kApp:
-      return 3;
-    case FailureClass::kResource:
-      return 4;
-    case FailureClass::kInfra:
-      return 5;
-  }
-  return 3;
-}
-
 // Whatever was thrown, as one of ours.
 WorkerError Translate(const std::exception_ptr& error) {
   const auto is_memory = [](const std::string& text) {
@@ -314,8 +300,8 @@ int EndJob(const World* world, const RunState& state) {
   const WorkerError error = Translate(std::current_exception());
   ReportFailure(state, error);
   std::fflush(stdout);
-  if (world != nullptr && world->size() > 1) MpiWorld::Abort(CodeOf(error));
-  return CodeOf(error);
+  if (world != nullptr && world->size() > 1) MpiWorld::Abort(ExitCode(error.failure));
+  return ExitCode(error.failure);
 }
 
 // Watches this rank from now on; gives up on behalf of all when nothing happens any more.
@@ -332,7 +318,7 @@ HangDetector::Options WatchFor(World& world, const RunState& state, const Machin
               [&state](const WorkerError& error) {
                 ReportFailure(state, error);
                 std::fflush(stdout);
-                MpiWorld::Abort(CodeOf(error));
+                MpiWorld::Abort(ExitCode(error.failure));
               }};
 }
 
@@ -562,6 +548,10 @@ int Train(World& world, RunState& state) {
       // bucket.
       return EndJob(&world, state);
     }
+    if (first && !outcome.saved && spec.checkpoint.export_optimizer)
+      // A run that only had its last evaluation left has saved nothing itself.
+      ExportOptimizer({contract.checkpoints, contract.resume}, outcome.steps,
+                      contract.outputs / "optimizer.safetensors");
     if (!device.is_cpu()) model->MoveTo(at::kCPU);  // for all that is written from here on
     metrics->Flush();
     energy = EnergyJson(SumEnergy(monitor, control), outcome.samples);

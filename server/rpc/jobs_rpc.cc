@@ -3,7 +3,6 @@
 #include <grpcpp/support/byte_buffer.h>
 #include <grpcpp/support/slice.h>
 
-#include <atomic>
 #include <memory>
 #include <string>
 #include <utility>
@@ -113,9 +112,7 @@ class WatchReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
   // Whose turn it is:
   std::unique_ptr<JobWatch> watch_;
   grpc::ByteBuffer message_;  // being written
-  // message_ is the last. The feeder's last word before a write and the first that is read behind it: the turn goes through
-  // gRPC then, whose order a sanitizer does not see.
-  std::atomic<bool> finished_ = false;
+  bool finished_ = false;     // message_ is the last
 };
 
 }  // namespace

@@ -1,9 +1,7 @@
 // What the strategies cost and bring. One compute thread per rank throughout.
-//   strategies_benchmark overlap     ddp reducing during backward against after it, over a slow link
-//   strategies_benchmark bandwidth   collectives of the communicator against plain MPI_Allreduce
-//   strategies_benchmark memory      bytes per rank of zero1..3 against theory
-//   strategies_benchmark model       an alpha-beta model of the all-reduce fitted at two ranks, its
-//                                    prediction for 3 and 4 ranks beside what they take, and for 512
+//   strategies_benchmark overlap     ddp reducing during backward against after it, over a slow
+//   link strategies_benchmark bandwidth   all-reduce of the communicator against plain
+//   MPI_Allreduce strategies_benchmark memory      bytes per rank of zero1..3 against theory
 //   strategies_benchmark pytorch     one rank against PyTorch
 //   strategies_benchmark gloo        two ranks against PyTorch DDP over gloo
 // Without an argument: all of them, one after the other.
@@ -19,9 +17,11 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <sstream>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <nlohmann/json.hpp>
@@ -144,31 +144,53 @@ std::string RunUnderMpi(int ranks, std::vector<std::string> argv, const fs::path
   return program.Output();
 }
 
-// One rank of `bandwidth` and `model`: prints, on rank 0, a line per size: bytes, seconds of the
-// communicator's all-reduce, seconds of plain MPI_Allreduce. Turn by turn, medians.
+// One rank of `bandwidth` and of network_benchmark.py: prints, on rank 0, a line per operation and
+// size: bytes in all (or a few less, to be equal parts), seconds of the communicator's, of MPI's
+// own. Turn by turn, medians.
 int CollectivesRank() {
   MpiWorld world;
   const auto communicator = world.MakeThreaded();
-  for (int64_t bytes = 1 << 8; bytes <= int64_t{32} << 20; bytes *= 8) {
-    std::vector<float> values(static_cast<size_t>(bytes) / 4, 1.0f);
-    std::vector<double> ours, plain;
-    const int rounds = bytes < 1 << 16 ? 400 : 25;
-    for (int i = 0; i < rounds; ++i) {
-      MPI_Barrier(MPI_COMM_WORLD);
-      double start = Seconds();
-      communicator->AllReduce(BufferOf(std::span(values)), Reduction::kSum)->Wait();
-      ours.push_back(Seconds() - start);
-      std::fill(values.begin(), values.end(), 1.0f);
-      MPI_Barrier(MPI_COMM_WORLD);
-      start = Seconds();
-      MPI_Allreduce(MPI_IN_PLACE, values.data(), static_cast<int>(values.size()), MPI_FLOAT, MPI_SUM,
-                    MPI_COMM_WORLD);
-      plain.push_back(Seconds() - start);
-      std::fill(values.begin(), values.end(), 1.0f);
+  const int ranks = world.size();
+  for (const int64_t bytes : {256, 4 << 10, 64 << 10, 512 << 10, 1 << 20, 4 << 20, 8 << 20}) {
+    const int part = static_cast<int>(bytes / 4 / ranks);  // elements
+    const int all = part * ranks;
+    std::vector<float> values(static_cast<size_t>(all)), mine(static_cast<size_t>(part));
+    const Buffer whole = BufferOf(std::span(values)), own = BufferOf(std::span(mine));
+    using Call = std::function<void()>;
+    const std::tuple<const char*, Call, Call> operations[] = {
+        {"all-reduce", [&] { communicator->AllReduce(whole, Reduction::kSum)->Wait(); },
+         [&] {
+           MPI_Allreduce(MPI_IN_PLACE, values.data(), all, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+         }},
+        {"reduce-scatter",
+         [&] { communicator->ReduceScatter(whole, own, Reduction::kSum)->Wait(); },
+         [&] {
+           MPI_Reduce_scatter_block(values.data(), mine.data(), part, MPI_FLOAT, MPI_SUM,
+                                    MPI_COMM_WORLD);
+         }},
+        {"all-gather", [&] { communicator->AllGather(own, whole)->Wait(); },
+         [&] {
+           MPI_Allgather(mine.data(), part, MPI_FLOAT, values.data(), part, MPI_FLOAT,
+                         MPI_COMM_WORLD);
+         }}};
+    for (const auto& [name, of_ours, of_mpi] : operations) {
+      const auto time = [&](const Call& call) {
+        std::fill(values.begin(), values.end(), 1.0f);
+        std::fill(mine.begin(), mine.end(), 1.0f);
+        MPI_Barrier(MPI_COMM_WORLD);
+        const double start = Seconds();
+        call();
+        return Seconds() - start;
+      };
+      std::vector<double> ours, plain;
+      for (int i = 0; i < (bytes < 1 << 16 ? 400 : 9); ++i) {
+        ours.push_back(time(of_ours));
+        plain.push_back(time(of_mpi));
+      }
+      if (world.rank() == 0)
+        std::printf("%s %lld %.9f %.9f\n", name, static_cast<long long>(bytes), Median(ours),
+                    Median(plain));
     }
-    if (world.rank() == 0)
-      std::printf("size %lld %.9f %.9f\n", static_cast<long long>(bytes), Median(ours),
-                  Median(plain));
   }
   return 0;
 }
@@ -176,12 +198,12 @@ int CollectivesRank() {
 struct Measured {
   double bytes, ours, plain;
 };
-std::vector<Measured> MeasureCollectives(int ranks, const fs::path& directory) {
+std::vector<Measured> MeasureAllReduce(int ranks, const fs::path& directory) {
   std::istringstream in(RunUnderMpi(ranks, {Self(), "collectives-rank"}, directory));
   std::vector<Measured> all;
   for (std::string word; in >> word;) {
     Measured m{};
-    if (word == "size" && in >> m.bytes >> m.ours >> m.plain) all.push_back(m);
+    if (word == "all-reduce" && in >> m.bytes >> m.ours >> m.plain) all.push_back(m);
   }
   return all;
 }
@@ -189,7 +211,7 @@ std::vector<Measured> MeasureCollectives(int ranks, const fs::path& directory) {
 void Bandwidth(const fs::path& directory) {
   std::map<double, std::vector<Measured>> by_size;
   for (int round = 0; round < kRounds; ++round) {
-    for (const Measured& m : MeasureCollectives(2, directory)) by_size[m.bytes].push_back(m);
+    for (const Measured& m : MeasureAllReduce(2, directory)) by_size[m.bytes].push_back(m);
   }
   for (const auto& [bytes, runs] : by_size) {
     if (bytes < 1 << 20) continue;  // a bucket is larger
@@ -201,54 +223,6 @@ void Bandwidth(const fs::path& directory) {
     }
     PrintFigure("all_reduce_bandwidth_" + std::to_string(static_cast<int64_t>(bytes) >> 20) + "mb",
                 Median(ours), "GB/s", Median(plain), kRounds, Median(ratios));
-  }
-}
-
-// ---- the model: T(p, S) = 2 log2(p) alpha + 2 (p - 1) / p S beta, fitted at two ranks with one
-// beta per size class (a cache holds small buffers), 2.4 in docs/training.md
-
-struct AlphaBeta {
-  double alpha = 0;
-  std::map<double, double> beta;  // by bytes
-
-  double Predict(int p, double bytes) const {
-    const auto at = beta.lower_bound(bytes);
-    const double b = at == beta.end() ? beta.rbegin()->second : at->second;
-    return 2 * std::log2(p) * alpha + 2.0 * (p - 1) / p * bytes * b;
-  }
-};
-
-void FitModel(const fs::path& directory) {
-  std::map<int, std::map<double, std::vector<double>>> times;  // ranks, bytes
-  for (int round = 0; round < kRounds; ++round) {
-    for (const int ranks : {2, 3, 4}) {
-      for (const Measured& m : MeasureCollectives(ranks, directory))
-        times[ranks][m.bytes].push_back(m.ours);
-    }
-  }
-  AlphaBeta model;
-  model.alpha = Median(times[2].begin()->second) / 2;
-  for (const auto& [bytes, seconds] : times[2])
-    model.beta[bytes] = std::max(0.0, Median(seconds) - 2 * model.alpha) / bytes;
-  std::printf("alpha %.2f us; beta by size:", model.alpha * 1e6);
-  for (const auto& [bytes, beta] : model.beta)
-    std::printf(" %.0f B %.2f GB/s", bytes, beta > 0 ? 1e-9 / beta : 0);
-  std::printf("\n(measured with more ranks than processors where there are fewer than ranks)\n");
-  for (const int ranks : {2, 3, 4}) {
-    for (const auto& [bytes, seconds] : times[ranks]) {
-      const double measured = Median(seconds), predicted = model.Predict(ranks, bytes);
-      std::printf("ranks %d  %9.0f B  measured %10.1f us  predicted %10.1f us  residual %+6.1f %%\n",
-                  ranks, bytes, measured * 1e6, predicted * 1e6, 100 * (predicted / measured - 1));
-      if (bytes == times[ranks].rbegin()->first && ranks > 2) {
-        PrintFigure("alpha_beta_prediction_" + std::to_string(ranks) + "_ranks", predicted * 1e3,
-                    "ms", measured * 1e3, kRounds);
-      }
-    }
-  }
-  for (int ranks = 2; ranks <= 512; ranks *= 2) {
-    const double bytes = model.beta.rbegin()->first;
-    std::printf("ranks %3d  %9.0f B  predicted %10.1f us\n", ranks, bytes,
-                model.Predict(ranks, bytes) * 1e6);
   }
 }
 
@@ -301,8 +275,8 @@ double SteadyRate(const fs::path& directory) {
 // The same modules, exported by the script and run by it: tests/benchmark/pytorch_reference.py.
 void AgainstPytorch(int ranks, const std::string& figure, const fs::path& directory) {
   const char* source = std::getenv("ITWIN_SOURCE");
-  const std::string script = (source == nullptr ? std::string(".") : source) +
-                             "/tests/benchmark/pytorch_reference.py";
+  const std::string script =
+      (source == nullptr ? std::string(".") : source) + "/tests/benchmark/pytorch_reference.py";
   const auto python = [&](std::vector<std::string> arguments) {
     arguments.insert(arguments.begin(), {"/usr/bin/python3", script});
     const fs::path log = directory / "python.log";
@@ -325,20 +299,19 @@ void AgainstPytorch(int ranks, const std::string& figure, const fs::path& direct
   int models = 0;
   for (const std::string name : {"mlp", "resnet", "lstm", "transformer"}) {
     const Json form = Json::parse(std::ifstream(directory / (name + ".json")));
-    const Json job = {{"name", name},
-                      {"resources", {{"cpus_per_rank", 1}}},
-                      {"train",
-                       {{"model", {{"torchscript", (directory / (name + ".pt")).string()}}},
-                        {"data",
-                         {{"synthetic",
-                           {{"samples", form["samples"]},
-                            {"input_shape", form["input"]},
-                            {"classes", 10}}}}},
-                        {"loss", "cross_entropy"},
-                        {"optimizer", {{"adam", {{"lr", 1e-3}}}}},
-                        {"batch", form["batch"].get<int>() * ranks},
-                        {"epochs", 3},
-                        {"check_every", 0}}}};
+    const Json job = {
+        {"name", name},
+        {"resources", {{"cpus_per_rank", 1}}},
+        {"train",
+         {{"model", {{"torchscript", (directory / (name + ".pt")).string()}}},
+          {"data",
+           {{"synthetic",
+             {{"samples", form["samples"]}, {"input_shape", form["input"]}, {"classes", 10}}}}},
+          {"loss", "cross_entropy"},
+          {"optimizer", {{"adam", {{"lr", 1e-3}}}}},
+          {"batch", form["batch"].get<int>() * ranks},
+          {"epochs", 3},
+          {"check_every", 0}}}};
     std::vector<double> ours, theirs, ratios;
     for (int round = 0; round < kRounds; ++round) {
       const auto mine = [&] {
@@ -362,9 +335,7 @@ void AgainstPytorch(int ranks, const std::string& figure, const fs::path& direct
 void Pytorch(const fs::path& directory) {
   AgainstPytorch(1, "one_rank_against_pytorch", directory);
 }
-void Gloo(const fs::path& directory) {
-  AgainstPytorch(2, "two_ranks_against_ddp_gloo", directory);
-}
+void Gloo(const fs::path& directory) { AgainstPytorch(2, "two_ranks_against_ddp_gloo", directory); }
 
 int Main(int argc, char** argv) {
   const std::string part = argc > 1 ? argv[1] : "";
@@ -375,7 +346,6 @@ int Main(int argc, char** argv) {
   const std::pair<const char*, void (*)(const fs::path&)> parts[] = {{"overlap", Overlap},
                                                                      {"bandwidth", Bandwidth},
                                                                      {"memory", Memory},
-                                                                     {"model", FitModel},
                                                                      {"pytorch", Pytorch},
                                                                      {"gloo", Gloo}};
   for (const auto& [name, run] : parts) {

@@ -406,6 +406,18 @@ def test_the_scheduler_contract(site):
 # ---- what was begun at the start ----
 
 
+@pytest.mark.parametrize("distribution", ["block", "cyclic"])
+def test_the_workers_collectives_go_round_a_ring_between_nodes(site, distribution):
+    binary = pathlib.Path(os.environ.get("ITWIN_BUILD", BIN.parent)) / "tests" / "worker_dist_mpi_communicator_test"
+    for suite in ("Keeps*", "Says*"):
+        result = site.cluster.run("login", "srun", "--mpi=pmix", "-N3", "-n6", "-m", distribution, "env", "ITWIN_TEST_RANKS=6",
+                                  "OMPI_MCA_mpi_yield_when_idle=1", binary, "--gtest_also_run_disabled_tests",
+                                  f"--gtest_filter=MpiRank.DISABLED_{suite}", check=False, seconds=120)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert sorted(line for line in result.stdout.splitlines() if line.startswith("rank ")) == [
+        f"rank {rank}: long 1 short 0" for rank in range(6)]
+
+
 def test_preemption(site, agent):
     status = agent.ends(site.low.attempt)
     assert agent.cause(status) == "PREEMPTED" and list(status.nodes) == ["n3"], status

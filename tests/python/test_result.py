@@ -11,7 +11,7 @@ import torch
 
 import modules
 from itwin import artifacts, safetensors
-from itwin.errors import DamagedError, ItwinError, ModelError, NotFoundError
+from itwin.errors import DamagedError, ItwinError, ModelError, NotFoundError, OptimizerError
 
 
 def to_safetensors(tensors):
@@ -124,6 +124,72 @@ def test_load_puts_weights_and_buffers_into_the_module(fake, gw, job):
     fake.put_output(job, "weights.safetensors", to_safetensors(trained.state_dict()))
     assert gw.job("7f3c").result().load(net) is net
     assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in trained.state_dict().items())
+
+
+def trained_with(optimizer, net, step="step"):
+    """What a job would leave of this optimizer."""
+    names = {id(p): name for name, p in net.named_parameters()}
+    state = {step: torch.tensor([7])}
+    for parameter, values in optimizer.state.items():
+        state |= {f"{name}/{names[id(parameter)]}": value for name, value in values.items()
+                  if name != "step" and value is not None}
+    return state
+
+
+def optimized(kind, net, **options):
+    optimizer = kind(net.parameters(), **options)
+    for _ in range(7):
+        net(torch.randn(5, 4)).square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("kind, options", [("SGD", {"lr": 0.1, "momentum": 0.9}), ("SGD", {"lr": 0.1}), ("Adam", {}), ("AdamW", {}),
+                                           ("RMSprop", {"momentum": 0.5}), ("Adagrad", {})])
+def test_load_puts_the_state_into_the_optimizer(fake, gw, job, kind, options):
+    kind = getattr(torch.optim, kind)
+    trained, net = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
+    theirs, ours = optimized(kind, trained, **options), kind(net.parameters(), **options)
+    fake.put_output(job, "weights.safetensors", to_safetensors(trained.state_dict()))
+    fake.put_output(job, "optimizer.safetensors", to_safetensors(trained_with(theirs, trained)))
+    gw.job("7f3c").result().load(net, ours)
+    x = torch.randn(3, 4)
+    for module, optimizer in ((trained, theirs), (net, ours)):  # they go on alike
+        for _ in range(2):
+            optimizer.zero_grad()
+            module(x).square().mean().backward()
+            optimizer.step()
+    assert torch.equal(net.weight, trained.weight) and torch.equal(net.bias, trained.bias)
+
+
+def test_an_optimizer_that_does_not_fit_changes_nothing(fake, gw, job):
+    trained, net = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
+    fake.put_output(job, "weights.safetensors", to_safetensors(trained.state_dict()))
+    adam, before = torch.optim.Adam(net.parameters()), net.weight.clone()
+    with pytest.raises(NotFoundError, match="export_optimizer"):
+        gw.job("7f3c").result().load(net, adam)
+    state = trained_with(optimized(torch.optim.SGD, trained, lr=0.1, momentum=0.9), trained)
+    fake.put_output(job, "optimizer.safetensors", to_safetensors(state))
+    result = gw.job("7f3c").result()
+    for optimizer, message in ((adam, "exp_avg/weight is missing.*Nothing was changed"),
+                               ({"critic": adam}, "one optimizer and none named 'critic'"),
+                               (torch.optim.LBFGS(net.parameters()), "LBFGS cannot.*Possible: SGD, Adam"),
+                               (torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], 0.1), r"shape \(3,\) is not the module's")):
+        with pytest.raises(OptimizerError, match=message):
+            result.load(net, optimizer)
+    assert torch.equal(net.weight, before) and not adam.state
+
+
+def test_the_optimizers_of_phases_are_named(fake, gw, job):
+    trained, net = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
+    state = trained_with(optimized(torch.optim.Adam, trained), trained, "step/critic")
+    fake.put_output(job, "weights.safetensors", to_safetensors(trained.state_dict()))
+    fake.put_output(job, "optimizer.safetensors", to_safetensors(state))
+    adam, result = torch.optim.Adam(net.parameters()), gw.job("7f3c").result()
+    with pytest.raises(OptimizerError, match="several optimizers.*names of critic"):
+        result.load(net, adam)
+    result.load(net, {"critic": adam})
+    assert torch.equal(adam.state[net.weight]["exp_avg"], state["exp_avg/weight"])
 
 
 def test_load_from_the_model_alone_and_for_tied_weights(fake, gw, job):

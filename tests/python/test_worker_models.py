@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 import modules
 from itwin import archive, safetensors
+from itwin.optimizer import trained_state
 
 WORKER = pathlib.Path(os.environ.get("ITWIN_BIN", "bin")) / "itwin-worker"
 SAMPLES, STEPS, LR = 24, 10, 0.05
@@ -78,6 +79,30 @@ def test_the_losses_are_those_of_pytorch(name, form, tmp_path):
     weights = safetensors.read(tmp_path / "spool" / "outputs" / "weights.safetensors")
     for key, tensor in net.state_dict().items():
         np.testing.assert_allclose(weights[key].numpy(), tensor.numpy(), rtol=1e-4, atol=2e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("kind, options", [("Adam", {"lr": LR}), ("SGD", {"lr": LR, "momentum": 0.9}), ("Adagrad", {"lr": LR}),
+                                           ("RMSprop", {"lr": LR / 50, "momentum": 0.9})])
+def test_pytorch_goes_on_where_the_job_ended(kind, options, tmp_path):
+    model, loss, x, y = data_of("mlp")
+    archive.export(make(model), {"input": x[:3], "target": y[:3]}, tmp_path / "net.itw", loss)
+    train = {"model": {"archive": "net.itw"}, "optimizer": {kind.lower(): options}, "checkpoint": {"export_optimizer": True}}
+    arrays = {"input": x, "target": y}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "net.itw").write_bytes((tmp_path / "net.itw").read_bytes())
+    _, losses = run(tmp_path / "whole", {**train, "epochs": STEPS + 4}, arrays)
+    run(tmp_path, train, arrays)
+    outputs = tmp_path / "spool" / "outputs"
+    net = model()
+    net.load_state_dict(safetensors.read(outputs / "weights.safetensors"))
+    optimizer = getattr(torch.optim, kind)(net.parameters(), **options)
+    optimizer.load_state_dict(trained_state(optimizer, net, safetensors.read(outputs / "optimizer.safetensors")))
+    for expected in losses[STEPS:]:
+        optimizer.zero_grad()
+        value = torch.nn.functional.mse_loss(net(x), y)
+        value.backward()
+        optimizer.step()
+        np.testing.assert_allclose(value.item(), expected, rtol=1e-5)
 
 
 def test_evaluation_is_that_of_eval_mode(tmp_path):

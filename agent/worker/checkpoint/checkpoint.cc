@@ -46,6 +46,8 @@ std::string ExactText(double value) {
   return text;
 }
 
+std::string StepName(int64_t step) { return "step-" + std::to_string(step); }
+
 // n of "step-<n>", or nothing.
 std::optional<int64_t> StepOf(const fs::path& directory) {
   const std::string name = directory.filename().string();
@@ -291,7 +293,7 @@ void CheckpointStore::Save(const CheckpointParts& parts) {
   Writing& writing = *writing_;
   writing.head = parts;
   writing.start = start;
-  writing.final_path = directory_ / ("step-" + std::to_string(parts.position.step));
+  writing.final_path = directory_ / StepName(parts.position.step);
   writing.partial = writing.final_path;
   writing.partial += ".partial";
   const bool first = communicator_.rank() == 0;
@@ -519,6 +521,24 @@ CheckpointContents LoadNewestCheckpoint(const fs::path& directory, Communicator&
     if (first) warn(problem);
     if (newest_problem.empty()) newest_problem = problem;
   }
+}
+
+void ExportOptimizer(const std::vector<fs::path>& directories, int64_t step,
+                     const fs::path& to) {
+  for (const fs::path& directory : directories) {
+    const fs::path from = directory / StepName(step) / kOptimizer;
+    if (directory.empty() || !fs::exists(from)) continue;
+    std::error_code error;
+    fs::remove(to, error);
+    fs::create_hard_link(from, to, error);
+    if (error) {
+      fs::copy_file(from, to, error);
+      if (error) ThrowIoError("cannot write", to, error.value());
+      OutputFile(to, /*append=*/true).SyncAndClose();
+    }
+    return SyncDirectory(to.parent_path());
+  }
+  throw AppError("there is no " + StepName(step) + " to take the optimiser's state from");
 }
 
 }  // namespace itwin::worker

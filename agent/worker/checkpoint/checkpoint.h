@@ -139,4 +139,10 @@ CheckpointContents LoadNewestCheckpoint(const std::filesystem::path& directory,
                                         Communicator& communicator,
                                         const std::function<void(const std::string&)>& warn);
 
+// Puts the optimiser's state of the checkpoint of `step`, in the first of `directories` that has
+// it, at `to`, in place of what may be there: a second name of the same bytes where the file system
+// has that, else a copy. For one rank. Throws AppError when there is none, else as OutputFile.
+void ExportOptimizer(const std::vector<std::filesystem::path>& directories, int64_t step,
+                     const std::filesystem::path& to);
+
 }  // namespace itwin::worker

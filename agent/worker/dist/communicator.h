@@ -54,7 +54,7 @@ class Communicator {
   virtual int size() const = 0;
 
   // In place. kByte cannot be reduced. Every rank gets the same bits. The 16-bit types are added in
-  // float32 and rounded; how often (once, or at each of log2(size()) stages) is the implementation's.
+  // float32 and rounded; how often (once, up to size() - 1 times) is the implementation's.
   virtual std::unique_ptr<Work> AllReduce(Buffer buffer, Reduction reduction) = 0;
   virtual std::unique_ptr<Work> Broadcast(Buffer buffer, int root) = 0;
   // `mine` has the same size on every rank; `all` holds size() times as much, in rank order. `mine`

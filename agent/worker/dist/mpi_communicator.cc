@@ -1,9 +1,5 @@
 #include "agent/worker/dist/mpi_communicator.h"
 
-#define OMPI_SKIP_MPICXX 1
-#define MPICH_SKIP_MPICXX 1
-#include <mpi.h>
-
 #include <algorithm>
 #include <condition_variable>
 #include <cstdlib>
@@ -14,6 +10,7 @@
 #include <vector>
 
 #include "agent/worker/dist/half.h"
+#include "agent/worker/dist/mpi_ring.h"
 #include "agent/worker/dist/work_thread.h"
 #include "agent/worker/error.h"
 
@@ -24,7 +21,7 @@ namespace {
 constexpr int64_t kMaxElementsPerCall = 1 << 28;
 
 // MPI has no 16-bit floats: they travel as a type of ours that is added by functions of ours, so the
-// sum is rounded to 16 bits at every stage of the library's algorithm.
+// sum is rounded to 16 bits at every stage of the algorithm.
 template <uint16_t (*To)(float), float (*From)(uint16_t), bool kMax>
 void CombineHalf(void* in, void* in_out, int* count, MPI_Datatype*) {
   const auto* a = static_cast<const uint16_t*>(in);
@@ -80,14 +77,6 @@ MPI_Op OpOf(ElementType type, Reduction reduction) {
   return sum ? MPI_SUM : MPI_MAX;
 }
 
-void Check(int code, const char* call) {
-  if (code == MPI_SUCCESS) return;
-  char text[MPI_MAX_ERROR_STRING];
-  int length = 0;
-  MPI_Error_string(code, text, &length);
-  throw AppError(std::string(call) + ": " + std::string(text, length));
-}
-
 template <typename F>
 void InPieces(Buffer buffer, F f) {
   const int64_t element = buffer.count > 0 ? SizeInBytes(buffer) / buffer.count : 1;
@@ -97,36 +86,44 @@ void InPieces(Buffer buffer, F f) {
   }
 }
 
-void BlockingAllReduce(MPI_Comm comm, Buffer buffer, Reduction reduction) {
+void BlockingAllReduce(MPI_Comm comm, MpiRing& ring, Buffer buffer, Reduction reduction) {
+  const MPI_Datatype type = TypeOf(buffer.type);
+  const MPI_Op op = OpOf(buffer.type, reduction);
+  if (ring.Serves(SizeInBytes(buffer))) return ring.AllReduce(buffer.data, buffer.count, type, op);
   InPieces(buffer, [&](void* data, int count) {
-    Check(MPI_Allreduce(MPI_IN_PLACE, data, count, TypeOf(buffer.type),
-                        OpOf(buffer.type, reduction), comm),
-          "MPI_Allreduce");
+    CheckMpi(MPI_Allreduce(MPI_IN_PLACE, data, count, type, op, comm), "MPI_Allreduce");
   });
 }
 
 void BlockingBroadcast(MPI_Comm comm, Buffer buffer, int root) {
   InPieces(buffer, [&](void* data, int count) {
-    Check(MPI_Bcast(data, count, TypeOf(buffer.type), root, comm), "MPI_Bcast");
+    CheckMpi(MPI_Bcast(data, count, TypeOf(buffer.type), root, comm), "MPI_Bcast");
   });
 }
 
-void BlockingAllGather(MPI_Comm comm, Buffer mine, Buffer all) {
+void BlockingAllGather(MPI_Comm comm, MpiRing& ring, Buffer mine, Buffer all) {
+  if (ring.Serves(SizeInBytes(all))) return ring.AllGather(mine.data, all.data, SizeInBytes(mine));
   if (mine.count > kMaxElementsPerCall) throw AppError("AllGather of a buffer that is too long");
   int rank = 0;
   MPI_Comm_rank(comm, &rank);
   const bool in_place = mine.data == static_cast<char*>(all.data) + rank * SizeInBytes(mine);
-  Check(MPI_Allgather(in_place ? MPI_IN_PLACE : mine.data, static_cast<int>(mine.count),
-                      TypeOf(mine.type), all.data,
-                      static_cast<int>(mine.count), TypeOf(all.type), comm),
-        "MPI_Allgather");
+  CheckMpi(MPI_Allgather(in_place ? MPI_IN_PLACE : mine.data, static_cast<int>(mine.count),
+                         TypeOf(mine.type), all.data, static_cast<int>(mine.count),
+                         TypeOf(all.type), comm),
+           "MPI_Allgather");
 }
 
-void BlockingReduceScatter(MPI_Comm comm, Buffer all, Buffer mine, Reduction reduction) {
-  if (mine.count > kMaxElementsPerCall) throw AppError("ReduceScatter to a buffer that is too long");
-  Check(MPI_Reduce_scatter_block(all.data, mine.data, static_cast<int>(mine.count),
-                                 TypeOf(mine.type), OpOf(mine.type, reduction), comm),
-        "MPI_Reduce_scatter_block");
+void BlockingReduceScatter(MPI_Comm comm, MpiRing& ring, Buffer all, Buffer mine,
+                           Reduction reduction) {
+  const MPI_Datatype type = TypeOf(mine.type);
+  const MPI_Op op = OpOf(mine.type, reduction);
+  if (ring.Serves(SizeInBytes(all)))
+    return ring.ReduceScatter(all.data, mine.data, mine.count, type, op);
+  if (mine.count > kMaxElementsPerCall)
+    throw AppError("ReduceScatter to a buffer that is too long");
+  CheckMpi(MPI_Reduce_scatter_block(all.data, mine.data, static_cast<int>(mine.count), type, op,
+                                    comm),
+           "MPI_Reduce_scatter_block");
 }
 
 class Done : public Work {
@@ -139,8 +136,8 @@ class Messages : public Work {
  public:
   std::vector<MPI_Request> requests;
   void Wait() override {
-    Check(MPI_Waitall(static_cast<int>(requests.size()), requests.data(), MPI_STATUSES_IGNORE),
-          "MPI_Waitall");
+    CheckMpi(MPI_Waitall(static_cast<int>(requests.size()), requests.data(), MPI_STATUSES_IGNORE),
+             "MPI_Waitall");
   }
 };
 
@@ -162,7 +159,7 @@ class Logged {
 // Shared by both kinds: owns an MPI communicator.
 class MpiBase : public Communicator {
  public:
-  MpiBase(MPI_Comm owned, CollectiveLog* log) : log_(log), comm_(owned) {
+  MpiBase(MPI_Comm owned, CollectiveLog* log) : log_(log), comm_(owned), ring_(owned) {
     MPI_Comm_rank(comm_, &rank_);
     MPI_Comm_size(comm_, &size_);
   }
@@ -173,7 +170,7 @@ class MpiBase : public Communicator {
   std::unique_ptr<Work> AllReduce(Buffer buffer, Reduction reduction) override {
     return Start([=, this] {
       const Logged logged(log_, "all-reduce", buffer);
-      BlockingAllReduce(comm_, buffer, reduction);
+      BlockingAllReduce(comm_, ring_, buffer, reduction);
     });
   }
   std::unique_ptr<Work> Broadcast(Buffer buffer, int root) override {
@@ -185,44 +182,44 @@ class MpiBase : public Communicator {
   std::unique_ptr<Work> AllGather(Buffer mine, Buffer all) override {
     return Start([=, this] {
       const Logged logged(log_, "all-gather", all);
-      BlockingAllGather(comm_, mine, all);
+      BlockingAllGather(comm_, ring_, mine, all);
     });
   }
   std::unique_ptr<Work> ReduceScatter(Buffer all, Buffer mine, Reduction reduction) override {
     return Start([=, this] {
       const Logged logged(log_, "reduce-scatter", all);
-      BlockingReduceScatter(comm_, all, mine, reduction);
+      BlockingReduceScatter(comm_, ring_, all, mine, reduction);
     });
   }
   std::unique_ptr<Work> Barrier() override {
     return Start([this] {
       const Logged logged(log_, "barrier", Buffer{});
-      Check(MPI_Barrier(comm_), "MPI_Barrier");
+      CheckMpi(MPI_Barrier(comm_), "MPI_Barrier");
     });
   }
   // Started at once by the caller, whatever collectives are queued.
   std::unique_ptr<Work> Send(Buffer buffer, int to) override {
     auto work = std::make_unique<Messages>();
     InPieces(buffer, [&](void* data, int count) {
-      Check(MPI_Isend(data, count, TypeOf(buffer.type), to, 0, comm_,
-                      &work->requests.emplace_back(MPI_REQUEST_NULL)),
-            "MPI_Isend");
+      CheckMpi(MPI_Isend(data, count, TypeOf(buffer.type), to, 0, comm_,
+                         &work->requests.emplace_back(MPI_REQUEST_NULL)),
+               "MPI_Isend");
     });
     return work;
   }
   std::unique_ptr<Work> Recv(Buffer buffer, int from) override {
     auto work = std::make_unique<Messages>();
     InPieces(buffer, [&](void* data, int count) {
-      Check(MPI_Irecv(data, count, TypeOf(buffer.type), from, 0, comm_,
-                      &work->requests.emplace_back(MPI_REQUEST_NULL)),
-            "MPI_Irecv");
+      CheckMpi(MPI_Irecv(data, count, TypeOf(buffer.type), from, 0, comm_,
+                         &work->requests.emplace_back(MPI_REQUEST_NULL)),
+               "MPI_Irecv");
     });
     return work;
   }
   std::unique_ptr<Communicator> Split(int color, int key) override {
     MPI_Comm part = MPI_COMM_NULL;
     Start([&] {
-      Check(MPI_Comm_split(comm_, color, key, &part), "MPI_Comm_split");
+      CheckMpi(MPI_Comm_split(comm_, color, key, &part), "MPI_Comm_split");
     })->Wait();
     return Wrap(part);
   }
@@ -236,13 +233,14 @@ class MpiBase : public Communicator {
 
  private:
   MPI_Comm comm_ = MPI_COMM_NULL;
+  MpiRing ring_;  // used by whom the collectives are run by
   int rank_ = 0;
   int size_ = 1;
 };
 
 MPI_Comm DuplicateOfWorld() {
   MPI_Comm comm = MPI_COMM_NULL;
-  Check(MPI_Comm_dup(MPI_COMM_WORLD, &comm), "MPI_Comm_dup");
+  CheckMpi(MPI_Comm_dup(MPI_COMM_WORLD, &comm), "MPI_Comm_dup");
   return comm;
 }
 

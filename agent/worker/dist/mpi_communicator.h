@@ -1,4 +1,4 @@
-// Ranks as MPI processes. The only code that includes mpi.h is mpi_communicator.cc.
+// Ranks as MPI processes. The only code that includes mpi.h is this and mpi_ring.
 //
 // Open MPI does not progress a non-blocking collective by itself, so overlap needs a thread that
 // blocks in it: the *threaded* communicator queues collectives to one communication thread; the

@@ -46,10 +46,8 @@ Json Number(double value) {
 
 }  // namespace
 
-int ExitCode(const Result& result) {
-  if (result.outcome == Outcome::kSucceeded) return 0;
-  if (result.outcome == Outcome::kSaved) return 85;
-  switch (result.failure ? result.failure->failure_class : FailureClass::kApp) {
+int ExitCode(FailureClass failure) {
+  switch (failure) {
     case FailureClass::kUser:
       return 2;
     case FailureClass::kApp:
@@ -60,6 +58,12 @@ int ExitCode(const Result& result) {
       return 5;
   }
   return 3;
+}
+
+int ExitCode(const Result& result) {
+  if (result.outcome == Outcome::kSucceeded) return 0;
+  if (result.outcome == Outcome::kSaved) return 85;
+  return ExitCode(result.failure ? result.failure->failure_class : FailureClass::kApp);
 }
 
 std::string RenderResult(const Result& result) {

@@ -40,7 +40,8 @@ struct Result {
   std::optional<Failure> failure;  // with kFailed
 };
 
-// The exit code that belongs to the result: 0, 85, or the failure class's.
+// The exit code that belongs to a class of failure, and to a result: 0, 85, or its failure's.
+int ExitCode(FailureClass failure);
 int ExitCode(const Result& result);
 
 // Any bytes are fine in the texts; what is not UTF-8 is replaced.

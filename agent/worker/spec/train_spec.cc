@@ -127,7 +127,8 @@ MeshSpec ParseMesh(const Json& json) {
 CheckpointSpec ParseCheckpoint(const Json& json) {
   JsonObject in(json, "train.checkpoint");
   CheckpointSpec c;
-  in.Read("every_epochs", c.every_epochs, "keep", c.keep, "background", c.background);
+  in.Read("every_epochs", c.every_epochs, "keep", c.keep, "background", c.background,
+          "export_optimizer", c.export_optimizer);
   if (c.keep == 0) c.keep = CheckpointSpec{}.keep;
   in.AtLeast("every_epochs", c.every_epochs, 0);
   in.AtLeast("keep", c.keep, 1);

@@ -309,6 +309,7 @@ struct CheckpointSpec {
   int every_epochs = 0;  // 0: only at the end, on request and before the deadline
   int keep = 2;
   bool background = true;  // training goes on while the bytes reach the disk
+  bool export_optimizer = false;
 };
 
 struct PredictSpec {

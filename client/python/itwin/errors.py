@@ -89,6 +89,12 @@ class MissingPackageError(ItwinError, ImportError):
     """An optional Python package is needed for this call."""
 
 
+def first_of(problems, count=3):
+    """The first ones, as half a sentence that says how many more there are."""
+    more = f" (and {len(problems) - count} more)" if len(problems) > count else ""
+    return "; ".join(problems[:count]) + more
+
+
 def require(module, purpose):
     """Imports an optional package, or says which one to install and what for."""
     import importlib

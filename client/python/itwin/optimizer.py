@@ -1,6 +1,6 @@
 """torch.optim.Optimizer -> name and options, as the spec writes them."""
 
-from itwin.errors import OptimizerError
+from itwin.errors import OptimizerError, first_of
 
 # Ours: (theirs -> how it is written). What is not here must have its neutral value.
 _SUPPORTED = {
@@ -75,6 +75,56 @@ def groups(optimizer, module, rates=None):
         if values:
             result.append({"match": [names[id(p)] for p in group["params"] if id(p) in names], **values})
     return result
+
+
+# What PyTorch keeps per parameter, and whether it counts steps there.
+_STATE = {
+    "SGD": (lambda group: ["momentum_buffer"] if group["momentum"] else [], False),
+    "Adam": (lambda group: ["exp_avg", "exp_avg_sq"], True),
+    "AdamW": (lambda group: ["exp_avg", "exp_avg_sq"], True),
+    "RMSprop": (lambda group: ["square_avg"] + ["momentum_buffer"] * bool(group["momentum"]), True),
+    "Adagrad": (lambda group: ["sum"], True),
+}
+
+
+def trained_state(optimizer, module, tensors, phase=None):
+    """What optimizer.load_state_dict() takes, of `tensors` by "<state>/<parameter>" and "step" ("step/<phase>" of a job with several
+    optimizers), as a job leaves them. Rates and the like stay the optimizer's own. Raises OptimizerError that lists what does not
+    fit; changes nothing."""
+    kind = type(optimizer).__name__
+    if kind not in _STATE:
+        raise OptimizerError(f"the state of {kind} cannot be put into a torch optimizer. Possible: {', '.join(_STATE)}.")
+    names_of, counts_steps = _STATE[kind]
+    step = "step" if phase is None else f"step/{phase}"
+    if step not in tensors:
+        phases = ", ".join(sorted(name[len("step/"):] for name in tensors if name.startswith("step/")))
+        raise OptimizerError(f"the job has several optimizers: pass optimizer={{name: optimizer}} with names of {phases}." if phases
+                             else f"the job has one optimizer and none named {phase!r}: pass the optimizer itself.")
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    packed = optimizer.state_dict()
+    state, problems = {}, []
+    for group, numbers in zip(optimizer.param_groups, (group["params"] for group in packed["param_groups"])):
+        for parameter, number in zip(group["params"], numbers):
+            if id(parameter) not in names:
+                problems.append(f"a parameter of shape {tuple(parameter.shape)} is not the module's")
+                continue
+            if not parameter.requires_grad:
+                continue
+            values = {"step": int(tensors[step])} if counts_steps else {}
+            for name in names_of(group):
+                of_parameter = f"{name}/{names[id(parameter)]}"
+                if of_parameter not in tensors:
+                    problems.append(f"{of_parameter} is missing in the result")
+                elif tensors[of_parameter].shape != parameter.shape:
+                    problems.append(f"{of_parameter} is {tuple(tensors[of_parameter].shape)} in the result, "
+                                    f"{tuple(parameter.shape)} in the module")
+                else:
+                    values[name] = tensors[of_parameter].clone()
+            if values:
+                state[number] = values
+    if problems:
+        raise OptimizerError(f"the state does not fit {kind}: {first_of(problems)}. Nothing was changed.")
+    return {"state": state, "param_groups": packed["param_groups"]}
 
 
 def _check_parameters(optimizer, kind, module):

@@ -5,11 +5,13 @@ import tempfile
 import typing
 
 from itwin import artifacts, render, safetensors
-from itwin.errors import DamagedError, ModelError, NotFoundError, require
+from itwin import optimizer as optimizers
+from itwin.errors import DamagedError, ModelError, NotFoundError, first_of, require
 from itwin.v1 import jobs_pb2
 
 WEIGHTS = "weights.safetensors"
 MODEL = "model.pt"
+OPTIMIZER = "optimizer.safetensors"
 
 
 class OutputFile(typing.NamedTuple):
@@ -52,10 +54,12 @@ class Result:
         pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
         return [artifacts.download(self._connection, file, directory, progress) for file in wanted]
 
-    def load(self, module):
+    def load(self, module, optimizer=None):
         """Loads the trained weights into the module that was handed over (or one of the same shape), and returns it.
 
-        All names and shapes are compared before anything is changed; ModelError lists what does not fit.
+        With `optimizer`, a torch optimizer of the module's parameters (or several by the names of the job's phases), its state too,
+        to go on training here; the job needs checkpoint={"export_optimizer": True}. All names and shapes are compared before anything
+        is changed; ModelError and OptimizerError list what does not fit.
         """
         torch = require("torch", "result.load()")
         if isinstance(module, type) or not isinstance(module, torch.nn.Module):
@@ -75,11 +79,22 @@ class Result:
                 problems.append(f"{name} is {tuple(weights[name].shape)} in the result, {tuple(tensor.shape)} in the module")
         problems += [f"{name} is not in the module" for name in weights if name not in expected]
         if problems:
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise ModelError("the weights do not fit the module: " + "; ".join(problems[:3]) + more +
-                             ". Make the module as it was when it was submitted. Nothing was changed.")
+            raise ModelError(f"the weights do not fit the module: {first_of(problems)}. Make the module as it was when it was "
+                             "submitted. Nothing was changed.")
+        states = self._optimizer_states(module, optimizer)
         module.load_state_dict({name: weights[name] for name in expected})
+        for target, state in states:
+            target.load_state_dict(state)
         return module
+
+    def _optimizer_states(self, module, optimizer):
+        if optimizer is None:
+            return []
+        if not self._has(OPTIMIZER):
+            raise NotFoundError(f"the job left no {OPTIMIZER}: submit with checkpoint={{'export_optimizer': True}} to get it.")
+        tensors = safetensors.read(self._local(OPTIMIZER))
+        by_phase = optimizer if isinstance(optimizer, dict) else {None: optimizer}
+        return [(target, optimizers.trained_state(target, module, tensors, phase)) for phase, target in by_phase.items()]
 
     def model(self, map_location="cpu"):
         """The trained model as TorchScript, in evaluation mode: usable without the class it was made from."""

@@ -4,11 +4,9 @@
 
 Each sample is half a second at 1024 Hz.
 
-Noise: Gaussian, coloured by the fit to the design sensitivity of the first Virgo,
+Noise: Gaussian, coloured by the fit to the design sensitivity of the first Virgo that LALSuite has as XLALSimNoisePSDVirgo,
 
     S_h(f) = 10.2e-46 / Hz * ((7.87 x)^-4.8 + 6 / (17 x) + 1 + x^2),    x = f / 500 Hz
-
-(T. Damour, B. R. Iyer, B. S. Sathyaprakash, Phys. Rev. D 63, 044023 (2001), table IV; XLALSimNoisePSDVirgo of LALSuite).
 
 Signal: the inspiral of two compact objects to leading order. With the chirp mass M (in seconds) and the time tau that is
 left to the coalescence,
