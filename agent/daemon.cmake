@@ -23,10 +23,14 @@ add_executable(itwin-agent $<TARGET_OBJECTS:itwin_agent_main>)
 
 if(ITWIN_STATIC_AGENT AND NOT ITWIN_SANITIZE)
   # The packages' CMake targets name shared libraries; pkg-config knows the static ones, of which the linker takes what
-  # it needs, in whatever order (hence the group).
+  # it needs, in whatever order (hence the group). It does not know what RE2 needs of Abseil since that logs by it (Debian 13),
+  # so all of Abseil's are offered.
   find_package(PkgConfig REQUIRED)
   pkg_check_modules(ITWIN_GRPC_STATIC REQUIRED grpc++)
   pkg_check_modules(ITWIN_PROTOBUF_STATIC REQUIRED protobuf)
+  find_library(ITWIN_ABSL_BASE_STATIC libabsl_base.a REQUIRED)
+  cmake_path(GET ITWIN_ABSL_BASE_STATIC PARENT_PATH itwin_absl_directory)
+  file(GLOB itwin_absl_archives ${itwin_absl_directory}/libabsl_*.a)
   set(itwin_own_archives)
   foreach(library itwin_agent_lib itwin_grpc_status itwin_proto_grpc itwin_proto itwin_common)
     add_dependencies(itwin-agent ${library})
@@ -38,7 +42,7 @@ if(ITWIN_STATIC_AGENT AND NOT ITWIN_SANITIZE)
   target_link_options(itwin-agent PRIVATE -static)
   target_link_libraries(itwin-agent PRIVATE itwin::warnings
     -Wl,--start-group ${itwin_own_archives} ${ITWIN_GRPC_STATIC_STATIC_LIBRARIES}
-    ${ITWIN_PROTOBUF_STATIC_STATIC_LIBRARIES} -Wl,--end-group)
+    ${ITWIN_PROTOBUF_STATIC_STATIC_LIBRARIES} ${itwin_absl_archives} -Wl,--end-group)
 else()
   target_link_libraries(itwin-agent PRIVATE itwin::warnings itwin::agent)
 endif()

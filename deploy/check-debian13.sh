@@ -5,7 +5,7 @@
 #   deploy/check-debian13.sh --root DIR      the root's place (default /var/tmp/itwin-debian13; about 8 GB); kept for the
 #                                            next time, delete it when you are done
 #   deploy/check-debian13.sh --build         configure and build, run no tests
-#   deploy/check-debian13.sh -R REGEX        only the tests whose name matches
+#   deploy/check-debian13.sh -R REGEX        only the tests whose name matches; -E, -L and -LE as of ctest
 # Needs root (chroot, mounts). The sources are seen read-only in the root; the build lies in DIR/build. Takes long: 19 is
 # its niceness.
 set -euo pipefail
@@ -20,7 +20,7 @@ while (($#)); do
     --build) tests=0 ;;
     --root) root=$2; shift ;;
     --jobs) jobs=$2; shift ;;
-    -R | -L | -E) ctest_arguments+=("$1" "$2"); shift ;;
+    -R | -E | -L | -LE) ctest_arguments+=("$1" "$2"); shift ;;
     -h | --help) usage_of "$0"; exit 0 ;;
     *) echo "check-debian13.sh: unknown option '$1'; see deploy/check-debian13.sh --help" >&2; exit 2 ;;
   esac

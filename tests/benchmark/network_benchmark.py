@@ -40,18 +40,14 @@ def run(cluster, nodes, *argv, **environment):
 
 
 class AlphaBeta:
-    """Long buffers go round a ring: T(p, S) = 2 (p - 1) alpha + 2 (p - 1) / p S beta. At two nodes that is 2 alpha + S beta."""
+    """Long buffers go round a ring: T(p, S) = 2 (p - 1) alpha + 2 (p - 1) / p S beta. Alpha is what two nodes need to exchange a
+    short message, beta follows from long ones between two nodes, {bytes: seconds}, by least squares of relative residuals."""
 
-    def __init__(self, times):
-        """Least squares of relative residuals over {bytes: seconds} of two nodes."""
-        sums = [0.0] * 5
-        for size, seconds in times.items():
-            a, b, w = 2.0, float(size), 1 / seconds ** 2
-            for i, term in enumerate((a * a, a * b, b * b, a * seconds, b * seconds)):
-                sums[i] += w * term
-        aa, ab, bb, at, bt = sums
-        self.alpha = max(0.0, (at * bb - bt * ab) / (aa * bb - ab * ab))
-        self.beta = (bt - self.alpha * ab) / bb
+    def __init__(self, alpha, times):
+        self.alpha = alpha
+        weights = {size: 1 / seconds ** 2 for size, seconds in times.items()}
+        self.beta = (sum(weights[size] * size * (seconds - 2 * alpha) for size, seconds in times.items())
+                     / sum(weights[size] * size ** 2 for size in times))
 
     def predict(self, nodes, size):
         return 2 * (nodes - 1) * self.alpha + 2 * (nodes - 1) / nodes * size * self.beta
@@ -76,17 +72,18 @@ def model(cluster):
                    size / statistics.median(plain) / 1e6, ROUNDS)
     measured = {nodes: {size: statistics.median(pair[0]) for (operation, n, size), pair in times.items()
                         if operation == "all-reduce" and n == nodes and size >= 1 << 18} for nodes in (2, 3, 4)}
-    fitted = AlphaBeta(measured[2])
+    shortest = min(size for _, _, size in times)
+    fitted = AlphaBeta(statistics.median(times["all-reduce", 2, shortest][1]), measured[2])
     print(f"alpha {fitted.alpha * 1e6:.0f} us, 1 / beta {1e-6 / fitted.beta:.1f} MB/s, from {len(measured[2])} sizes on 2 nodes")
     worst = 0.0
     for nodes in (3, 4):
         for size, seconds in measured[nodes].items():
             predicted = fitted.predict(nodes, size)
             worst = max(worst, abs(predicted / seconds - 1))
-            figure(f"network/model_{size >> 20}mb_{nodes}_nodes", predicted * 1e3, "ms", seconds * 1e3, ROUNDS)
+            figure(f"network/model_{size >> 10}kb_{nodes}_nodes", predicted * 1e3, "ms", seconds * 1e3, ROUNDS)
     for power in range(1, 10):
-        predicted = fitted.predict(2 ** power, 25 << 20)
-        print(f"{2 ** power:4} nodes, a bucket of 25 MiB: {predicted * 1e3:7.0f} ms, "
+        predicted = fitted.predict(2 ** power, 32 << 20)
+        print(f"{2 ** power:4} nodes, a bucket of 32 MiB: {predicted * 1e3:7.0f} ms, "
               f"{predicted * (1 - worst) * 1e3:.0f} to {predicted * (1 + worst) * 1e3:.0f} with the largest residual above")
 
 

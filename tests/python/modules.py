@@ -231,6 +231,24 @@ class FixedBatch(nn.Module):
         return self.head(inputs[0]) + torch.zeros(int(rows), 2)
 
 
+class LoopsOverSamples(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, *inputs):
+        return torch.stack([self.head(row) for row in inputs[0]])
+
+
+class TakesNumberOut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, *inputs):
+        return self.head(inputs[0]) * inputs[0].sum().item()
+
+
 class BranchesByValue(nn.Module):
     def __init__(self):
         super().__init__()

@@ -12,6 +12,7 @@ from itwin import archive, graph, losses, safetensors
 from itwin.errors import DataError, ModelError
 
 X, Y = torch.randn(5, 3), torch.randn(5, 2)
+EXPORTS = hasattr(torch, "export") and hasattr(torch.export, "export")  # PyTorch 2; else the graph is traced
 
 
 def batch(x=X, y=Y):
@@ -41,12 +42,24 @@ def test_infinity_is_spelt():
 
 @pytest.mark.parametrize("net, message", [
     (modules.BranchesByValue(), r"decides in Python by the values of tensors \(.*modules.py:\d+"),
-    (modules.FixedBatch(), r"the size of the batch \(5\), or a value in it, is built into .*modules.py:\d+"),
+    (modules.LoopsOverSamples(), r"the size of the batch \(5\), or a value in it, is built into the exported graph"),
+    (modules.TakesNumberOut(), "is built into the exported graph|takes a number out of a tensor"),
     (modules.ReturnsTwo(), "must return one tensor"),
 ])
 def test_what_a_graph_cannot_keep_is_refused(net, message):
     with pytest.raises(ModelError, match=message):
         graph.export(net, batch(), own_loss=False)
+
+
+def test_len_and_int_of_the_batch_are_followed_or_refused():
+    if not EXPORTS:  # a trace has fixed them
+        with pytest.raises(ModelError, match=r"the size of the batch \(5\), or a value in it, is built into .*modules.py:\d+"):
+            graph.export(modules.FixedBatch(), batch(), own_loss=False)
+        return
+    document, _, _ = graph.export(modules.FixedBatch(), batch(), own_loss=False)
+    size = next(node for node in document["nodes"] if node["op"] == "size")
+    zeros = next(node for node in document["nodes"] if node["op"] == "aten::zeros")
+    assert size["args"] == {"self": {"v": "input"}, "dim": 0} and zeros["args"]["size"] == [{"v": size["out"][0]}, 2]
 
 
 def test_script_first_graph_second_never_a_trace(tmp_path):
@@ -57,7 +70,7 @@ def test_script_first_graph_second_never_a_trace(tmp_path):
     with pytest.raises(ModelError, match="fixed training flag"):  # not exported instead
         archive.export(torch.jit.trace(modules.Net(), X, check_trace=False), batch(), tmp_path / "c.itw", "mse")
     with pytest.raises(ModelError, match="built into the exported graph.*because TorchScript does not take it"):
-        archive.export(modules.FixedBatch(), batch(), tmp_path / "d.itw", "mse")
+        archive.export(modules.LoopsOverSamples(), batch(), tmp_path / "d.itw", "mse")
 
 
 def test_the_handshake_is_recorded_without_touching_the_module(tmp_path):

@@ -199,7 +199,7 @@ def test_notebook_view_follows_in_the_background(fake, gw, face, monkeypatch):
     if face is RecordingView:
         assert "data:image/png;base64,iVBOR" in looks() and "width:100.0%" in looks()
     else:
-        assert view._bar.value == 1.0 and view._bar.bar_style == "success" and view._image.value.startswith(b"\x89PNG")
+        assert view._bar.value == 1.0 and view._bar.bar_style == "success" and bytes(view._image.value).startswith(b"\x89PNG")
 
 
 def test_notebook_view_can_be_stopped_and_tells_a_final_error(fake, gw, monkeypatch):

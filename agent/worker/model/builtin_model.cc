@@ -1,6 +1,7 @@
 #include "agent/worker/model/builtin_model.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/jit/serialization/pickle.h>
 
 #include <optional>

@@ -1,6 +1,7 @@
 #include "agent/worker/model/model.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include "agent/worker/data/array.h"
 #include "agent/worker/error.h"

@@ -4,8 +4,11 @@ Where torch.export exists (2.x) it records the graph; before, a trace at operato
 flow is kept, so a graph is only given out when recording it for two sizes of batch gives the same calls.
 """
 
+import contextlib
 import copy
+import logging
 import math
+import re
 import warnings
 
 from itwin.errors import ModelError, require
@@ -86,7 +89,9 @@ class _Weights:
                                 for name, p in part._parameters.items() if p is not None}
         self._buffers = {f"{prefix}.{name}" if prefix else name: b for prefix, part in module.named_modules()
                          for name, b in part._buffers.items() if b is not None}
-        self._values, self._owners = {}, {}
+        self._values, self._first = {}, {}  # a tensor's first name, in the order of the module
+        for name, tensor in [*self._parameters.items(), *self._buffers.items()]:
+            self._first.setdefault(id(tensor), name)
 
     def value(self, name):
         """The graph's name for a parameter or buffer of the module."""
@@ -96,13 +101,15 @@ class _Weights:
         tensor = self._parameters.get(name, self._buffers.get(name))
         if tensor is None:
             raise ModelError(f"the module holds {name!r}, which is no parameter and no buffer: register it with register_buffer.")
+        owner = self._first[id(tensor)]
+        if owner != name:
+            self.value(owner)
         plain = _plain_name(name)
         entry = {"value": f"w.{plain}", "name": plain, "kind": kind}
         if kind == "parameter" and not tensor.requires_grad:
             entry["trainable"] = False
-        owner = self._owners.setdefault(id(tensor), plain)
-        if owner != plain:
-            entry["same_as"] = owner
+        if owner != name:
+            entry["same_as"] = _plain_name(owner)
         self.tensors[plain] = tensor.detach().clone().contiguous()
         self.entries.append(entry)
         self._values[name] = entry["value"]
@@ -171,10 +178,7 @@ def _traced(torch, call, arrays, names, outputs):
         # Numbers taken out of tensors (len, int, iteration) are found by recording a second time.
         if (issubclass(warning.category, torch.jit.TracerWarning) and "/torch/" not in (warning.filename or "")
                 and "Python boolean" in str(warning.message)):
-            raise ModelError(
-                f"{type(call.module).__name__} decides in Python by the values of tensors ({warning.filename}:{warning.lineno}: "
-                f"{str(warning.message).split('.')[0]}); an exported graph would keep only one branch. Use tensor operations such "
-                "as torch.where, or write that part so that torch.jit.script takes it.")
+            raise _decides_by_values(call, f"{warning.filename}:{warning.lineno}: {str(warning.message).split('.')[0]}")
     graph = traced.inlined_graph.copy()
     torch._C._jit_pass_inline(graph)
     reader = _TraceReader(torch, untouched, names)
@@ -260,8 +264,13 @@ class _TraceReader:
         return {"v": value.debugName()}
 
 
+def _decides_by_values(call, place):
+    return ModelError(f"{type(call.module).__name__} decides in Python by the values of tensors ({place}); an exported graph would keep "
+                      "only one branch. Use tensor operations such as torch.where, or write that part so that torch.jit.script takes "
+                      "it.")
+
+
 def _place(node):
-    import re
     lines = re.findall(r"([^\s(]+\.py)\((\d+)\): (\w+)", node.sourceRange())
     for file, line, function in lines:
         if "/torch/" not in file:
@@ -304,11 +313,37 @@ def _exported(torch, call, arrays, names, outputs):
     if len(outputs) > 1 or outputs == ["loss"]:
         shapes = (shapes,)  # of *arrays
     try:
-        program = record(call, arrays, dynamic_shapes=shapes)
-    except Exception as error:
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        raise ModelError(f"{type(call.module).__name__} cannot be exported (torch.export): {lines[0] if lines else error}") from None
+        with _quiet("torch._guards"):
+            program = record(call, arrays, dynamic_shapes=shapes)
+    except Exception as error:  # of several types, which differ between versions
+        raise _explain_export(call, str(error), len(arrays[0])) from None
     return from_program(torch, program, call, names, outputs)
+
+
+@contextlib.contextmanager
+def _quiet(name):
+    """Without what a part of PyTorch prints beside its exception."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _explain_export(call, text, samples):
+    places = [f"{file}:{line}" for file, line in re.findall(r'File "([^"]+)", line (\d+)', text)
+              if "/torch/" not in file and file != __file__]
+    place = places[-1] if places else "torch.export does not say where"
+    if "ontrol flow" in text or "data-dependent" in text:
+        return _decides_by_values(call, place)
+    if "Constraints violated" in text:
+        return ModelError(f"the size of the batch ({samples}), or a value in it, is built into the exported graph ({place}). Take the "
+                          "size from the input, as in x.shape[0], or use -1, and use tensor operations over the whole batch in place "
+                          "of loops over samples.")
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return ModelError(f"{type(call.module).__name__} cannot be exported (torch.export): {lines[0] if lines else 'no reason given'} "
+                      f"({place})")
 
 
 def from_program(torch, program, call, names, outputs):
@@ -384,6 +419,9 @@ def _function(torch, node, argument):
                 "out": [node.name]}
     if not node.users and ("assert" in schema.name or "sym_constrain" in schema.name):
         return None
+    if schema.name in ("aten::item", "aten::_local_scalar_dense"):
+        raise ModelError("forward takes a number out of a tensor (.item(), float() or int()), which has no gradient and is no part of an "
+                         "exported graph; keep it a tensor.")
     arguments = {declared.name: argument(value, declared.name) for declared, value in zip(schema.arguments, node.args)}
     arguments.update({key: argument(value, key) for key, value in node.kwargs.items()})
     entry = {"op": schema.name, "args": arguments, "out": [node.name] if schema.returns else []}
