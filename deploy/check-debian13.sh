@@ -56,7 +56,9 @@ mount_at() {  # SOURCE TARGET OPTIONS...
   mounted=("$target" "${mounted[@]}")
 }
 mount_at proc "$root/proc" -t proc
+mount_at sysfs "$root/sys" -t sysfs -o ro  # Open MPI looks for the processors there
 mount_at /dev "$root/dev" --bind
+mount_at /dev/pts "$root/dev/pts" --bind
 mount_at tmpfs "$root/dev/shm" -t tmpfs -o size=2g  # Open MPI's shared memory
 mount_at "$PWD" "$root/src" --bind
 mount -o remount,ro,bind "$root/src"

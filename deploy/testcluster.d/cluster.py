@@ -693,7 +693,8 @@ class Cluster:
         listener = self.node(name)["services"].get("sshd")
         count = 0
         for record in self.inhabitants(name):
-            if listener and record["pid"] != listener["pid"] and self.command_name(record["pid"]) == "sshd":
+            # From OpenSSH 9.8 on a session is a program of its own, sshd-session.
+            if listener and record["pid"] != listener["pid"] and self.command_name(record["pid"]).startswith("sshd"):
                 count += processes.send(record, signal.SIGKILL)
         return count
 

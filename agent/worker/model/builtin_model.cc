@@ -2,13 +2,13 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/jit/serialization/pickle.h>
 
 #include <optional>
 #include <utility>
 
 #include "agent/worker/checkpoint/durable_file.h"
 #include "agent/worker/checkpoint/safetensors.h"
+#include "agent/worker/checkpoint/state_dict.h"
 #include "agent/worker/model/loss.h"
 #include "agent/worker/model/network.h"
 
@@ -56,15 +56,9 @@ class BuiltinModel : public Model, public StagedModel {
   void Save(const std::filesystem::path& dir) override {
     NamedTensors weights = parameters();
     for (auto& buffer : buffers()) weights.push_back(std::move(buffer));
-    c10::Dict<std::string, at::Tensor> dictionary;
-    for (auto& [name, tensor] : weights) {
-      tensor =
-          tensor.detach().to(at::kCPU).clone();  // of its own storage: the loop keeps all in one
-      dictionary.insert(name, tensor);
-    }
+    for (auto& [name, tensor] : weights) tensor = tensor.detach().to(at::kCPU);
     WriteSafetensors(dir / "weights.safetensors", weights, {{"format", "pt"}, {"builtin", name_}});
-    const std::vector<char> pickled = torch::jit::pickle_save(dictionary);
-    WriteFileDurably(dir / "weights.pt", {pickled.data(), pickled.size()});
+    WriteStateDict(dir / "weights.pt", weights);
     const nlohmann::json description = {{"format", 1},
                                         {"builtin", name_},
                                         {"options", network_->options()},

@@ -308,7 +308,7 @@ def _refuse_fixed_batch(first, second, samples):
 
 def _exported(torch, call, arrays, names, outputs):
     record = getattr(torch.export, "export_for_training", torch.export.export)  # from 2.9 on, export records training graphs
-    batch = torch.export.Dim("batch", min=2)
+    batch = torch.export.Dim("batch", min=2, max=2**31 - 1)  # without an end, recurrent layers are refused
     shapes = tuple({0: batch} for _ in arrays)
     if len(outputs) > 1 or outputs == ["loss"]:
         shapes = (shapes,)  # of *arrays
@@ -337,12 +337,12 @@ def _explain_export(call, text, samples):
     place = places[-1] if places else "torch.export does not say where"
     if "ontrol flow" in text or "data-dependent" in text:
         return _decides_by_values(call, place)
-    if "Constraints violated" in text:
+    if "inferred to be a constant" in text:
         return ModelError(f"the size of the batch ({samples}), or a value in it, is built into the exported graph ({place}). Take the "
                           "size from the input, as in x.shape[0], or use -1, and use tensor operations over the whole batch in place "
                           "of loops over samples.")
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return ModelError(f"{type(call.module).__name__} cannot be exported (torch.export): {lines[0] if lines else 'no reason given'} "
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return ModelError(f"{type(call.module).__name__} cannot be exported (torch.export): {' '.join(lines[:2]) or 'no reason given'} "
                       f"({place})")
 
 

@@ -388,7 +388,7 @@ TEST(StateDict, IsADictionaryOfTensorsForPython) {
   EXPECT_LT(fs::file_size(scratch / "state_dict.pt"), 10000u) << "the whole buffer was stored";
   scratch.Python(R"(
 import torch
-state = torch.load('state_dict.pt')
+state = torch.load('state_dict.pt', weights_only=True)
 assert sorted(state) == ['layer.count', 'layer.weight'], state
 assert state['layer.weight'].tolist() == [[10, 11, 12], [13, 14, 15]]
 assert state['layer.count'].item() == 7 and state['layer.count'].dtype == torch.int64

@@ -428,9 +428,9 @@ import numpy as np, zarr
 x = np.random.default_rng(3).normal(size=(30, 2, 4, 6)).astype('f4')
 x[7, 1, 2, 3] = np.nan
 y = (np.arange(30) % 4).astype('i2')
-root = zarr.open_group('s.zarr', mode='w')
-root.create_dataset('model/field', data=x, chunks=(4, 1, 3, 6), fill_value=float('nan'))
-root.create_dataset('label', data=y, chunks=(7,))
+root = zarr.open_group('s.zarr', mode='w', **({'zarr_format': 2} if int(zarr.__version__.split('.')[0]) > 2 else {}))
+root.create_dataset('model/field', shape=x.shape, dtype=x.dtype, chunks=(4, 1, 3, 6), fill_value=float('nan'))[...] = x
+root.create_dataset('label', shape=y.shape, dtype=y.dtype, chunks=(7,))[...] = y
 np.save('x.npy', np.nan_to_num(x, nan=-5.0))
 np.save('y.npy', y)
 )");

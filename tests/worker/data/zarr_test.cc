@@ -32,15 +32,25 @@ std::vector<float> Rows(const ZarrRows& rows, int64_t first, int64_t count) {
 }
 std::vector<float> All(const ZarrRows& rows) { return Rows(rows, 0, rows.shape()[0]); }
 
+// Stores of version 2, whichever version of the package writes them.
+const std::string kZarrInPython = R"(
+import json, numcodecs, numpy as np, os, zarr
+packages = int(zarr.__version__.split('.')[0])
+root = zarr.open_group('s.zarr', mode='a', **({'zarr_format': 2} if packages > 2 else {}))
+def create(name, **options):
+    if packages > 2 and 'dimension_separator' in options:
+        options['chunk_key_encoding'] = {'name': 'v2', 'separator': options.pop('dimension_separator')}
+    return root.create_dataset(name, **options)
+def put(name, values, **options):
+    array = create(name, shape=values.shape, dtype=values.dtype, **options)
+    array[...] = values
+    return array
+)";
+
 class Zarr : public ::testing::Test {
  protected:
   void Script(const std::string& body) {
-    scratch_.Python("import json, numcodecs, numpy as np, os, zarr\n"
-                    "root = zarr.open_group('s.zarr', mode='a')\n"
-                    "def put(name, values, **options):\n"
-                    "    array = root.create_dataset(name, shape=values.shape, dtype=values.dtype, **options)\n"
-                    "    array[...] = values\n"
-                    "    return array\n" + body);
+    scratch_.Python(kZarrInPython + body);
   }
   std::shared_ptr<const ZarrRows> Open(const std::string& name) const {
     return ZarrRows::Open(scratch_ / "s.zarr", name, /*must_exist=*/true);
@@ -90,7 +100,7 @@ np.savez('expected.npz', **out)
 TEST_F(Zarr, ChunksWithoutFilesAreFillAndFillMayMeanMissing) {
   Script(R"(
 def sparse(name, dtype, fill, **options):
-    array = root.create_dataset(name, shape=(6, 2), chunks=(2, 2), dtype=dtype, fill_value=fill, **options)
+    array = create(name, shape=(6, 2), chunks=(2, 2), dtype=dtype, fill_value=fill, **options)
     array[2:4] = [[1, 2], [3, 4]]
     return array
 sparse('zero', '<f4', 0)
@@ -101,7 +111,7 @@ packed = sparse('packed', '<i2', -1)
 packed[4:6] = [[-1, 10], [0, 20]]
 packed.attrs.update(scale_factor=0.5, add_offset=100.0)
 sparse('slashes', '<f4', 8, dimension_separator='/')
-root.create_dataset('none', shape=(4,), chunks=(2,), dtype='<f4', fill_value=None)[0:2] = 1
+create('none', shape=(4,), chunks=(2,), dtype='<f4', fill_value=None)[0:2] = 1
 )");
   EXPECT_THAT(All(*Open("zero")), ElementsAre(0, 0, 0, 0, 1, 2, 3, 4, 0, 0, 0, 0));
   const auto is_nan = ::testing::IsNan();
@@ -124,8 +134,10 @@ put('filtered', x, filters=[numcodecs.FixedScaleOffset(0, 10, 'f4')])
 put('bz2', x, compressor=numcodecs.BZ2())
 put('complex', x.astype('c8'))
 put('text', np.array(['a', 'b'], dtype='U4'))
-put('time', np.zeros(3, 'M8[ns]'))
-root.create_dataset('scalar', shape=(), dtype='f4')
+os.makedirs('s.zarr/time')
+json.dump({'zarr_format': 2, 'shape': [3], 'chunks': [3], 'dtype': '<M8[ns]', 'compressor': None, 'fill_value': 0, 'order': 'C',
+           'filters': None}, open('s.zarr/time/.zarray', 'w'))
+create('scalar', shape=(), dtype='f4')
 os.makedirs('v3'); open('v3/zarr.json', 'w').write('{}')
 os.makedirs('empty')
 )");

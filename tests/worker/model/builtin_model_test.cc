@@ -216,7 +216,7 @@ TEST(BuiltinModel, SavesWhatPythonCanLoad) {
   EXPECT_LT(std::filesystem::file_size(scratch / "weights.pt"), 200000u);
   scratch.Python(R"(
 import json, torch
-weights = torch.load('weights.pt')
+weights = torch.load('weights.pt', weights_only=True)
 assert isinstance(weights, dict), type(weights)
 assert weights['fc.weight'].shape == (1, 16) and weights['bn1.running_var'].eq(1).all()
 model = json.load(open('model.json'))
