@@ -146,12 +146,17 @@ std::map<std::string, std::string> LaunchEnvironment(const AttemptDirectory& dir
   const int threads = request.cpus_per_rank() > 0 ? request.cpus_per_rank() : std::max(1, cpus / ranks);
   env["OMP_NUM_THREADS"] = absl::StrCat(threads);
   if (request.train() || request.mpi()) {
-    env["OMPI_ALLOW_RUN_AS_ROOT"] = "1";
-    env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1";
+    for (const char* launcher : {"OMPI", "PRTE"}) {  // of Open MPI 4, of 5
+      env[absl::StrCat(launcher, "_ALLOW_RUN_AS_ROOT")] = "1";
+      env[absl::StrCat(launcher, "_ALLOW_RUN_AS_ROOT_CONFIRM")] = "1";
+    }
     // No core left over: a rank that waits should let another work (2 ranks on 2 busy cores: a third less time for
     // large messages, a fifth more for the smallest).
     if (ranks >= CpusHere()) env["OMPI_MCA_mpi_yield_when_idle"] = "1";
-    if (!CrossMemoryAttachWorks()) env["OMPI_MCA_btl_vader_single_copy_mechanism"] = "none";
+    if (!CrossMemoryAttachWorks()) {
+      for (const char* name : {"vader", "sm"})  // in Open MPI 4, in 5
+        env[absl::StrCat("OMPI_MCA_btl_", name, "_single_copy_mechanism")] = "none";
+    }
   }
   for (const auto& [name, value] : request.launch().env()) env[name] = value;
   for (const auto& [name, value] : request.env()) env[name] = value;

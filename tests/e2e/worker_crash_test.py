@@ -49,7 +49,7 @@ def test_one_rank_killed(world, moment, victim):
 
 def processes_mpirun(pid):
     with open(f"/proc/{pid}/cmdline", "rb") as line:
-        return line.read().split(b"\0")[0].endswith((b"mpirun", b"itwin-agent"))
+        return line.read().split(b"\0")[0].endswith((b"mpirun", b"prterun", b"itwin-agent"))  # Open MPI 5: prterun
 
 
 def test_retry_goes_on_from_the_checkpoint(world):

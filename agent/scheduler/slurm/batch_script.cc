@@ -137,7 +137,9 @@ std::string RenderBatchScript(const Submission& submission, const BatchSite& sit
   }
   // mpirun starts one daemon for each node as a step: since 20.11 a step gets only what it asks for, so it asks for all.
   if (site.version == 0 || site.version >= 201100) {
-    absl::StrAppend(&out, "export OMPI_MCA_plm_slurm_args=\"${OMPI_MCA_plm_slurm_args:---whole}\"\n");
+    for (const char* launcher : {"OMPI", "PRTE"}) {  // of Open MPI 4, of 5
+      absl::StrAppend(&out, "export ", launcher, "_MCA_plm_slurm_args=\"${", launcher, "_MCA_plm_slurm_args:---whole}\"\n");
+    }
   }
   // A limit on tasks that the request implies would otherwise also bind a launcher that asks for less.
   absl::StrAppend(&out, "unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_DISTRIBUTION\n");

@@ -27,10 +27,31 @@ constexpr size_t kMaxChunkBytes = size_t{1} << 31;  // blosc's limit, and more t
 constexpr int kMaxGroupDepth = 8;
 constexpr size_t kMaxListedArrays = 200;
 
+// Python's json, and so zarr 3, writes NaN and the infinities as bare words, which are no JSON. As texts the format has them, too.
+std::string WithQuotedWords(const std::string& text) {
+  std::string out;
+  bool in_text = false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    std::string_view word;
+    for (const std::string_view candidate : {"NaN", "-Infinity", "Infinity"}) {
+      if (!in_text && text.compare(i, candidate.size(), candidate) == 0) word = candidate;
+    }
+    if (!word.empty()) {
+      out.append("\"").append(word).append("\"");
+      i += word.size() - 1;
+      continue;
+    }
+    if (text[i] == '"') in_text = !in_text;
+    out += text[i];
+    if (in_text && text[i] == '\\' && i + 1 < text.size()) out += text[++i];  // what is escaped ends no text
+  }
+  return out;
+}
+
 Json ReadJson(const fs::path& path) {
   std::ifstream file(path, std::ios::binary);
   const std::string text{std::istreambuf_iterator<char>(file), {}};
-  Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  Json json = Json::parse(WithQuotedWords(text), nullptr, /*allow_exceptions=*/false);
   if (!file || !json.is_object()) throw UserError(path.string() + " is no JSON object; the store is damaged");
   return json;
 }

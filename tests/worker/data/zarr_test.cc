@@ -112,9 +112,15 @@ packed[4:6] = [[-1, 10], [0, 20]]
 packed.attrs.update(scale_factor=0.5, add_offset=100.0)
 sparse('slashes', '<f4', 8, dimension_separator='/')
 create('none', shape=(4,), chunks=(2,), dtype='<f4', fill_value=None)[0:2] = 1
+for name, fill in {'bare': float('nan'), 'least': float('-inf')}.items():  # as json writes them, in every version of zarr
+    os.makedirs('s.zarr/' + name)
+    json.dump({'zarr_format': 2, 'shape': [2], 'chunks': [2], 'dtype': '<f4', 'compressor': None, 'fill_value': fill, 'order': 'C',
+               'filters': None, 'comment': 'a \\" NaN'}, open('s.zarr/' + name + '/.zarray', 'w'))
 )");
   EXPECT_THAT(All(*Open("zero")), ElementsAre(0, 0, 0, 0, 1, 2, 3, 4, 0, 0, 0, 0));
   const auto is_nan = ::testing::IsNan();
+  EXPECT_THAT(All(*Open("bare")), ElementsAre(is_nan, is_nan));
+  EXPECT_THAT(All(*Open("least")), ElementsAre(is_nan, is_nan));  // missing, as every fill value but 0
   EXPECT_THAT(Rows(*Open("nan"), 1, 2), ElementsAre(is_nan, is_nan, 1, 2));
   EXPECT_THAT(All(*Open("far")), ElementsAre(is_nan, is_nan, is_nan, is_nan, 1, 2, 3, 4, is_nan, 5, 6, 7));
   EXPECT_THAT(Values<int64_t>(Open("count")->ReadIntegers()), ElementsAre(9, 9, 9, 9, 1, 2, 3, 4, 9, 9, 9, 9));

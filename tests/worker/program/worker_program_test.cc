@@ -129,11 +129,14 @@ TEST_F(WorkerProgram, EveryStrategyUnderMpiEqualsOneRankAndOneRankSaysThatItRanA
 
 TEST_F(WorkerProgram, TheTextExampleIsSplitBetweenFourRanksAndLearns) {
   // deploy/examples/text-transformer at a small size: fewer windows, one epoch.
-  const fs::path example = fs::path(std::getenv("ITWIN_SOURCE")) / "deploy/examples/text-transformer";
+  const fs::path example =
+      fs::path(std::getenv("ITWIN_SOURCE")) / "deploy/examples/text-transformer";
   fs::create_directories(Spool("text"));
   Program tokens({"/bin/sh", "-c",
-                  "cd " + Spool("text").string() + " && head -c 40000 /usr/share/common-licenses/GPL-3 > text && "
-                  "/usr/bin/python3 " + (example / "tokens.py").string() + " text"},
+                  "cd " + Spool("text").string() +
+                      " && head -c 40000 /usr/share/common-licenses/GPL-3 > text && "
+                      "/usr/bin/python3 " +
+                      (example / "tokens.py").string() + " text"},
                  {}, scratch_ / "tokens.log");
   ASSERT_EQ(tokens.Wait(), 0) << tokens.Output();
   Json job = Json::parse(R"({"name": "text", "train": {
@@ -253,19 +256,23 @@ TEST_F(WorkerProgram, AJobForGpusSaysWhyItCannotRunHere) {
   Json settings = Job();
   settings["train"]["gpu"] = {{"tf32", false}};
   const char* bin = std::getenv("ITWIN_BIN");
-  Program self({(bin == nullptr ? std::string("bin") : std::string(bin)) + "/itwin-worker", "--self-test"}, {},
-               scratch_ / "self");
+  Program self(
+      {(bin == nullptr ? std::string("bin") : std::string(bin)) + "/itwin-worker", "--self-test"},
+      {}, scratch_ / "self");
   EXPECT_EQ(self.Wait(), 0) << self.Output();
-  const bool built = self.Output().find("GPUs: this worker is built without CUDA") == std::string::npos;
+  const bool built =
+      self.Output().find("GPUs: this worker is built without CUDA") == std::string::npos;
   for (const int ranks : {0, 2}) {
     const std::string n = std::to_string(ranks);
     EXPECT_EQ(Run(ranks, settings, "settings" + n), 2) << log_;
-    EXPECT_THAT(Result("settings" + n)["message"].get<std::string>(), HasSubstr("train.gpu is for jobs with GPUs"));
+    EXPECT_THAT(Result("settings" + n)["message"].get<std::string>(),
+                HasSubstr("train.gpu is for jobs with GPUs"));
     EXPECT_EQ(Run(ranks, asks, "asks" + n), built ? 5 : 2) << log_;
     EXPECT_EQ(Result("asks" + n)["failure"]["class"], built ? "infra" : "user");
-    EXPECT_THAT(Result("asks" + n)["message"].get<std::string>(),
-                HasSubstr(built ? "but the job was promised 2 per node"
-                                : "resources.gpus_per_node is 2, but this worker is built on LibTorch"));
+    EXPECT_THAT(
+        Result("asks" + n)["message"].get<std::string>(),
+        HasSubstr(built ? "but the job was promised 2 per node"
+                        : "resources.gpus_per_node is 2, but this worker is built on LibTorch"));
   }
 }
 
@@ -279,21 +286,24 @@ TEST_F(WorkerProgram, FailureOfOneRankAloneEndsAllOfThemAtOnce) {
   const std::string worker = std::string(std::getenv("ITWIN_BIN")) + "/itwin-worker";
   const std::map<std::string, std::string> environment = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"},
                                                           {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}};
+  const auto start_ranks = [&](const std::string& name, const std::string& spec_of_1,
+                               const std::string& setting_of_1) {
+    const std::string script =
+        scratch_.Write(name + ".sh", "spec=" + good_spec +
+                                         "\n[ $OMPI_COMM_WORLD_RANK = 0 ] || { spec=" + spec_of_1 +
+                                         "; " + setting_of_1 + "; }\nexec " + worker +
+                                         " --spec $spec --spool " + Spool(name).string() + "\n");
+    return Program({"mpirun", "--oversubscribe", "-n", "2", "sh", script}, environment,
+                   scratch_ / (name + ".log"));
+  };
   // Rank 1 has another spec: it fails while rank 0 waits for it.
-  const std::string start = Spool("start");
-  Program at_start({"mpirun", "--oversubscribe", "-n", "1", worker, "--spec", good_spec, "--spool",
-                    start, ":", "-n", "1", worker, "--spec", bad_spec, "--spool", start},
-                   environment, scratch_ / "start.log");
+  Program at_start = start_ranks("start", bad_spec, ":");
   EXPECT_EQ(at_start.Wait(), 2) << at_start.Output();
   EXPECT_EQ(Result("start")["failure"]["rank"], 1);
   // Rank 1 cannot write its part of the last checkpoint: it fails while rank 0 waits for its
   // checksum.
-  const std::string save = Spool("save");
-  Program at_save(
-      {"mpirun", "--oversubscribe", "-n", "1", worker, "--spec", good_spec, "--spool", save, ":",
-       "-n", "1", "-x", "ITWIN_CHECKPOINTS=" + (scratch_ / "no" / "such").string(), worker,
-       "--spec", good_spec, "--spool", save},
-      environment, scratch_ / "save.log");
+  Program at_save = start_ranks("save", good_spec,
+                                "export ITWIN_CHECKPOINTS=" + (scratch_ / "no" / "such").string());
   EXPECT_EQ(at_save.Wait(), 3) << at_save.Output();
   EXPECT_EQ(Result("save")["failure"]["rank"], 1);
   EXPECT_THAT(Result("save")["message"].get<std::string>(), HasSubstr("rank-1.safetensors"));
@@ -343,9 +353,9 @@ TEST_F(WorkerProgram, PredictsInTheOrderOfTheSamplesWhateverTheRanks) {
   ASSERT_EQ(Run(2, job, "training"), 0) << log_;
   const std::string outputs = (Spool("training") / "outputs").string();
   std::map<std::string, std::string> files;
-  for (const auto& [name, ranks, weights] :
-       {std::tuple{"alone", 0, "weights.safetensors"}, {"three", 3, "weights.safetensors"},
-        {"dict", 2, "state_dict.pt"}}) {
+  for (const auto& [name, ranks, weights] : {std::tuple{"alone", 0, "weights.safetensors"},
+                                             {"three", 3, "weights.safetensors"},
+                                             {"dict", 2, "state_dict.pt"}}) {
     Json predict = job;
     predict["train"]["predict"] = {{"weights", outputs + "/" + weights},
                                    {"preprocessing", outputs + "/preprocessing.json"}};
@@ -365,9 +375,10 @@ TEST_F(WorkerProgram, PredictsInTheOrderOfTheSamplesWhateverTheRanks) {
   const int64_t samples = Result("nc")["info"]["samples"];
   EXPECT_EQ(samples, 81);
   EXPECT_GT(fs::file_size(Spool("nc") / "outputs" / "predictions.nc"), 81u * 16);
-  scratch_.Python("import numpy as np\n"
-                  "p = np.load('alone/outputs/predictions.npy')\n"
-                  "assert p.shape == (403, 4) and p.dtype == np.float32 and np.isfinite(p).all()\n");
+  scratch_.Python(
+      "import numpy as np\n"
+      "p = np.load('alone/outputs/predictions.npy')\n"
+      "assert p.shape == (403, 4) and p.dtype == np.float32 and np.isfinite(p).all()\n");
 
   netcdf["train"]["predict"]["weights"] = outputs + "/preprocessing.json";
   EXPECT_EQ(Run(2, netcdf, "bad"), 2) << log_;
@@ -436,7 +447,8 @@ TEST_F(WorkerProgram, AStoppedRankIsFoundAndNamed) {
   EXPECT_EQ(result["failure"]["rank"], 1) << result;
   EXPECT_FALSE(result["failure"]["host"].get<std::string>().empty());
   EXPECT_THAT(result["message"].get<std::string>(), HasSubstr("has not been running for"));
-  // What the other rank was doing is in the log: a step's all-reduce, or the comparing of weights at the end of an epoch.
+  // What the other rank was doing is in the log: a step's all-reduce, or the comparing of weights
+  // at the end of an epoch.
   EXPECT_THAT(program->Output(), HasSubstr("the training thread"));
   EXPECT_THAT(program->Output(),
               AnyOf(AllOf(HasSubstr("gradients: in all-reduce number"), HasSubstr("MPI_Allreduce")),
@@ -460,8 +472,9 @@ TEST_F(WorkerProgram, ReportHasWhatAStudyNeeds) {
     EXPECT_LE(of_rank["step_seconds"]["p50"], of_rank["step_seconds"]["p99"]);
   }
   const std::map<std::string, double> metrics = Result("report")["metrics"];
-  for (const char* name : {"perf/forward_s", "perf/backward_s", "perf/optimizer_s", "perf/step_p50_s",
-                           "perf/rss_bytes", "perf/comm_bytes_per_second", "perf/checkpoint_stall_s"}) {
+  for (const char* name :
+       {"perf/forward_s", "perf/backward_s", "perf/optimizer_s", "perf/step_p50_s",
+        "perf/rss_bytes", "perf/comm_bytes_per_second", "perf/checkpoint_stall_s"}) {
     EXPECT_TRUE(metrics.contains(name)) << name;
   }
 }
