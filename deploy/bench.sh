@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the benchmarks (release) and runs them one after the other; prints a table and writes bench.json.
 #   deploy/bench.sh                       all of them
-#   deploy/bench.sh NAME...               only these; NAME:PART for one part: gateway:submit. `cluster` and `slurm` need root
+#   deploy/bench.sh NAME...               only these; NAME:PART for one part: gateway:submit. `cluster`, `slurm` and `network` need root
 #   deploy/bench.sh --compare OLD NEW     two bench.json files side by side
 # bench.json: one object per figure with name, value, unit, reference, ratio (value / reference) and runs.
 set -euo pipefail

@@ -548,10 +548,11 @@ int Train(World& world, RunState& state) {
       // bucket.
       return EndJob(&world, state);
     }
-    if (first && !outcome.saved && spec.checkpoint.export_optimizer)
+    if (first && !outcome.saved && spec.checkpoint.export_optimizer) {
       // A run that only had its last evaluation left has saved nothing itself.
       ExportOptimizer({contract.checkpoints, contract.resume}, outcome.steps,
                       contract.outputs / "optimizer.safetensors");
+    }
     if (!device.is_cpu()) model->MoveTo(at::kCPU);  // for all that is written from here on
     metrics->Flush();
     energy = EnergyJson(SumEnergy(monitor, control), outcome.samples);

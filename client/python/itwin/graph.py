@@ -270,6 +270,10 @@ def _decides_by_values(call, place):
                       "it.")
 
 
+def _built_in(samples, rest):
+    return ModelError(f"the size of the batch ({samples}), or a value in it, is built into the exported graph{rest}")
+
+
 def _place(node):
     lines = re.findall(r"([^\s(]+\.py)\((\d+)\): (\w+)", node.sourceRange())
     for file, line, function in lines:
@@ -296,12 +300,11 @@ def _refuse_fixed_batch(first, second, samples):
         if same_call and not differs(a["args"], b["args"]):
             continue
         what = f"{a['op']} has it as a fixed number" if same_call else "the calls depend on it"
-        raise ModelError(f"the size of the batch ({samples}), or a value in it, is built into the exported graph: {what} "
-                         f"({places[index]}). Take the size from the input there, as in x.shape[0] without int() or len(), or use "
-                         "-1.")
+        raise _built_in(samples, f": {what} ({places[index]}). Take the size from the input there, as in x.shape[0] without int() or "
+                                 "len(), or use -1.")
     if len(graph["nodes"]) != len(other["nodes"]):
-        raise ModelError(f"the size of the batch ({samples}), or a value in it, is built into the exported graph: the number of calls depends on it "
-                         "(a Python loop over samples). Use tensor operations over the whole batch.")
+        raise _built_in(samples, ": the number of calls depends on it (a Python loop over samples). Use tensor operations over the whole "
+                                 "batch.")
 
 
 # ---- torch.export (2.x) ----------------------------------------------------------------------------------------------
@@ -338,9 +341,8 @@ def _explain_export(call, text, samples):
     if "ontrol flow" in text or "data-dependent" in text:
         return _decides_by_values(call, place)
     if "inferred to be a constant" in text:
-        return ModelError(f"the size of the batch ({samples}), or a value in it, is built into the exported graph ({place}). Take the "
-                          "size from the input, as in x.shape[0], or use -1, and use tensor operations over the whole batch in place "
-                          "of loops over samples.")
+        return _built_in(samples, f" ({place}). Take the size from the input, as in x.shape[0], or use -1, and use tensor operations "
+                                  "over the whole batch in place of loops over samples.")
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     return ModelError(f"{type(call.module).__name__} cannot be exported (torch.export): {' '.join(lines[:2]) or 'no reason given'} "
                       f"({place})")

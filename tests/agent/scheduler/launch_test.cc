@@ -61,6 +61,20 @@ TEST(LaunchEnvironment, TheContractWinsOverTheUser) {
   EXPECT_EQ(env.at("ITWIN_DEADLINE"), "77");
   EXPECT_EQ(env.at("ITWIN_RESUME"), "/r/00000000000000aa/1/checkpoints");
   EXPECT_EQ(env.at("OMP_NUM_THREADS"), "3");
+  EXPECT_FALSE(env.contains("PRTE_ALLOW_RUN_AS_ROOT"));  // no ranks
+}
+
+TEST(LaunchEnvironment, RanksAreStartedByOpenMpi4AndBy5) {
+  const AttemptDirectory directory("/r", *AttemptKey::Parse("00000000000000aa-1"));
+  v1::StartAttemptRequest request;
+  request.set_train(true);
+  (*request.mutable_launch()->mutable_env())["ITWIN_COLLECTIVES"] = "mpi";
+  const auto env = LaunchEnvironment(directory, request, "nonce", absl::InfiniteFuture());
+  for (const char* name : {"OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "PRTE_ALLOW_RUN_AS_ROOT",
+                           "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM"})
+    EXPECT_EQ(env.at(name), "1");
+  EXPECT_EQ(env.contains("OMPI_MCA_btl_vader_single_copy_mechanism"), env.contains("OMPI_MCA_btl_sm_single_copy_mechanism"));
+  EXPECT_EQ(env.at("ITWIN_COLLECTIVES"), "mpi");  // the site's
 }
 
 }  // namespace
