@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Makes a Debian 13 root in a folder, builds everything there and runs the tests: LibTorch 2.6, Open MPI 5, newer libssh.
-#   deploy/check-debian13.sh                 all of it
+# Makes a Debian 13 root in a folder, builds everything there and runs every test: LibTorch 2.6, Open MPI 5, SLURM 24.11, newer
+# libssh, OpenSSH, absl.
+#   deploy/check-debian13.sh                 all of it, with the tests on a real SLURM cluster
 #   deploy/check-debian13.sh --worker        only the training worker, with its tests
 #   deploy/check-debian13.sh --root DIR      the root's place (default /var/tmp/itwin-debian13; about 8 GB); kept for the
 #                                            next time, delete it when you are done
 #   deploy/check-debian13.sh --build         configure and build, run no tests
-#   deploy/check-debian13.sh -R REGEX        only the tests whose name matches; -E, -L and -LE as of ctest
-# Needs root (chroot, mounts). The sources are seen read-only in the root; the build lies in DIR/build. Takes long: 19 is
+#   deploy/check-debian13.sh -R REGEX        only the tests whose name matches; -E, -L and -LE as of ctest (-LE cluster)
+# Needs root (mounts, namespaces). The sources are seen read-only in the root; the build lies in DIR/build. Takes long: 19 is
 # its niceness.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -27,7 +28,7 @@ while (($#)); do
   shift
 done
 if ((EUID != 0)); then
-  echo "check-debian13.sh: a chroot needs root; run it as root (sudo deploy/check-debian13.sh)" >&2
+  echo "check-debian13.sh: mounts and namespaces need root; run it as root (sudo deploy/check-debian13.sh)" >&2
   exit 1
 fi
 renice -n 19 $$ >/dev/null
@@ -42,43 +43,38 @@ if [[ ! -e $root/etc/debian_version ]]; then
   debootstrap --variant=minbase trixie "$root" "$mirror"
 fi
 
-mounted=()
-unmount_all() {
-  local at
-  for at in "${mounted[@]}"; do umount -l "$at" 2>/dev/null || true; done
-}
-trap unmount_all EXIT
-mount_at() {  # SOURCE TARGET OPTIONS...
-  local source=$1 target=$2
-  shift 2
-  mkdir -p "$target"
-  mount "$@" "$source" "$target"
-  mounted=("$target" "${mounted[@]}")
-}
-mount_at proc "$root/proc" -t proc
-mount_at sysfs "$root/sys" -t sysfs -o ro  # Open MPI looks for the processors there
-mount_at /dev "$root/dev" --bind
-mount_at /dev/pts "$root/dev/pts" --bind
-mount_at tmpfs "$root/dev/shm" -t tmpfs -o size=2g  # Open MPI's shared memory
-mount_at "$PWD" "$root/src" --bind
-mount -o remount,ro,bind "$root/src"
 cp /etc/resolv.conf "$root/etc/resolv.conf"
 printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"  # no service of a package starts in here
 chmod 755 "$root/usr/sbin/policy-rc.d"
+mkdir -p "$root/src" "$root/old"
 
+# A command in the root, which is the / of a mount namespace of its own: what is mounted goes with the command, and the test
+# cluster can make namespaces below it, which it could not in a chroot.
+enter_root='
+  root=$1 command=$2
+  mount -t proc proc "$root/proc"
+  mount --rbind /sys "$root/sys"  # Open MPI looks for the processors there
+  mount --rbind /dev "$root/dev"
+  mount -t tmpfs -o size=2g tmpfs "$root/dev/shm"  # shared memory of Open MPI
+  mount --bind "$PWD" "$root/src"
+  mount -o remount,ro,bind "$root/src"
+  mount --rbind "$root" "$root"
+  cd "$root"
+  pivot_root . old
+  exec chroot . bash -euo pipefail -c "umount -l /old; $command"'
 inside() {
-  chroot "$root" /usr/bin/env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 TERM="${TERM:-dumb}" \
-    DEBIAN_FRONTEND=noninteractive OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
-    PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1 CCACHE_DIR=/var/cache/ccache bash -euo pipefail -c "$1"
+  env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 TERM="${TERM:-dumb}" DEBIAN_FRONTEND=noninteractive \
+    OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
+    CCACHE_DIR=/var/cache/ccache unshare --mount --propagation private bash -euo pipefail -c "$enter_root" enter "$root" "$1"
 }
 
 step "packages"
-purposes="build test"
+purposes="build test cluster"
 ((worker)) && purposes="worker"
 inside "cd /src && deploy/install-packages.sh $purposes"
 
 step "configure"
-options="-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g1 -DNDEBUG'"
+options="-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g1 -DNDEBUG' -DITWIN_TEST_CLUSTER=$( ((worker)) && echo OFF || echo ON)"
 ((worker)) && options+=" -DITWIN_BUILD_SERVICES=OFF -DITWIN_BUILD_PYTHON=OFF"
 inside "cmake -S /src -B /build -G Ninja $options"
 

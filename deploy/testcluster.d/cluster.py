@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -51,6 +52,12 @@ class Interrupted(BaseException):
 
 def default_prefix(directory):
     return "itw" + hashlib.sha256(str(directory).encode()).hexdigest()[:5]
+
+
+def sshd_has_penalties():
+    """OpenSSH 9.8 and later know PerSourcePenalties."""
+    version = subprocess.run(["ssh", "-V"], capture_output=True, text=True, check=True).stderr
+    return tuple(map(int, re.match(r"OpenSSH_(\d+)\.(\d+)", version).groups())) >= (9, 8)
 
 
 class Cluster:
@@ -587,7 +594,7 @@ class Cluster:
             config = self.node_directory(name) / "sshd_config"
             self.write(config, site_files.sshd_config(
                 self.node(name)["address"], SSH_PORT, self.directory / "ssh" / f"host_{name}",
-                self.directory / "ssh" / "user_ca.pub", USERS, self.node(name)["kind"] == "jump"))
+                self.directory / "ssh" / "user_ca.pub", USERS, self.node(name)["kind"] == "jump", sshd_has_penalties()))
             return ["/usr/sbin/sshd", "-D", "-e", "-f", str(config)], None
         raise ClusterError(f"there is no {service} on {name}; there is: {', '.join(self.services_of(name))}")
 
@@ -764,6 +771,9 @@ class Cluster:
         if database.wait(120) != 0:
             raise ClusterError(f"mariadb-install-db failed; see {self.log(site, 'mariadb-install.out')}")
         self.start_service("mariadb", name)
+        # slurmdbd would make its database itself, and MariaDB's client library of 11.8 then answers every query on that
+        # connection with error 5027.
+        self.run(name, "mariadb", "--no-defaults", "-u", "root", "-e", f"create database {site_files.ACCOUNTING_DATABASE}")
         self.start_service("slurmdbd", name)
         self.run(name, "sacctmgr", "-i", "add", "cluster", site)
         self.run(name, "sacctmgr", "-i", "add", "account", "science", f"Cluster={site}")

@@ -83,6 +83,9 @@ def partition_names(preemption):
     return ["main", "short", "two"] + ([] if preemption == "off" else ["low", "high"])
 
 
+ACCOUNTING_DATABASE = "accounting"
+
+
 def slurmdbd_conf(site):
     return "\n".join([
         "AuthType=auth/munge",
@@ -97,7 +100,7 @@ def slurmdbd_conf(site):
         "StorageType=accounting_storage/mysql",
         "StorageHost=localhost",
         "StorageUser=slurm",
-        "StorageLoc=accounting",
+        f"StorageLoc={ACCOUNTING_DATABASE}",
     ]) + "\n"
 
 
@@ -116,7 +119,8 @@ def gres_conf(device_pattern):
     return f"AutoDetect=off\nName=gpu File={device_pattern}\n"
 
 
-def sshd_config(address, port, host_key, user_ca, users, forwarding):
+def sshd_config(address, port, host_key, user_ca, users, forwarding, penalties):
+    """`penalties`: this sshd locks out addresses that fail often (OpenSSH 9.8 and later); all clients have the WAN's."""
     allowed = "yes" if forwarding else "no"
     return "\n".join([
         f"Port {port}",
@@ -138,6 +142,7 @@ def sshd_config(address, port, host_key, user_ca, users, forwarding):
         "PrintLastLog no",
         "LogLevel VERBOSE",
         "Subsystem sftp internal-sftp",
+        *(["PerSourcePenalties no"] if penalties else []),
     ]) + "\n"
 
 

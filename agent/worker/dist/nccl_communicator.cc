@@ -2,7 +2,6 @@
 
 #include <dlfcn.h>
 
-
 #include "agent/worker/error.h"
 
 namespace itwin::worker {
@@ -37,8 +36,11 @@ int TypeOf(ElementType type) {
 }
 int OpOf(Reduction reduction) { return reduction == Reduction::kSum ? kNcclSum : kNcclMax; }
 
-void* Open(const std::vector<std::string>& names, const std::string& what) {
+// The library of this name that the program has already, which is LibTorch's: with another one its
+// streams would mean nothing. Else the first that there is.
+void* Open(const char* function, const std::vector<std::string>& names, const std::string& what) {
   std::string reason;
+  if (dlsym(RTLD_DEFAULT, function) != nullptr) return dlopen(nullptr, RTLD_NOW);
   for (const std::string& name : names) {
     if (void* library = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL)) return library;
     const char* text = dlerror();
@@ -100,8 +102,8 @@ NcclLibraries::~NcclLibraries() {
 
 std::unique_ptr<NcclLibraries> NcclLibraries::Load(const Names& names) {
   std::unique_ptr<NcclLibraries> loaded(new NcclLibraries);
-  loaded->cuda_ = Open(names.cuda, "the CUDA runtime (libcudart)");
-  loaded->nccl_ = Open(names.nccl, "NCCL (libnccl)");
+  loaded->cuda_ = Open("cudaGetDeviceCount", names.cuda, "the CUDA runtime (libcudart)");
+  loaded->nccl_ = Open("ncclGetUniqueId", names.nccl, "NCCL (libnccl)");
   Functions& f = *loaded->functions_;
 #define ITWIN_FIND(library, name) Find(loaded->library, #name, &f.name)
   ITWIN_FIND(cuda_, cudaGetDeviceCount);

@@ -15,7 +15,7 @@ namespace itwin::worker {
 // The functions of both libraries that are used; one per process.
 class NcclLibraries {
  public:
-  struct Names {  // tried in turn
+  struct Names {  // tried in turn, where the program has not loaded them already
     std::vector<std::string> cuda = {"libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0",
                                      "libcudart.so"};
     std::vector<std::string> nccl = {"libnccl.so.2", "libnccl.so"};
