@@ -486,7 +486,7 @@ int Train(World& world, RunState& state) {
       device.is_cpu() ? world.MakeGradients(threaded) : world.MakeGpuGradients(device, &gradients_note);
   if (!gradients_note.empty()) print("note: " + gradients_note);
   std::optional<MeshGroups> mesh;
-  if (IsMesh(strategy)) mesh.emplace(MeshOf(spec, strategy, world.size()), *gradients, control);
+  if (IsMesh(strategy)) mesh.emplace(MeshOf(spec, strategy, world.size()), *gradients, control, device);
   const std::unique_ptr<Model> model = mesh ? MakeMeshModel(spec, *on_host, contract.work, *mesh)
                                             : MakeModel(spec, *on_host, contract.work);
   if (!device.is_cpu()) {
@@ -580,7 +580,7 @@ int Train(World& world, RunState& state) {
     if (!outcome.saved) {
       std::unique_ptr<Model> put_together;  // here alone, where each rank holds a part
       if (mesh) {
-        put_together = MakeModel(spec, *dataset, contract.work);
+        put_together = MakeModel(spec, *on_host, contract.work);
         LoadWeights(*put_together, outcome.weights);
       }
       Model& whole = mesh ? *put_together : *model;

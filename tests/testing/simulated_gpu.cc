@@ -79,7 +79,9 @@ struct Guard final : public c10::impl::DeviceGuardImplInterface {
   }
   c10::Stream exchangeStream(c10::Stream stream) const noexcept override {
     const c10::Stream before = Current(stream.device());
-    current_stream[static_cast<size_t>(stream.device_index())] = stream.id();
+    // A device's thread goes back to what the device computes on, which may be another stream next time.
+    const auto at = static_cast<size_t>(stream.device_index());
+    current_stream[at] = stream.id() == compute_stream[at] ? 0 : stream.id();
     return before;
   }
   c10::DeviceIndex deviceCount() const noexcept override { return kSimulatedGpus; }
@@ -141,15 +143,17 @@ at::Tensor ToDevice(const at::Tensor& host, c10::Device device) {
   return copy;
 }
 
-// An operator may give what it writes another shape.
-void TakeShape(const at::Tensor& tensor, const at::Tensor& seen) {
-  if (tensor.sizes() == seen.sizes()) return;
-  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  if (tensor.numel() == 0) {
-    impl->set_storage_keep_dtype(ToDevice(seen, tensor.device()).storage());
-    impl->set_storage_offset(0);
+// Where an operator was to put its result, whose shape is the operator's to choose.
+void Put(const at::Tensor& result, const at::Tensor& into) {
+  if (into.sizes() != result.sizes()) {
+    c10::TensorImpl* impl = into.unsafeGetTensorImpl();
+    if (into.numel() < result.numel()) {
+      impl->set_storage_keep_dtype(ToDevice(result, into.device()).storage());
+      impl->set_storage_offset(0);
+    }
+    impl->set_sizes_contiguous(result.sizes());
   }
-  impl->set_sizes_and_strides(seen.sizes(), seen.strides());
+  OnHost(into, "an operator's result").copy_(result);
 }
 
 // ---- operators
@@ -172,7 +176,9 @@ void RunOnHost(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   };
   for (size_t i = 0; i < count; ++i) {
     c10::IValue& value = (*stack)[begin + i];
-    if (given[i].isTensor()) {
+    if (given[i].isTensor() && schema.arguments()[i].is_out()) {
+      value = at::empty({0}, see(given[i].toTensor()).options());
+    } else if (given[i].isTensor()) {
       value = see(given[i].toTensor());
     } else if (given[i].isTensorList()) {
       c10::List<at::Tensor> seen;
@@ -191,6 +197,8 @@ void RunOnHost(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     }
   }
   TORCH_CHECK(device, name, ": no tensor of the GPU among the arguments");
+  // Kept, as LibTorch drops the arguments before it copies several results that are among them.
+  const std::vector<c10::IValue> seen_arguments(stack->begin() + static_cast<std::ptrdiff_t>(begin), stack->end());
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
   const size_t results = schema.returns().size(), first = stack->size() - results;
   for (size_t r = 0; r < results; ++r) {
@@ -201,7 +209,7 @@ void RunOnHost(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       for (size_t i = 0; i < count; ++i) {
         const auto* of_argument = schema.arguments()[i].alias_info();
         if (of_argument == nullptr || !(*of_argument == *alias)) continue;
-        if (value.isTensor()) TakeShape(given[i].toTensor(), value.toTensor());
+        if (schema.arguments()[i].is_out()) Put(seen_arguments[i].toTensor(), given[i].toTensor());
         value = given[i];
       }
     } else if (value.isTensor()) {
@@ -293,9 +301,6 @@ TORCH_LIBRARY_IMPL(aten, XPU, m) {
   m.impl("as_strided", &at::native::as_strided_tensorimpl);
   m.impl("view", &at::native::view);
   m.impl("_reshape_alias", &at::native::_reshape_alias);
-  // These shape what they write twice, which takes a storage that grows; not as one that is written.
-  for (const char* loss : {"mse_loss", "smooth_l1_loss"})
-    m.impl(loss, torch::CppFunction::makeFromBoxedFunction<&RunOnHost>());
   m.impl("copy_", &Copy);
   m.impl("record_stream", &RecordStream);
   m.impl("convolution_overrideable", &Convolution);
@@ -310,8 +315,8 @@ ComputeStream::ComputeStream(at::Device device) : before_(Current(device)) {
   const Guard guard;
   guard.setDevice(device);
   const c10::Stream mine = guard.getStreamFromGlobalPool(device, false);
-  guard.exchangeStream(mine);
   compute_stream[static_cast<size_t>(device.index())] = mine.id();
+  guard.exchangeStream(mine);
 }
 ComputeStream::~ComputeStream() {
   compute_stream[static_cast<size_t>(before_.device_index())] = 0;

@@ -10,6 +10,7 @@
 // NcclLibraries wants, over the same streams and memory; ranks are threads, each with a GPU.
 #pragma once
 
+#include <chrono>
 #include <memory>
 
 #include <c10/core/Device.h>
@@ -22,6 +23,9 @@ constexpr int kSimulatedGpus = 8;
 inline at::Device SimulatedGpu(int index) {
   return at::Device(at::kXPU, static_cast<c10::DeviceIndex>(index));
 }
+
+// How long NCCL takes for a collective or a message, before it begins.
+void SetNcclTakes(std::chrono::microseconds time);
 
 // As a cudaStream_t of this library.
 void* NativeStream(const c10::Stream& stream);

@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 #include "agent/worker/dist/in_process_communicator.h"
 #include "tests/testing/simulated_gpu.h"
@@ -57,11 +58,14 @@ struct Seen {
   Buffer buffer;
 };
 
+std::atomic<int64_t> takes_microseconds = 200;
+
 template <typename F>
 int Give(void* comm, void* stream, F work) {
   auto* c = static_cast<Comm*>(comm);
   ++c->under_way;
   static_cast<SimulatedStream*>(stream)->Give([c, work] {
+    std::this_thread::sleep_for(std::chrono::microseconds(takes_microseconds));
     try {
       work(*c->ranks);
     } catch (const std::exception&) {  // another rank has aborted
@@ -75,6 +79,8 @@ int Give(void* comm, void* stream, F work) {
 using MarkPointer = std::shared_ptr<SimulatedMark>;
 
 }  // namespace
+
+void itwin::worker::testing::SetNcclTakes(std::chrono::microseconds time) { takes_microseconds = time.count(); }
 
 extern "C" {
 

@@ -22,9 +22,8 @@ Batch DeviceDataset::Gather(Split split, const std::vector<int64_t>& indices) co
   Batch batch = host_.Gather(split, indices);
   const StreamScope scope(beside_);
   for (auto& [name, tensor] : batch) {
-    if (!device_.is_cpu()) {
-      tensor = tensor.pin_memory().to(device_, /*non_blocking=*/true);
-    }
+    if (WantsPinnedMemory(device_)) tensor = tensor.pin_memory();
+    if (!device_.is_cpu()) tensor = tensor.to(device_, /*non_blocking=*/true);
     if (channels_last_) tensor = ChannelsLast(tensor);
     // Its memory may be used anew only when the computing is done with it.
     if (!device_.is_cpu()) tensor.record_stream(compute_);

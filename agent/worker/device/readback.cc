@@ -10,7 +10,7 @@ void Readback::Start(const at::Tensor& figures) {
   // Its own copy: the caller's tensor may be part of what the next step overwrites.
   figures_ = figures.detach().to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);
   if (!host_.defined() || host_.numel() != figures_.numel()) {
-    host_ = at::empty(figures_.sizes(), at::TensorOptions().dtype(at::kDouble).pinned_memory(!device_.is_cpu()));
+    host_ = at::empty(figures_.sizes(), at::TensorOptions().dtype(at::kDouble).pinned_memory(WantsPinnedMemory(device_)));
   }
   StreamMark(CurrentStream(device_)).HoldBack(beside_);
   const StreamScope scope(beside_);

@@ -38,6 +38,7 @@ class StagedCommunicator::Message : public Work {
   void Wait() override {
     work_->Wait();
     if (!received_) return;
+    StreamMark(owner_.compute_).HoldBack(owner_.to_device_);  // which may still use that memory
     {
       const StreamScope scope(owner_.to_device_);
       stand_in_.on_device.copy_(stand_in_.on_host, /*non_blocking=*/true);
@@ -64,8 +65,9 @@ StagedCommunicator::StandIn StagedCommunicator::MakeStandIn(const Use& use) {
   if (!use.buffer.on_device) return s;
   const std::vector<int64_t> bytes = {SizeInBytes(use.buffer)};
   const auto options = at::TensorOptions().dtype(at::kByte);
-  s.on_device = at::from_blob(use.buffer.data, bytes, options.device(device_));
-  s.on_host = at::empty(bytes, options.pinned_memory(!device_.is_cpu()));
+  s.on_device =
+      at::for_blob(use.buffer.data, bytes).target_device(device_).options(options.device(device_)).make_tensor();
+  s.on_host = at::empty(bytes, options.pinned_memory(WantsPinnedMemory(device_)));
   s.buffer = {s.on_host.data_ptr(), use.buffer.count, use.buffer.type};
   if (use.read) s.on_host.copy_(s.on_device, /*non_blocking=*/true);
   return s;

@@ -13,6 +13,9 @@
 
 namespace itwin::worker {
 
+// Whether copies to and from the device want memory that CUDA has pinned.
+inline bool WantsPinnedMemory(at::Device device) { return device.is_cuda(); }
+
 // The stream that this thread gives work to, and one beside it for copies or computing.
 c10::Stream CurrentStream(at::Device device);
 c10::Stream StreamBeside(at::Device device);

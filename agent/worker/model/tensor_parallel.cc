@@ -22,7 +22,7 @@ Buffer Whole(const at::Tensor& tensor) {
   if (tensor.scalar_type() != at::kFloat && tensor.scalar_type() != at::kDouble)
     throw AppError("layers that ranks share need float32 or float64 activations");
   return {tensor.data_ptr(), tensor.numel(),
-          tensor.scalar_type() == at::kFloat ? ElementType::kFloat32 : ElementType::kFloat64};
+          tensor.scalar_type() == at::kFloat ? ElementType::kFloat32 : ElementType::kFloat64, !tensor.is_cpu()};
 }
 
 at::Tensor Sum(const at::Tensor& part, Communicator& ranks) {

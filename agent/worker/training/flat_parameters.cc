@@ -1,5 +1,6 @@
 #include "agent/worker/training/flat_parameters.h"
 
+#include <cstring>
 #include <set>
 
 #include <ATen/ops/zeros.h>
@@ -10,7 +11,7 @@ namespace itwin::worker {
 namespace {
 
 constexpr int64_t kAlignmentBytes = 64;  // vector loads and cache lines
-constexpr int64_t kStatusElements = 4;
+constexpr auto kStatusElements = static_cast<int64_t>(StepStatus::kFigures);
 
 int64_t RoundUp(int64_t elements, int64_t element_size) {
   const int64_t unit = kAlignmentBytes / element_size;
@@ -83,14 +84,13 @@ void FlatParameters::WriteStatus(const StepStatus& status) {
     flat.narrow(0, flat.numel() - kStatusElements, kStatusElements).copy_(status.on_device);
     return;
   }
-  const double values[kStatusElements] = {status.loss, status.not_finite, status.stop,
-                                          status.trace};
   const int64_t at = flat.numel() - kStatusElements;
-  for (int64_t i = 0; i < kStatusElements; ++i) {
+  int64_t i = at;
+  for (const double value : status.figures()) {
     if (flat.scalar_type() == at::kFloat) {
-      flat.data_ptr<float>()[at + i] = static_cast<float>(values[i]);
+      flat.data_ptr<float>()[i++] = static_cast<float>(value);
     } else {
-      flat.data_ptr<double>()[at + i] = values[i];
+      flat.data_ptr<double>()[i++] = value;
     }
   }
 }
@@ -103,7 +103,7 @@ StepStatus FlatParameters::ReadStatus() const {
     return flat.scalar_type() == at::kFloat ? static_cast<double>(flat.data_ptr<float>()[at + i])
                                             : flat.data_ptr<double>()[at + i];
   };
-  return {.loss = value(0), .not_finite = value(1), .stop = value(2), .trace = value(3)};
+  return StepStatus::Of({value(0), value(1), value(2), value(3)});
 }
 
 void FlatParameters::CheckGradientViews() const {
@@ -116,6 +116,22 @@ void FlatParameters::CheckGradientViews() const {
           "the model replaced the gradient of parameter " + p.name +
           " (by zero_grad or an assignment to .grad); gradients are the worker's to clear");
     }
+  }
+}
+
+void CopyFlat(const at::Tensor& to, const at::Tensor& from) {
+  if (to.is_cpu() && from.is_cpu()) {
+    std::memcpy(to.data_ptr(), from.data_ptr(), from.nbytes());
+  } else {
+    at::Tensor(to).copy_(from, /*non_blocking=*/true);
+  }
+}
+
+void ClearFlat(const at::Tensor& flat) {
+  if (flat.is_cpu()) {
+    std::memset(flat.data_ptr(), 0, flat.nbytes());
+  } else {
+    at::Tensor(flat).zero_();
   }
 }
 

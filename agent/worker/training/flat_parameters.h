@@ -11,19 +11,9 @@
 
 #include <ATen/core/Tensor.h>
 
-namespace itwin::worker {
+#include "agent/worker/training/step_status.h"
 
-// Figures that travel with the last bucket's gradients, so that agreeing on them costs no message.
-// Sums over the ranks once that bucket is reduced.
-struct StepStatus {
-  double loss = 0;        // local mean loss times local samples / global samples
-  double not_finite = 0;  // 1 when this rank's loss is not finite
-  double stop = 0;        // 1 when this rank was asked to stop
-  double trace = 0;       // steps to trace from the next one on, where somebody asked for that
-  // Defined where the figures are still on their way: these four, in this order, as float64 on the
-  // device. The numbers above then say nothing.
-  at::Tensor on_device{};
-};
+namespace itwin::worker {
 
 class FlatParameters {
  public:
@@ -67,5 +57,10 @@ class FlatParameters {
   std::vector<Bucket> buckets_;
   bool late_ = false;  // the status written last is on a device
 };
+
+// Flat tensors of the same type and length, on the host or on one device, in the order of what the
+// thread has given the device; nothing waits.
+void CopyFlat(const at::Tensor& to, const at::Tensor& from);
+void ClearFlat(const at::Tensor& flat);
 
 }  // namespace itwin::worker

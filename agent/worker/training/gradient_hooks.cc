@@ -73,36 +73,41 @@ Buffer BufferOfTensor(const at::Tensor& flat) {
           !flat.is_cpu()};
 }
 
-uint64_t HashValues(const FlatParameters& parameters) {
-  // Four lanes, so that the multiplications overlap; every bit of the input reaches the result.
-  uint64_t lanes[4] = {0x9e3779b97f4a7c15u, 0xbf58476d1ce4e5b9u, 0x94d049bb133111ebu,
-                       0xd6e8feb86659fd93u};
-  for (const FlatParameters::Bucket& bucket : parameters.buckets()) {
-    const at::Tensor values = bucket.values.cpu();  // itself, but of a device
-    const auto* bytes = static_cast<const char*>(values.data_ptr());
-    const size_t size = bucket.values.nbytes();
-    size_t at = 0;
-    for (; at + 32 <= size; at += 32) {
-      uint64_t words[4];
-      std::memcpy(words, bytes + at, 32);
-      for (int k = 0; k < 4; ++k) {
-        lanes[k] = (lanes[k] ^ words[k]) * 0x9fb21c651e98df25u;
-        lanes[k] ^= lanes[k] >> 32;
-      }
-    }
-    for (; at + 4 <= size; at += 4) {
-      uint32_t word;
-      std::memcpy(&word, bytes + at, 4);
-      lanes[0] = (lanes[0] ^ word) * 0x9fb21c651e98df25u;
-      lanes[0] ^= lanes[0] >> 32;
+// Four lanes, so that the multiplications overlap; every bit of the input reaches the result.
+void ValueHash::Add(const at::Tensor& of) {
+  const at::Tensor values = of.cpu();  // itself, but of a device
+  const auto* bytes = static_cast<const char*>(values.data_ptr());
+  const size_t size = values.nbytes();
+  size_t at = 0;
+  for (; at + 32 <= size; at += 32) {
+    uint64_t words[4];
+    std::memcpy(words, bytes + at, 32);
+    for (int k = 0; k < 4; ++k) {
+      lanes_[k] = (lanes_[k] ^ words[k]) * 0x9fb21c651e98df25u;
+      lanes_[k] ^= lanes_[k] >> 32;
     }
   }
+  for (; at + 4 <= size; at += 4) {
+    uint32_t word;
+    std::memcpy(&word, bytes + at, 4);
+    lanes_[0] = (lanes_[0] ^ word) * 0x9fb21c651e98df25u;
+    lanes_[0] ^= lanes_[0] >> 32;
+  }
+}
+
+uint64_t ValueHash::Get() const {
   uint64_t hash = 0;
-  for (const uint64_t lane : lanes) {
+  for (const uint64_t lane : lanes_) {
     hash = (hash ^ lane) * 0x9fb21c651e98df25u;
     hash ^= hash >> 29;
   }
   return hash;
+}
+
+uint64_t HashValues(const FlatParameters& parameters) {
+  ValueHash hash;
+  for (const FlatParameters::Bucket& bucket : parameters.buckets()) hash.Add(bucket.values);
+  return hash.Get();
 }
 
 std::vector<int> FindDiffering(uint64_t hash, Communicator& control) {

@@ -29,7 +29,16 @@ class GradientHooks {
 // The bytes of `flat` as a message's.
 Buffer BufferOfTensor(const at::Tensor& flat);
 
-// A 64-bit hash over the bits of the buckets' values; a pass over memory, not made against attackers.
+// A 64-bit hash over the bits of tensors; a pass over memory, not made against attackers.
+class ValueHash {
+ public:
+  void Add(const at::Tensor& values);  // contiguous
+  uint64_t Get() const;
+
+ private:
+  uint64_t lanes_[4] = {0x9e3779b97f4a7c15u, 0xbf58476d1ce4e5b9u, 0x94d049bb133111ebu, 0xd6e8feb86659fd93u};
+};
+// Of all buckets' values.
 uint64_t HashValues(const FlatParameters& parameters);
 
 // The ranks whose hash is not that of most (of several equally frequent ones: not rank 0's).

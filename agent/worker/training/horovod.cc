@@ -2,40 +2,44 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include "agent/worker/error.h"
 
 namespace itwin::worker {
 namespace {
 
-template <typename T>
-void AdasumOf(std::span<T*> ranks, int64_t count) {
-  for (size_t step = 1; step < ranks.size(); step *= 2) {
-    for (size_t r = 0; r + step < ranks.size(); r += 2 * step) {
-      T* a = ranks[r];
-      const T* b = ranks[r + step];
-      double aa = 0, bb = 0, ab = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        aa += static_cast<double>(a[i]) * static_cast<double>(a[i]);
-        bb += static_cast<double>(b[i]) * static_cast<double>(b[i]);
-        ab += static_cast<double>(a[i]) * static_cast<double>(b[i]);
-      }
-      const T of_a = static_cast<T>(aa > 0 ? 1 - ab / (2 * aa) : 1);
-      const T of_b = static_cast<T>(bb > 0 ? 1 - ab / (2 * bb) : 1);
-      for (int64_t i = 0; i < count; ++i) a[i] = of_a * a[i] + of_b * b[i];
-    }
-  }
+// `count` elements of the type, from what is there if it is enough.
+at::Tensor Room(at::Tensor* buffer, int64_t count, const at::TensorOptions& options) {
+  if (!buffer->defined() || buffer->numel() < count || buffer->scalar_type() != options.dtype())
+    *buffer = at::empty({count}, options);
+  return buffer->narrow(0, 0, count);
 }
 
 }  // namespace
 
-void Adasum(std::span<float*> ranks, int64_t count) { AdasumOf(ranks, count); }
-void Adasum(std::span<double*> ranks, int64_t count) { AdasumOf(ranks, count); }
+void Adasum(const std::vector<at::Tensor>& ranks) {
+  // 1 - ab / 2aa, or 1 where there is no a. As tensors: on a device nobody waits for them.
+  const auto share = [](const at::Tensor& ab, const at::Tensor& aa) {
+    return at::where(aa.gt(0), ab.div(aa).mul(-0.5).add(1), at::ones_like(aa));
+  };
+  for (size_t step = 1; step < ranks.size(); step *= 2) {
+    for (size_t r = 0; r + step < ranks.size(); r += 2 * step) {
+      const at::Tensor &a = ranks[r], &b = ranks[r + step];
+      const at::Tensor x = a.to(at::kDouble), y = b.to(at::kDouble);
+      const at::Tensor xy = x.dot(y);
+      const at::Tensor sum = x.mul(share(xy, x.dot(x))).add_(y.mul(share(xy, y.dot(y))));
+      at::Tensor(a).copy_(sum);
+    }
+  }
+}
 
 Horovod::Horovod(FlatParameters& parameters, Communicator& communicator, Options options)
     : parameters_(parameters),
       communicator_(communicator),
+      compute_(CurrentStream(parameters.buckets()[0].values.device())),
       options_(options),
       ranges_(WholeBuckets(parameters)),
       used_(parameters.parameters().size(), 0),
@@ -68,7 +72,7 @@ void Horovod::BeginBackward(const StepStatus& status, bool last) {
   std::fill(states_.begin(), states_.end(), State::kComing);
   for (size_t b = 0; b < missing_.size(); ++b)
     missing_[b] = static_cast<int64_t>(parameters_.buckets()[b].parameters.size());
-  status_ = {status.loss, status.not_finite, status.stop};
+  status_ = status;
   complete_ = false;
   active_ = true;
   changed_.notify_all();
@@ -99,10 +103,12 @@ StepStatus Horovod::EndStep(bool* agreed) {
   changed_.wait(lock, [&] { return !active_ || error_; });
   if (error_) std::rethrow_exception(error_);
   *agreed = true;
-  return {.loss = status_[0], .not_finite = status_[1], .stop = status_[2]};
+  return status_;
 }
 
 void Horovod::Run() {
+  const at::NoGradGuard no_grad;
+  const StreamScope scope(compute_);
   std::unique_lock lock(mutex_);
   while (true) {
     changed_.wait(lock, [&] { return stopping_ || active_; });
@@ -161,8 +167,8 @@ void Horovod::Cycle() {
     done = std::all_of(missing_.begin(), missing_.end(), [](int64_t n) { return n == 0; });
   }
   if (!done) return;
-  std::array<double, 3> status = status_;
-  communicator_.AllReduce(BufferOf(std::span(status)), Reduction::kSum)->Wait();
+  exchange_.Start(status_, communicator_);
+  const StepStatus status = exchange_.Finish();
   std::lock_guard lock(mutex_);
   status_ = status;
   active_ = false;
@@ -170,56 +176,36 @@ void Horovod::Cycle() {
 }
 
 void Horovod::Reduce(const std::vector<size_t>& parameters) {
-  const bool single = parameters_.parameters()[parameters[0]].tensor.scalar_type() == at::kFloat;
-  const ElementType type = single ? ElementType::kFloat32 : ElementType::kFloat64;
   struct Piece {
-    char* gradient;
-    int64_t bytes;
-    size_t bucket;
+    at::Tensor gradient;
+    int64_t first;  // in the fused tensor
   };
   std::vector<Piece> pieces;
   int64_t total = 0;
   for (const size_t i : parameters) {
     const FlatParameters::Parameter& p = parameters_.parameters()[i];
-    const at::Tensor& flat = ranges_[p.bucket].gradients;
-    pieces.push_back({static_cast<char*>(flat.data_ptr()) +
-                          p.offset * static_cast<int64_t>(flat.element_size()),
-                      static_cast<int64_t>(p.tensor.nbytes()), p.bucket});
-    total += pieces.back().bytes;
+    pieces.push_back({ranges_[p.bucket].gradients.narrow(0, p.offset, p.tensor.numel()), total});
+    total += p.tensor.numel();
   }
-  fusion_.resize(static_cast<size_t>(total));
-  int64_t at = 0;
-  for (const Piece& piece : pieces) {
-    std::memcpy(fusion_.data() + at, piece.gradient, static_cast<size_t>(piece.bytes));
-    at += piece.bytes;
-  }
-  const int64_t element = SizeInBytes(type);
-  const Buffer fused{fusion_.data(), total / element, type};
-  const char* result = fusion_.data();
+  const at::TensorOptions options = pieces[0].gradient.options();
+  const at::Tensor fused = Room(&fusion_, total, options);
+  for (const Piece& piece : pieces) CopyFlat(fused.narrow(0, piece.first, piece.gradient.numel()), piece.gradient);
+  at::Tensor result = fused;
   if (options_.adasum) {
-    const int ranks = communicator_.size();
-    gathered_.resize(static_cast<size_t>(total * ranks));
-    communicator_.AllGather(fused, {gathered_.data(), fused.count * ranks, type})->Wait();
-    at = 0;
+    const int64_t ranks = communicator_.size();
+    const at::Tensor all = Room(&gathered_, total * ranks, options);
+    communicator_.AllGather(BufferOfTensor(fused), BufferOfTensor(all))->Wait();
     for (const Piece& piece : pieces) {  // each tensor by itself
-      const auto combine = [&]<typename T>(T*) {
-        std::vector<T*> all;
-        for (int r = 0; r < ranks; ++r)
-          all.push_back(reinterpret_cast<T*>(gathered_.data() + r * total + at));
-        Adasum(std::span<T*>(all), piece.bytes / element);
-      };
-      single ? combine(static_cast<float*>(nullptr)) : combine(static_cast<double*>(nullptr));
-      at += piece.bytes;
+      std::vector<at::Tensor> parts;
+      for (int64_t r = 0; r < ranks; ++r)
+        parts.push_back(all.narrow(0, r * total + piece.first, piece.gradient.numel()));
+      Adasum(parts);
     }
-    result = gathered_.data();
+    result = all.narrow(0, 0, total);
   } else {
-    communicator_.AllReduce(fused, Reduction::kSum)->Wait();
+    communicator_.AllReduce(BufferOfTensor(fused), Reduction::kSum)->Wait();
   }
-  at = 0;
-  for (const Piece& piece : pieces) {
-    std::memcpy(piece.gradient, result + at, static_cast<size_t>(piece.bytes));
-    at += piece.bytes;
-  }
+  for (const Piece& piece : pieces) CopyFlat(piece.gradient, result.narrow(0, piece.first, piece.gradient.numel()));
   std::lock_guard lock(mutex_);
   for (const size_t i : parameters) {
     states_[i] = State::kReduced;

@@ -4,7 +4,6 @@
 // samples joins in with zeros. The numbers are those of an all-reduce, or of Adasum.
 #pragma once
 
-#include <array>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -12,7 +11,9 @@
 #include <thread>
 #include <vector>
 
+#include "agent/worker/device/streams.h"
 #include "agent/worker/training/gradient_hooks.h"
+#include "agent/worker/training/status_exchange.h"
 #include "agent/worker/training/strategy.h"
 
 namespace itwin::worker {
@@ -53,6 +54,7 @@ class Horovod : public Strategy {
 
   FlatParameters& parameters_;
   Communicator& communicator_;  // the thread's, once it runs
+  const c10::Stream compute_;   // of a device: what this thread gives the device is in its order
   const Options options_;
   const std::vector<FlatRange> ranges_;
   std::vector<int64_t> used_;
@@ -67,17 +69,17 @@ class Horovod : public Strategy {
   bool active_ = false;           // between BeginBackward and the last reduction
   bool complete_ = false;         // this rank will get no more gradients
   bool stopping_ = false;
-  std::array<double, 3> status_{};
+  StatusExchange exchange_;
+  StepStatus status_;
   std::exception_ptr error_;
 
-  std::vector<char> fusion_, gathered_;  // the thread's
+  at::Tensor fusion_, gathered_;  // the thread's
   GradientHooks hooks_;
   std::thread thread_;  // last: it uses all of the above
 };
 
-// One tensor of all ranks (size() parts as long as `count`), combined by Adasum into the first part:
-// pairs of neighbours first, then pairs of pairs. Exposed for its test.
-void Adasum(std::span<float*> ranks, int64_t count);
-void Adasum(std::span<double*> ranks, int64_t count);
+// One tensor of all ranks, flat, combined by Adasum into the first: pairs of neighbours first, then pairs
+// of pairs. Exposed for its test.
+void Adasum(const std::vector<at::Tensor>& ranks);
 
 }  // namespace itwin::worker

@@ -1,5 +1,6 @@
 #include "agent/worker/training/local_sgd.h"
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 
@@ -19,19 +20,20 @@ LocalSgd::LocalSgd(FlatParameters& parameters, Communicator& communicator, int e
 StepStatus LocalSgd::EndStep(bool* agreed) {
   if (status_.on_device.defined()) return EndStepOnDevice(agreed);
   not_finite_ += status_.not_finite;
+  trace_ = std::max(trace_, status_.trace);
   *agreed = ++steps_ % every_ == 0;
   if (!*agreed) return {.loss = status_.loss};
   steps_ = 0;
   for (const FlatRange& range : ranges_) Average(range.values);
-  std::array<double, 3> sums = {status_.loss / communicator_.size(), not_finite_, status_.stop};
+  std::array<double, StepStatus::kFigures> sums = {status_.loss / communicator_.size(), not_finite_, status_.stop,
+                                                   trace_};
   communicator_.AllReduce(BufferOf(std::span(sums)), Reduction::kSum)->Wait();
-  not_finite_ = 0;
-  return {.loss = sums[0], .not_finite = sums[1], .stop = sums[2]};
+  not_finite_ = trace_ = 0;
+  return StepStatus::Of(sums);
 }
 
 StepStatus LocalSgd::EndStepOnDevice(bool* agreed) {
-  const at::Tensor bad = status_.on_device.narrow(0, 1, 1);
-  not_finite_on_device_ = not_finite_on_device_.defined() ? not_finite_on_device_.add(bad) : bad.clone();
+  since_on_device_ = since_on_device_.defined() ? since_on_device_.add(status_.on_device) : status_.on_device.clone();
   *agreed = ++steps_ % every_ == 0;
   at::Tensor figures = status_.on_device.clone();
   if (!*agreed) {
@@ -41,8 +43,8 @@ StepStatus LocalSgd::EndStepOnDevice(bool* agreed) {
   steps_ = 0;
   for (const FlatRange& range : ranges_) Average(range.values);
   figures.narrow(0, 0, 1).div_(communicator_.size());
-  figures.narrow(0, 1, 1).copy_(not_finite_on_device_);
-  not_finite_on_device_.reset();
+  for (const int64_t i : {1, 3}) figures.narrow(0, i, 1).copy_(since_on_device_.narrow(0, i, 1));
+  since_on_device_.reset();
   communicator_.AllReduce(BufferOfTensor(figures), Reduction::kSum)->Wait();
   return {.on_device = figures};
 }

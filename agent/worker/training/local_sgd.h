@@ -20,6 +20,9 @@ class LocalSgd : public Strategy {
   double Weight(int64_t samples, int64_t local, int64_t) const override {
     return static_cast<double>(samples) / static_cast<double>(local);
   }
+  double LossWeight(int64_t samples, int64_t local, int64_t global) const override {
+    return Weight(samples, local, global);
+  }
   void BeginBackward(const StepStatus& status, bool) override { status_ = status; }
   void EndBackward() override {}
   void WaitGradients(size_t) override {}
@@ -45,8 +48,8 @@ class LocalSgd : public Strategy {
   std::vector<int64_t> used_;
   int64_t steps_ = 0;        // since the ranks were equal
   StepStatus status_;        // of the step under way
-  double not_finite_ = 0;    // since the ranks spoke
-  at::Tensor not_finite_on_device_;  // instead, of a device
+  double not_finite_ = 0, trace_ = 0;  // since the ranks spoke
+  at::Tensor since_on_device_;         // instead, of a device: sums of the status
   double waited_seconds_ = 0;
   GradientHooks hooks_;
 };

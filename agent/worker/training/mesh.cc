@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <deque>
 #include <optional>
 
@@ -14,7 +13,7 @@
 #include "agent/worker/model/archive.h"
 #include "agent/worker/model/builtin_model.h"
 #include "agent/worker/model/graph_model.h"
-#include "agent/worker/training/optimizer_kernels.h"
+#include "agent/worker/training/optimizer.h"
 #include "agent/worker/training/sampler.h"
 
 namespace itwin::worker {
@@ -22,9 +21,14 @@ namespace {
 
 constexpr int64_t kHeader = 10;  // type, dimensions, sizes of a tensor on its way
 
+Buffer BytesOf(const at::Tensor& tensor) {
+  return {tensor.data_ptr(), static_cast<int64_t>(tensor.nbytes()), ElementType::kByte, !tensor.is_cpu()};
+}
+
 // Sends and forgets: what is on the network is kept until it has arrived.
 class Outbox {
  public:
+  // `stages` must outlive it.
   explicit Outbox(Communicator& stages) : stages_(stages) {}
   void Send(const at::Tensor& tensor, int to) {
     Letter& letter = letters_.emplace_back();
@@ -36,8 +40,7 @@ class Outbox {
     for (int64_t d = 0; d < letter.tensor.dim(); ++d)
       letter.header[static_cast<size_t>(d) + 2] = letter.tensor.size(d);
     letter.work[0] = stages_.Send(BufferOf(std::span(letter.header)), to);
-    letter.work[1] = stages_.Send(
-        {letter.tensor.data_ptr(), static_cast<int64_t>(letter.tensor.nbytes())}, to);
+    letter.work[1] = stages_.Send(BytesOf(letter.tensor), to);
   }
   void WaitAll() {
     for (Letter& letter : letters_) {
@@ -56,13 +59,13 @@ class Outbox {
   std::deque<Letter> letters_;  // a deque: headers must not move
 };
 
-at::Tensor Receive(Communicator& stages, int from) {
+at::Tensor Receive(Communicator& stages, int from, at::Device device) {
   std::array<int64_t, kHeader> header{};
   stages.Recv(BufferOf(std::span(header)), from)->Wait();
   const at::Tensor tensor =
       at::empty(at::IntArrayRef(header.data() + 2, static_cast<size_t>(header[1])),
-                at::TensorOptions().dtype(static_cast<at::ScalarType>(header[0])));
-  stages.Recv({tensor.data_ptr(), static_cast<int64_t>(tensor.nbytes())}, from)->Wait();
+                at::TensorOptions().dtype(static_cast<at::ScalarType>(header[0])).device(device));
+  stages.Recv(BytesOf(tensor), from)->Wait();
   return tensor;
 }
 
@@ -99,7 +102,7 @@ class MeshModel : public Model {
         values.push_back(value.item<double>());
       }
       for (const auto& [name, sums] : result.sums) {
-        const at::Tensor flat = sums.to(at::kDouble).contiguous();
+        const at::Tensor flat = sums.to(at::kCPU, at::kDouble).contiguous();
         names += name + ' ' + std::to_string(flat.numel()) + '\n';
         values.insert(values.end(), flat.data_ptr<double>(), flat.data_ptr<double>() + flat.numel());
       }
@@ -133,6 +136,7 @@ class MeshModel : public Model {
     throw AppError("a model that is split into stages does not predict; load the saved model");
   }
   void Train(bool training) override { part_->Train(training); }
+  void MoveTo(at::Device device) override { part_->MoveTo(device); }
   void Save(const std::filesystem::path&) override {
     throw AppError("a part of a model is not saved as a model");
   }
@@ -151,7 +155,7 @@ class MeshModel : public Model {
     Communicator& stages = groups_.pipeline();
     const int stage = stages.rank();
     const at::Tensor output =
-        part_->staged()->ForwardStage(stage == 0 ? input : Receive(stages, stage - 1), input.size(0));
+        part_->staged()->ForwardStage(stage == 0 ? input : Receive(stages, stage - 1, groups_.device()), input.size(0));
     if (stage + 1 < stages.size()) {
       Outbox outbox(stages);
       outbox.Send(output, stage + 1);
@@ -166,8 +170,8 @@ class MeshModel : public Model {
 
 }  // namespace
 
-MeshGroups::MeshGroups(const MeshSpec& shape, Communicator& gradients, Communicator& control)
-    : shape_(shape) {
+MeshGroups::MeshGroups(const MeshSpec& shape, Communicator& gradients, Communicator& control, at::Device device)
+    : shape_(shape), device_(device) {
   const int ranks = control.size();
   if (shape.data * shape.tensor * shape.pipeline != ranks) {
     throw UserError("train.mesh: " + std::to_string(shape.data) + " x " +
@@ -181,15 +185,18 @@ MeshGroups::MeshGroups(const MeshSpec& shape, Communicator& gradients, Communica
             stage = rank / (shape.tensor * shape.data);
   data_gradients_ = gradients.Split(stage * shape.tensor + part, replica);
   data_ = control.Split(stage * shape.tensor + part, replica);
-  tensor_ = control.Split(stage * shape.data + replica, part);
-  pipeline_ = control.Split(replica * shape.tensor + part, stage);
+  // On the host without the thread that gradients travel in: whoever talks here waits at once.
+  Communicator& layers = device.is_cpu() ? control : gradients;
+  tensor_ = layers.Split(stage * shape.data + replica, part);
+  forward_ = layers.Split(replica * shape.tensor + part, stage);
+  backward_ = layers.Split(replica * shape.tensor + part, stage);
 }
 
 MeshPlace MeshGroups::place() {
   return {.tensor = shape_.tensor > 1 ? tensor_.get() : nullptr,
           .part = tensor_->rank(),
           .parts = shape_.tensor,
-          .stage = pipeline_->rank(),
+          .stage = forward_->rank(),
           .stages = shape_.pipeline};
 }
 
@@ -234,14 +241,23 @@ void Mesh::BeginBackward(const StepStatus& status, bool last) {
 StepStatus Mesh::EndStep(bool* agreed) {
   // Summed over the data group so far. The stages' losses: the last one's, others have none. The
   // ranks of a tensor group have the same loss, but only one of them may have been asked to stop.
-  StepStatus status = ddp_.EndStep(agreed);
-  std::array<double, 3> sums = {status.loss, status.not_finite, status.stop};
+  const StepStatus status = ddp_.EndStep(agreed);
+  if (status.on_device.defined()) return SumOnDevice(status);
+  auto figures = status.figures();
   if (groups_.shape().pipeline > 1)
-    groups_.pipeline().AllReduce(BufferOf(std::span(sums)), Reduction::kSum)->Wait();
-  std::array<double, 2> flags = {sums[1], sums[2]};
+    groups_.pipeline().AllReduce(BufferOf(std::span(figures)), Reduction::kSum)->Wait();
   if (groups_.shape().tensor > 1)
-    groups_.tensor().AllReduce(BufferOf(std::span(flags)), Reduction::kMax)->Wait();
-  return {.loss = sums[0], .not_finite = flags[0], .stop = flags[1]};
+    groups_.tensor().AllReduce(BufferOf(std::span(figures).subspan(1)), Reduction::kMax)->Wait();
+  return StepStatus::Of(figures);
+}
+
+StepStatus Mesh::SumOnDevice(const StepStatus& status) {
+  const at::Tensor& figures = status.on_device;
+  if (groups_.shape().pipeline > 1)
+    groups_.pipeline().AllReduce(BufferOfTensor(figures), Reduction::kSum)->Wait();
+  if (groups_.shape().tensor > 1)
+    groups_.tensor().AllReduce(BufferOfTensor(figures.narrow(0, 1, figures.numel() - 1)), Reduction::kMax)->Wait();
+  return status;
 }
 
 double Mesh::SquaresOfGradients() {
@@ -249,10 +265,7 @@ double Mesh::SquaresOfGradients() {
   double sum = 0;
   for (const FlatParameters::Parameter& p : parameters_.parameters()) {
     if (!parts_.contains(p.name) && groups_.tensor().rank() > 0) continue;
-    const at::Tensor g = p.tensor.grad();
-    sum += g.scalar_type() == at::kFloat
-               ? kernels::SumOfSquares(g.data_ptr<float>(), g.numel())
-               : kernels::SumOfSquares(g.data_ptr<double>(), g.numel());
+    sum += SumOfSquares({{.gradients = p.tensor.grad()}});
   }
   for (Communicator* group : {&groups_.tensor(), &groups_.pipeline()})
     group->AllReduce(BufferOf(std::span(&sum, 1)), Reduction::kSum)->Wait();
@@ -269,8 +282,8 @@ struct Mesh::InFlight {
 };
 
 StepStatus Mesh::RunPasses(const BatchSource::Item& item, StepStatus status) {
-  Communicator& stages = groups_.pipeline();
-  const int stage = stages.rank(), count = stages.size();
+  Communicator &forward_stages = groups_.pipeline(), &backward_stages = groups_.backward();
+  const int stage = forward_stages.rank(), count = forward_stages.size();
   const bool last_stage = stage + 1 == count;
   const auto passes = static_cast<int>(
       std::min<int64_t>(groups_.shape().micro_batches, item.local_samples));
@@ -285,7 +298,7 @@ StepStatus Mesh::RunPasses(const BatchSource::Item& item, StepStatus status) {
     pass.samples = SliceOf(item.local_samples, i, passes);
     pass.weight = Weight(pass.samples.size(), item.local_samples, item.global_samples);
   }
-  Outbox outbox(stages);
+  Outbox activations(forward_stages), gradients(backward_stages);
   const auto forward = [&](int i) {
     InFlight& pass = in_flight[static_cast<size_t>(i)];
     const auto part = [&](const char* name) {
@@ -294,18 +307,16 @@ StepStatus Mesh::RunPasses(const BatchSource::Item& item, StepStatus status) {
     if (stage == 0) {
       pass.input = part("input");
     } else {
-      pass.input = TimedReceive(stages, stage - 1);
+      pass.input = TimedReceive(forward_stages, stage - 1);
       pass.input.requires_grad_(true);
     }
     const at::Tensor output = model_.staged()->ForwardStage(pass.input, pass.samples.size());
     if (last_stage) {
       pass.output = model_.staged()->LossOf(output, part("target")).loss;
-      const double value = pass.output.item<double>();
-      status.loss += value * pass.weight;
-      if (!std::isfinite(value)) status.not_finite = 1;
+      status.NoteLoss(pass.output, pass.weight);
     } else {
       pass.output = output;
-      outbox.Send(output, stage + 1);
+      activations.Send(output, stage + 1);
     }
   };
   const auto backward = [&](int i) {
@@ -313,11 +324,11 @@ StepStatus Mesh::RunPasses(const BatchSource::Item& item, StepStatus status) {
     const at::Tensor gradient =
         last_stage
             ? at::scalar_tensor(pass.weight, pass.output.options().requires_grad(false))
-            : TimedReceive(stages, stage + 1);
+            : TimedReceive(backward_stages, stage + 1);
     ddp_.BeginBackward(status, i + 1 == passes);
     pass.output.backward(gradient);
     ddp_.EndBackward();
-    if (stage > 0) outbox.Send(pass.input.grad(), stage - 1);
+    if (stage > 0) gradients.Send(pass.input.grad(), stage - 1);
     pass = InFlight{};  // its activations go
   };
   // 1F1B: as many forwards ahead as there are stages behind, then one of each in turn, so that a
@@ -329,13 +340,14 @@ StepStatus Mesh::RunPasses(const BatchSource::Item& item, StepStatus status) {
     if (next_forward < passes) forward(next_forward++);
     backward(next_backward++);
   }
-  outbox.WaitAll();
+  activations.WaitAll();
+  gradients.WaitAll();
   return status;
 }
 
 at::Tensor Mesh::TimedReceive(Communicator& stages, int from) {
   const auto start = std::chrono::steady_clock::now();
-  at::Tensor tensor = Receive(stages, from);
+  at::Tensor tensor = Receive(stages, from, groups_.device());
   waited_seconds_ +=
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return tensor;
@@ -383,13 +395,19 @@ std::vector<StateSlice> Mesh::Owned(std::vector<StateSlice> held) const {
 }
 
 std::vector<int> Mesh::FindDifferingRanks(Communicator& control) {
-  // Of each data group by itself; every rank learns of all.
+  // Of each data group by itself, and of each tensor group what its ranks hold alike; every rank learns
+  // of all.
   std::vector<int64_t> differs(static_cast<size_t>(control.size()), 0);
-  const MeshSpec& shape = groups_.shape();
-  const int part = control.rank() % shape.tensor,
-            stage = control.rank() / (shape.tensor * shape.data);
+  const int my_stage = groups_.pipeline().rank(), my_replica = groups_.data().rank(),
+            my_part = groups_.tensor().rank();
   for (const int replica : FindDiffering(HashValues(parameters_), groups_.data()))
-    differs[static_cast<size_t>((stage * shape.data + replica) * shape.tensor + part)] = 1;
+    differs[static_cast<size_t>(RankOf(my_stage, replica, my_part))] = 1;
+  ValueHash alike;
+  for (const FlatParameters::Parameter& p : parameters_.parameters()) {
+    if (!parts_.contains(p.name)) alike.Add(p.tensor.detach());
+  }
+  for (const int part : FindDiffering(alike.Get(), groups_.tensor()))
+    differs[static_cast<size_t>(RankOf(my_stage, my_replica, part))] = 1;
   control.AllReduce(BufferOf(std::span(differs)), Reduction::kMax)->Wait();
   std::vector<int> ranks;
   for (size_t r = 0; r < differs.size(); ++r) {

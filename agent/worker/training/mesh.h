@@ -26,20 +26,25 @@ namespace itwin::worker {
 class MeshGroups {
  public:
   // Every rank calls it; throws UserError when the mesh is not made of as many ranks. `gradients`
-  // and `control` must outlive it.
-  MeshGroups(const MeshSpec& shape, Communicator& gradients, Communicator& control);
+  // (which takes the device's buffers) and `control` must outlive it.
+  MeshGroups(const MeshSpec& shape, Communicator& gradients, Communicator& control,
+             at::Device device = at::kCPU);
 
   const MeshSpec& shape() const { return shape_; }
+  at::Device device() const { return device_; }
   MeshPlace place();
   // Ranks that hold the same part of the model, for gradients and for everything else.
   Communicator& data_gradients() { return *data_gradients_; }
   Communicator& data() { return *data_; }
   Communicator& tensor() { return *tensor_; }
-  Communicator& pipeline() { return *pipeline_; }
+  // Activations go forward, their gradients backward; each has its own order.
+  Communicator& pipeline() { return *forward_; }
+  Communicator& backward() { return *backward_; }
 
  private:
   const MeshSpec shape_;
-  std::unique_ptr<Communicator> data_gradients_, data_, tensor_, pipeline_;
+  const at::Device device_;
+  std::unique_ptr<Communicator> data_gradients_, data_, tensor_, forward_, backward_;
 };
 
 // The part of the model that a rank of the mesh has: of a built-in model, or a stage of an exported
@@ -61,6 +66,7 @@ class Mesh : public Strategy {
   void Updated(size_t range) override { ddp_.Updated(range); }
   StepStatus EndStep(bool* agreed) override;
   double SquaresOfGradients() override;
+  bool sharded() const override { return true; }
   bool RunsPasses() const override { return groups_.shape().pipeline > 1; }
   StepStatus RunPasses(const BatchSource::Item& item, StepStatus status) override;
   std::vector<StateSlice> InWhole(std::vector<StateSlice> held) const override;
@@ -74,6 +80,10 @@ class Mesh : public Strategy {
  private:
   struct InFlight;
   at::Tensor TimedReceive(Communicator& stages, int from);
+  StepStatus SumOnDevice(const StepStatus& status);
+  int RankOf(int stage, int replica, int part) const {
+    return (stage * groups_.shape().data + replica) * groups_.shape().tensor + part;
+  }
 
   const std::string name_;
   FlatParameters& parameters_;

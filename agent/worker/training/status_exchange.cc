@@ -11,7 +11,7 @@ void StatusExchange::Start(const StepStatus& status, Communicator& communicator)
     work_ = communicator.AllReduce(BufferOfTensor(on_device_), Reduction::kSum);
     return;
   }
-  figures_ = {status.loss, status.not_finite, status.stop, status.trace};
+  figures_ = status.figures();
   work_ = communicator.AllReduce(BufferOf(std::span(figures_)), Reduction::kSum);
 }
 
@@ -19,7 +19,7 @@ StepStatus StatusExchange::Finish() {
   work_->Wait();
   work_.reset();
   if (on_device_.defined()) return {.on_device = on_device_};
-  return {.loss = figures_[0], .not_finite = figures_[1], .stop = figures_[2], .trace = figures_[3]};
+  return StepStatus::Of(figures_);
 }
 
 }  // namespace itwin::worker

@@ -6,7 +6,7 @@
 #include <memory>
 
 #include "agent/worker/dist/communicator.h"
-#include "agent/worker/training/flat_parameters.h"
+#include "agent/worker/training/step_status.h"
 
 namespace itwin::worker {
 
@@ -17,7 +17,7 @@ class StatusExchange {
   StepStatus Finish();
 
  private:
-  std::array<double, 4> figures_{};
+  std::array<double, StepStatus::kFigures> figures_{};
   at::Tensor on_device_;
   std::unique_ptr<Work> work_;
 };

@@ -57,6 +57,11 @@ class Strategy {
   virtual double Weight(int64_t samples, int64_t /*local*/, int64_t global) const {
     return static_cast<double>(samples) / static_cast<double>(global);
   }
+  // What it counts in the loss of the step. Where the ranks speak, the sum over them is the mean over all
+  // samples.
+  virtual double LossWeight(int64_t samples, int64_t /*local*/, int64_t global) const {
+    return static_cast<double>(samples) / static_cast<double>(global);
+  }
   // `status` is that of the whole step; it is looked at with the last micro-batch, after which
   // gradients are exchanged.
   virtual void BeginBackward(const StepStatus& status, bool last) = 0;
@@ -80,7 +85,7 @@ class Strategy {
   // Adds each figure over the ranks that hold the other parts of what ranges() holds: for norms. The
   // identity where this rank holds all. The same bits on every rank.
   virtual void SumOverShards(std::span<double>) {}
-  // Whether that is more than the identity.
+  // Whether other ranks hold parts of the gradients that this one does not.
   virtual bool sharded() const { return false; }
 
   // ---- Between steps.

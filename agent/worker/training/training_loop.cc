@@ -70,7 +70,9 @@ void AppendParts(std::vector<TensorPart> more, std::vector<TensorPart>* parts) {
 }
 
 // What dropout draws from.
-at::Generator Generator(at::Device device) { return at::globalContext().defaultGenerator(device); }
+at::Generator Generator(at::Device device) {
+  return at::globalContext().defaultGenerator(device.is_cuda() ? device : at::Device(at::kCPU));
+}
 std::string GeneratorName(at::Device device) {
   return device.is_cpu() ? "random_generator" : "random_generator/gpu";
 }
@@ -412,7 +414,7 @@ bool TrainingLoop::Step() {
       position_.next_batch < order_->batches()) {
     if (!Settle()) return false;
     strategy_->Consolidate(OptimizerState());
-    AverageBuffers(model_, setup_.control);
+    AverageBuffers(model_, data_);
     Validate();
     model_.Train(true);
   }
@@ -455,23 +457,14 @@ void TrainingLoop::ForwardAndBackward(const BatchSource::Item& item) {
   StepStatus status;
   status.stop = setup_.stop.Poll(ReserveSeconds()) ? 1 : 0;
   if (setup_.trace != nullptr) status.trace = static_cast<double>(setup_.trace->Asked());
-  local_not_finite_ = false;
+  if (late_) status.MoveTo(setup_.device);
   strategy_->BeginStep();
-  if (strategy_->RunsPasses()) {
-    status = strategy_->RunPasses(item, status);
-    local_not_finite_ = status.not_finite > 0;
-  } else {
-    RunMicroBatches(item, status);
-  }
+  status = strategy_->RunsPasses() ? strategy_->RunPasses(item, status) : RunMicroBatches(item, status);
+  local_figures_ = status.on_device;
+  local_not_finite_ = status.not_finite > 0;
 }
 
-void TrainingLoop::RunMicroBatches(const BatchSource::Item& item, StepStatus status) {
-  if (late_) {
-    status.on_device = at::zeros({4}, at::TensorOptions().dtype(at::kDouble).device(setup_.device));
-    if (status.stop != 0) status.on_device.narrow(0, 2, 1).fill_(status.stop);
-    if (status.trace != 0) status.on_device.narrow(0, 3, 1).fill_(status.trace);
-  }
-  local_figures_ = status.on_device;
+StepStatus TrainingLoop::RunMicroBatches(const BatchSource::Item& item, StepStatus status) {
   for (int64_t m = 0; m < spec_.accumulate; ++m) {
     const Slice part = SliceOf(item.local_samples, static_cast<int>(m), spec_.accumulate);
     const bool last = m + 1 == spec_.accumulate;
@@ -494,7 +487,9 @@ void TrainingLoop::RunMicroBatches(const BatchSource::Item& item, StepStatus sta
     } else {
       loss = Forward(batch);
     }
-    if (part.size() > 0) NoteLoss(loss, weight, &status);
+    if (part.size() > 0) {
+      status.NoteLoss(loss, strategy_->LossWeight(part.size(), item.local_samples, item.global_samples));
+    }
     strategy_->BeginBackward(status, last);
     if (!graph_) {
       Enter(Activity::kBackward);
@@ -504,26 +499,13 @@ void TrainingLoop::RunMicroBatches(const BatchSource::Item& item, StepStatus sta
     strategy_->EndBackward();
     Enter(Activity::kForward);
   }
+  return status;
 }
 
 at::Tensor TrainingLoop::Forward(const Batch& batch) {
   const AutocastScope autocast(spec_.precision, setup_.device);
   const std::string& method = phases_[phase_].method;
   return (method.empty() ? model_.TrainingStep(batch) : model_.PhaseStep(method, batch)).loss;
-}
-
-void TrainingLoop::NoteLoss(const at::Tensor& loss, double weight, StepStatus* status) {
-  if (late_) {
-    const at::NoGradGuard no_grad;
-    const at::Tensor value = loss.detach().to(at::kDouble);
-    status->on_device.narrow(0, 0, 2).add_(
-        at::stack({value.mul(weight), value.isfinite().logical_not().to(at::kDouble)}));
-    return;
-  }
-  const double value = loss.item<double>();
-  status->loss += value * weight;
-  if (!std::isfinite(value)) local_not_finite_ = true;
-  status->not_finite = local_not_finite_ ? 1 : 0;
 }
 
 // What the loss counts in the gradient. A recorded step reads it where it was.
@@ -647,6 +629,10 @@ void TrainingLoop::CheckReplicas() {
   const double start = Seconds();
   const std::vector<int> differing = strategy_->FindDifferingRanks(setup_.control);
   clock_->check += Seconds() - start;
+  RequireNone(differing);
+}
+
+void TrainingLoop::RequireNone(const std::vector<int>& differing) const {
   if (differing.empty()) return;
   std::string names;
   for (const int rank : differing) names += (names.empty() ? "" : ", ") + std::to_string(rank);
@@ -762,7 +748,7 @@ void TrainingLoop::AppendMemory(MetricSink::Values* values) const {
                                     std::pair{"gradients_peak", memory.peak_gradients}}) {
     values->emplace_back(std::string("perf/memory_") + name, static_cast<double>(bytes));
   }
-  if (setup_.device.is_cpu()) return;
+  if (!setup_.device.is_cuda()) return;
   const gpu::Memory on_gpu = gpu::ReadMemory(setup_.device.index());
   values->emplace_back("perf/gpu_memory_bytes", static_cast<double>(on_gpu.allocated));
   values->emplace_back("perf/gpu_memory_peak_bytes", static_cast<double>(on_gpu.peak));
@@ -843,8 +829,7 @@ void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
   if (spec_.best && spec_.best->export_best) EvaluateSplit(Split::kValidation);
   EvaluateSplit(Split::kTest);
   if (spec_.ema || spec_.best) {
-    const FullParameters full(*strategy_);
-    weights_sha256_ = CompareWeights(model_, setup_.control);
+    weights_sha256_ = HashAllWeights();
   }
   outcome.reports = reports_;
   for (const auto& [name, value] : last_metrics_) {
@@ -943,8 +928,12 @@ void TrainingLoop::HashNow() {
 // Compares on the way: throws where ranks that hold the same do not.
 std::string TrainingLoop::HashAllWeights() {
   const FullParameters full(*strategy_);
-  if (strategy_->holds_model()) return CompareWeights(model_, setup_.control);
-  CompareWeights(model_, data_);
+  if (strategy_->holds_model()) {
+    const std::string hash = HashWeights(model_);
+    RequireNone(FindDiffering(std::stoull(hash.substr(0, 16), nullptr, 16), setup_.control));
+    return hash;
+  }
+  RequireNone(strategy_->FindDifferingRanks(setup_.control));
   const NamedTensors weights = GatherWeights();
   return BroadcastText(setup_.control, rank_ == 0 ? HashTensors(weights) : "", 0);
 }

@@ -94,11 +94,10 @@ class TrainingLoop {
   void StartPhase(size_t phase);
   std::vector<at::Tensor> OptimizerState() const;
   void ForwardAndBackward(const BatchSource::Item& item);
-  void RunMicroBatches(const BatchSource::Item& item, StepStatus status);
+  StepStatus RunMicroBatches(const BatchSource::Item& item, StepStatus status);
   at::Tensor Forward(const Batch& batch);
   void SetLossGradient(double weight, at::ScalarType type);
   void Backward(const at::Tensor& loss);
-  void NoteLoss(const at::Tensor& loss, double weight, StepStatus* status);
   StepStatus UpdateParameters();
   StepStatus Minimize(const BatchSource::Item& item);
   void ClipNormOnDevice(double scale);
@@ -114,6 +113,7 @@ class TrainingLoop {
   StepStatus TakeFigures();
   StepStatus ReadNow(const StepStatus& status);
   void CheckReplicas();
+  void RequireNone(const std::vector<int>& differing) const;  // throws on all ranks, names the first
   void FinishEpoch();
   void FinishRun(TrainingOutcome& outcome);
   void Validate();  // and lets the features see it

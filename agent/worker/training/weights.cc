@@ -23,27 +23,6 @@ std::string HashTensors(const NamedTensors& tensors) {
   return hash.Hex();
 }
 
-std::string CompareWeights(Model& model, Communicator& communicator) {
-  std::string mine = HashWeights(model);
-  std::vector<char> all(mine.size() * communicator.size());
-  communicator.AllGather(BufferOf(std::span(mine.data(), mine.size())), BufferOf(std::span(all)))
-      ->Wait();
-  std::string differing;
-  for (int r = 1; r < communicator.size(); ++r) {
-    if (std::string_view(all.data() + r * mine.size(), mine.size()) !=
-        std::string_view(all.data(), mine.size())) {
-      differing += (differing.empty() ? "" : ", ") + std::to_string(r);
-    }
-  }
-  if (!differing.empty()) {
-    throw AppError(
-        "the weights differ between ranks: rank " + differing +
-        " does not have those of rank 0; results of this run cannot be trusted (faulty memory or "
-        "network, or different libraries on the nodes)");
-  }
-  return mine;
-}
-
 void LoadWeights(Model& model, const NamedTensors& tensors) {
   std::map<std::string, at::Tensor> by_name(tensors.begin(), tensors.end());
   const auto load = [&](const std::vector<std::pair<std::string, at::Tensor>>& targets) {

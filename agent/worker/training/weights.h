@@ -13,9 +13,6 @@ namespace itwin::worker {
 std::string HashWeights(Model& model);
 std::string HashTensors(const NamedTensors& tensors);
 
-// Throws AppError that names the ranks whose parameters differ from rank 0's. Returns the hash.
-std::string CompareWeights(Model& model, Communicator& communicator);
-
 // Copies tensors into the model's parameters and buffers of the same names. Throws AppError when
 // one is missing or does not fit; names that the model does not have are errors, too.
 void LoadWeights(Model& model, const NamedTensors& tensors);

@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <ATen/record_function.h>
 #include <c10/core/Allocator.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
 
 #include "agent/worker/error.h"
 
@@ -15,14 +15,6 @@ namespace itwin::worker {
 namespace {
 
 constexpr size_t kLiveBuckets = 2;  // the one in use and the one that is gathered ahead
-
-void Clear(const at::Tensor& flat) {
-  if (flat.is_cpu()) {
-    std::memset(flat.data_ptr(), 0, flat.nbytes());
-  } else {
-    at::Tensor(flat).zero_();
-  }
-}
 
 // The memory behind a flat tensor goes and comes; views of it stay views. Nothing may read it in
 // between.
@@ -36,37 +28,49 @@ void AllocateStorage(const at::Tensor& flat, bool zero) {
   const size_t bytes = flat.nbytes();
   storage->set_data_ptr_noswap(c10::GetAllocator(flat.device().type())->allocate(bytes));
   storage->set_nbytes(bytes);
-  if (zero) Clear(flat);
+  if (zero) ClearFlat(flat);
 }
 
 }  // namespace
 
-// Sees every operator that the thread is about to run (LibTorch calls back before the kernel).
+// Sees every operator that is about to run, in this thread or in the one in which a device runs its
+// backward pass while this thread waits (LibTorch calls back before the kernel).
 class Zero::Watch {
+  // LibTorch hands callbacks on to the threads of a backward pass, and information of this kind, which
+  // nothing in the worker's LibTorch uses otherwise.
+  static constexpr auto kKind = c10::DebugInfoKind::INFERENCE_CONTEXT;
+  struct Info : c10::DebugInfoBase {
+    explicit Info(Watch* w) : watch(w) {}
+    Watch* const watch;
+  };
+
  public:
-  explicit Watch(Zero& owner) : owner_(owner) {
+  explicit Watch(Zero& owner) : owner_(owner), current_(kKind, Remember()) {
     for (size_t b = 0; b < owner.units_.size(); ++b) {
       bucket_of_[owner.parameters_.buckets()[b].values.storage().unsafeGetStorageImpl()] = b;
     }
-    if (current_ != nullptr) throw AppError("two models are split by zero3 in one thread");
-    current_ = this;
     handle_ = at::addThreadLocalCallback(
         at::RecordFunctionCallback(&Watch::OnStart, &Watch::OnEnd)
             .needsInputs(true)
             .scopes({at::RecordScope::FUNCTION}));
   }
-  ~Watch() {
-    at::removeCallback(handle_);
-    current_ = nullptr;
-  }
+  ~Watch() { at::removeCallback(handle_); }
 
  private:
+  static Watch* Current() {
+    const auto* info = static_cast<const Info*>(c10::ThreadLocalDebugInfo::get(kKind));
+    return info == nullptr ? nullptr : info->watch;
+  }
+  std::shared_ptr<Info> Remember() {
+    if (Current() != nullptr) throw AppError("two models are split by zero3 in one thread");
+    return std::make_shared<Info>(this);
+  }
   static std::unique_ptr<at::ObserverContext> OnStart(const at::RecordFunction& function) {
-    if (current_ != nullptr) current_->Start(function);
+    if (Watch* watch = Current()) watch->Start(function);
     return nullptr;
   }
   static void OnEnd(const at::RecordFunction&, at::ObserverContext*) {
-    if (current_ != nullptr) current_->End();
+    if (Watch* watch = Current()) watch->End();
   }
 
   void Start(const at::RecordFunction& function) {
@@ -94,13 +98,12 @@ class Zero::Watch {
     }
   }
 
-  static thread_local Watch* current_;
   Zero& owner_;
+  const c10::DebugInfoGuard current_;
   at::CallbackHandle handle_ = 0;
   std::unordered_map<const c10::StorageImpl*, size_t> bucket_of_;
   std::vector<size_t> frames_, pinned_;  // operators under way, and their buckets
 };
-thread_local Zero::Watch* Zero::Watch::current_ = nullptr;
 
 Zero::Zero(FlatParameters& parameters, Communicator& communicator, Options options)
     : parameters_(parameters),
@@ -211,7 +214,7 @@ void Zero::FinishReduce(size_t bucket) {
     FreeStorage(whole);
     unit.gradients_present = false;
   } else {
-    Clear(whole);
+    ClearFlat(whole);
   }
 }
 
@@ -317,10 +320,7 @@ void Zero::ReleaseParameters() {
   for (size_t b = 0; b < units_.size(); ++b) {
     // They may have been written, from a checkpoint.
     const at::Tensor& mine = ranges_[b].values;
-    std::memcpy(mine.data_ptr(),
-                static_cast<const char*>(parameters_.buckets()[b].values.data_ptr()) +
-                    ranges_[b].first * mine.element_size(),
-                mine.nbytes());
+    CopyFlat(mine, parameters_.buckets()[b].values.narrow(0, ranges_[b].first, mine.numel()));
     Drop(b);
   }
 }
