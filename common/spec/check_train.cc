@@ -125,7 +125,8 @@ class TrainChecks : SpecChecks {
     const auto& losses = LossNames();
     const bool known_loss = std::find(losses.begin(), losses.end(), loss) != losses.end();
     if (loss == "kl_div" && train.metrics_size() > 0) {
-      return Report("train.metrics", "are of numbers or classes; the loss kl_div compares distributions and has no metric beside it");
+      return Report("train.metrics",
+                    "are of numbers or classes; the loss kl_div compares distributions and has no metric beside it");
     }
     std::set<std::string> seen;
     for (int i = 0; i < train.metrics_size(); ++i) {
@@ -151,8 +152,9 @@ class TrainChecks : SpecChecks {
     if (ranks == 1 || SplitsModel(train.strategy())) return;
     const bool local = train.local_sgd().every() > 1;
     if (train.has_ema() && (local || absl::StartsWith(train.strategy(), "zero"))) {
-      Report("train.ema", absl::StrCat("works with the strategies single, ddp and horovod, where each rank has all weights; this job's is ",
-                                       local ? "ddp with local_sgd" : train.strategy()));
+      Report("train.ema",
+             absl::StrCat("works with the strategies single, ddp and horovod, where each rank has all weights; this job's is ",
+                          local ? "ddp with local_sgd" : train.strategy()));
     }
     if (local && train.precision() == "fp16") {
       Report("train.precision", "fp16 needs ranks that agree in every step on the loss scale, which they do not with local_sgd; "
@@ -521,7 +523,8 @@ class TrainChecks : SpecChecks {
       } else if (const auto* hidden = given("hidden"); hidden == nullptr) {
         divides("hidden", kDefaultHidden);
       } else {
-        for (int i = 0; i < hidden->list_value().values_size(); i += 2) divides("hidden", hidden->list_value().values(i).number_value());
+        const auto& widths = hidden->list_value().values();
+        for (int i = 0; i < widths.size(); i += 2) divides("hidden", widths.Get(i).number_value());
       }
     }
     if (pipeline > 1 && train.model().builtin() == "transformer") {

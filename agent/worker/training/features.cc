@@ -186,7 +186,8 @@ NamedTensors Features::State() const {
   }
   if (stopping_) {
     const MetricWatch::State& s = stopping_->state();
-    add(WatchName("early_stopping", stopping_->metric(), spec_.early_stopping->maximize), {s.best, whole(s.best_step), whole(s.bad), stopped_ ? 1.0 : 0.0});
+    add(WatchName("early_stopping", stopping_->metric(), spec_.early_stopping->maximize),
+        {s.best, whole(s.best_step), whole(s.bad), stopped_ ? 1.0 : 0.0});
   }
   if (watch_best_) {
     const MetricWatch::State& s = watch_best_->state();
