@@ -18,6 +18,14 @@ namespace {
 
 constexpr int64_t kMaxEpochs = 1'000'000'000;
 constexpr int kMaxPairs = 1'000;  // of lbfgs; each takes twice the model's memory
+constexpr int64_t kMaxParts = 1'000'000;  // of a step
+constexpr int64_t kDefaultBatch = 32;
+constexpr double kDefaultLossScale = 65536;
+constexpr double kDefaultHidden = 128;  // of an mlp
+
+bool SplitsModel(const std::string& strategy) {
+  return strategy == "tensor" || strategy == "pipeline" || strategy == "mesh";
+}
 
 class TrainChecks : SpecChecks {
  public:
@@ -38,14 +46,9 @@ class TrainChecks : SpecChecks {
     if (train.model().source_case() == v1::Model::kArchive && train.model().options().fields_size() > 0) {
       Report("train.model.options", "belongs to built-in models; an archive is complete as it is");
     }
+    if (train.model().source_case() == v1::Model::kBuiltin) CheckModelOptions(train.model(), &problems_);
     CheckData(train.data(), &problems_);
-    if (!train.loss().empty()) OneOf("train.loss", train.loss(), LossNames());
-    std::set<std::string> metrics;
-    for (int i = 0; i < train.metrics_size(); ++i) {
-      const std::string at = absl::StrCat("train.metrics[", i, "]");
-      OneOf(at, train.metrics(i), MetricNames());
-      if (!metrics.insert(train.metrics(i)).second) Report(at, absl::StrCat(Quoted(train.metrics(i)), " is given twice"));
-    }
+    CheckLossAndMetrics(train);
     CheckOptimizer(train.optimizer(), train.has_optimizer(), "train.optimizer");
     Range("train.batch", train.batch(), 0, std::numeric_limits<int32_t>::max());
     Range("train.epochs", train.epochs(), 0, kMaxEpochs);
@@ -63,6 +66,7 @@ class TrainChecks : SpecChecks {
                                          " ranks; use a batch of at least one sample per rank"));
     }
     CheckStrategySettings(train);
+    CheckFeaturesOfStrategy(train, ranks);
     CheckLbfgs(train);
     CheckMesh(train, ranks);
     CheckGpu(train, resources, ranks);
@@ -72,7 +76,11 @@ class TrainChecks : SpecChecks {
     Range("train.checkpoint.every_epochs", train.checkpoint().every_epochs(), 0, kMaxEpochs);
     Range("train.checkpoint.keep", train.checkpoint().keep(), 0, 10'000);
     AtLeast("train.clip_norm", train.clip_norm(), 0);
-    Range("train.accumulate", train.accumulate(), 0, 1'000'000);
+    Range("train.accumulate", train.accumulate(), 0, kMaxParts);
+    if (const int64_t batch = train.batch() > 0 ? train.batch() : kDefaultBatch; train.accumulate() > batch) {
+      Report("train.accumulate", absl::StrCat(train.accumulate(), " parts are more than the ", batch,
+                                              " samples of the batch; the parts beyond would be empty"));
+    }
     if (train.has_check_every()) Range("train.check_every", train.check_every(), 0, kMaxEpochs);
     AtLeast("train.clip_value", train.clip_value(), 0);
     Range("train.top_k", train.top_k(), 0, kMaxElements);
@@ -103,13 +111,68 @@ class TrainChecks : SpecChecks {
   }
 
  private:
+  // As the worker's Loss (agent/worker/model/loss.cc); what a module brings itself only the worker sees.
+  void CheckLossAndMetrics(const v1::TrainSpec& train) {
+    const std::string& loss = train.loss();
+    if (!loss.empty()) OneOf("train.loss", loss, LossNames());
+    if (loss.empty() && train.model().source_case() == v1::Model::kBuiltin) {
+      Report("train.loss", absl::StrCat("is missing; a built-in model brings none of its own; use one of ",
+                                        absl::StrJoin(LossNames(), ", ")));
+    }
+    const std::set<std::string> of_classes = {"cross_entropy", "nll", "focal", "dice", "bce_logits"};
+    const std::set<std::string> class_metrics = {"accuracy", "top_k", "confusion", "iou"};
+    const bool classes = of_classes.contains(loss);
+    const auto& losses = LossNames();
+    const bool known_loss = std::find(losses.begin(), losses.end(), loss) != losses.end();
+    if (loss == "kl_div" && train.metrics_size() > 0) {
+      return Report("train.metrics",
+                    "are of numbers or classes; the loss kl_div compares distributions and has no metric beside it");
+    }
+    std::set<std::string> seen;
+    for (int i = 0; i < train.metrics_size(); ++i) {
+      const std::string at = absl::StrCat("train.metrics[", i, "]");
+      const std::string& metric = train.metrics(i);
+      OneOf(at, metric, MetricNames());
+      if (!seen.insert(metric).second) Report(at, absl::StrCat(Quoted(metric), " is given twice"));
+      const auto& names = MetricNames();
+      if (!known_loss || std::find(names.begin(), names.end(), metric) == names.end()) continue;
+      if (class_metrics.contains(metric) != classes) {
+        Report(at, absl::StrCat(Quoted(metric), " cannot be measured with the loss ", loss,
+                                classes ? ", whose predictions are scores of classes; use accuracy, top_k, confusion or iou"
+                                        : ", whose target has no classes; use mse, rmse, mae, bias or r2"));
+      } else if (metric == "top_k" && (loss == "bce_logits" || loss == "dice")) {
+        Report(at, absl::StrCat(Quoted(metric), " cannot be measured with the loss ", loss, "; use accuracy"));
+      }
+    }
+  }
+
+  // What the ranks' way of sharing the work cannot do (agent/worker/training/features.cc, training_loop.cc). One rank
+  // runs single; for strategies that split the model see CheckMesh.
+  void CheckFeaturesOfStrategy(const v1::TrainSpec& train, int64_t ranks) {
+    if (ranks == 1 || SplitsModel(train.strategy())) return;
+    const bool local = train.local_sgd().every() > 1;
+    if (train.has_ema() && (local || absl::StartsWith(train.strategy(), "zero"))) {
+      Report("train.ema",
+             absl::StrCat("works with the strategies single, ddp and horovod, where each rank has all weights; this job's is ",
+                          local ? "ddp with local_sgd" : train.strategy()));
+    }
+    if (local && train.precision() == "fp16") {
+      Report("train.precision", "fp16 needs ranks that agree in every step on the loss scale, which they do not with local_sgd; "
+                                "use bf16");
+    }
+    if (local && train.phases_size() > 0) {
+      Report("train.phases", "work with the strategies single, ddp, horovod, zero1 and zero2, not with ddp with local_sgd");
+    }
+  }
+
   void CheckPrecision(const v1::TrainSpec& train) {
     if (!train.precision().empty()) OneOf("train.precision", train.precision(), {"fp32", "bf16", "fp16"});
     if (!train.has_loss_scale()) return;
     if (train.precision() != "fp16") Report("train.loss_scale", "belongs to precision fp16; remove it");
     const v1::LossScale& scale = train.loss_scale();
     if (scale.has_smallest()) Above("train.loss_scale.smallest", scale.smallest(), 0);
-    if (scale.has_initial()) AtLeast("train.loss_scale.initial", scale.initial(), scale.has_smallest() ? scale.smallest() : 1);
+    AtLeast("train.loss_scale.initial", scale.has_initial() ? scale.initial() : kDefaultLossScale,
+            scale.has_smallest() ? scale.smallest() : 1);
     if (scale.has_window()) Range("train.loss_scale.window", scale.window(), 1, kMaxEpochs);
     if (scale.has_hysteresis()) Range("train.loss_scale.hysteresis", scale.hysteresis(), 1, kMaxEpochs);
   }
@@ -361,8 +424,7 @@ class TrainChecks : SpecChecks {
 
   void CheckMesh(const v1::TrainSpec& train, int64_t ranks) {
     const std::string& strategy = train.strategy();
-    const bool is_mesh = strategy == "tensor" || strategy == "pipeline" || strategy == "mesh";
-    if (!is_mesh) {
+    if (!SplitsModel(strategy)) {
       if (train.has_mesh()) {
         Report("train.mesh", absl::StrCat("belongs to strategy tensor, pipeline or mesh, but the strategy is ",
                                           strategy.empty() ? "ddp" : strategy, "; remove one"));
@@ -404,8 +466,15 @@ class TrainChecks : SpecChecks {
       Report("train.mesh", "splits nothing; set tensor or pipeline above 1, or use strategy ddp");
     }
     const std::string& model = train.model().builtin();
-    // An archive may hold a graph, which can be cut into stages but has no halves of layers; the worker tells.
-    if (train.model().source_case() == v1::Model::kArchive && strategy != "tensor" && mesh.tensor() <= 1) return;
+    // An archive may hold a graph, which can be cut into stages but has no halves of layers; whether it does, and
+    // where it can be cut, the worker tells.
+    if (train.model().source_case() == v1::Model::kArchive && strategy != "tensor" && mesh.tensor() <= 1) {
+      if (strategy == "pipeline" && Stages(train, ranks) == 1) {
+        Report("train.mesh.pipeline", "is 1, but an archive can only be cut into the stages of a pipeline; use 2 or more, or "
+                                      "strategy ddp");
+      }
+      return;
+    }
     if (model != "mlp" && model != "transformer") {
       Report("train.strategy", absl::StrCat(strategy, " splits the layers of a built-in mlp or transformer, and exported graphs "
                                             "into the stages of a pipeline, not ",
@@ -416,18 +485,28 @@ class TrainChecks : SpecChecks {
     CheckMeshOptions(train, ranks);
   }
 
-  // What of the model's options a mesh cannot do.
-  void CheckMeshOptions(const v1::TrainSpec& train, int64_t ranks) {
+  // Sizes of the mesh, as the worker's MeshOf (agent/worker/training/strategy.cc) fills them in.
+  static int64_t Parts(const v1::TrainSpec& train, int64_t ranks) {
     const v1::Mesh& mesh = train.mesh();
     const int64_t others = std::max<int64_t>(1, mesh.data()) * std::max<int64_t>(1, mesh.pipeline());
-    const int64_t tensor = mesh.tensor() > 0 ? mesh.tensor() : train.strategy() == "tensor" ? ranks / others : 1;
-    const int64_t pipeline = mesh.pipeline() > 0                ? mesh.pipeline()
-                             : train.strategy() == "pipeline" ? ranks / std::max<int64_t>(1, mesh.data() * tensor)
-                                                                : 1;
+    return mesh.tensor() > 0 ? mesh.tensor() : train.strategy() == "tensor" ? ranks / others : 1;
+  }
+  static int64_t Stages(const v1::TrainSpec& train, int64_t ranks) {
+    const v1::Mesh& mesh = train.mesh();
+    if (mesh.pipeline() > 0) return mesh.pipeline();
+    return train.strategy() == "pipeline" ? ranks / (std::max<int64_t>(1, mesh.data()) * Parts(train, ranks)) : 1;
+  }
+
+  // What of the model's options a mesh cannot do.
+  void CheckMeshOptions(const v1::TrainSpec& train, int64_t ranks) {
+    const int64_t tensor = Parts(train, ranks), pipeline = Stages(train, ranks);
     const auto& options = train.model().options().fields();
-    const auto number = [&](const char* name, double otherwise) {
+    const auto given = [&](const char* name) -> const google::protobuf::Value* {
       const auto found = options.find(name);
-      return found == options.end() ? otherwise : found->second.number_value();
+      return found == options.end() || found->second.has_null_value() ? nullptr : &found->second;
+    };
+    const auto number = [&](const char* name, double otherwise) {
+      return given(name) == nullptr ? otherwise : given(name)->number_value();
     };
     const auto divides = [&](const std::string& name, double value) {
       if (std::fmod(value, static_cast<double>(tensor)) == 0) return;
@@ -440,22 +519,29 @@ class TrainChecks : SpecChecks {
       }
       if (train.model().builtin() == "transformer") {
         divides("heads", number("heads", 4));
-        if (options.contains("vocabulary")) divides("vocabulary", number("vocabulary", 0));
-      } else if (const auto hidden = options.find("hidden"); hidden != options.end()) {
-        for (int i = 0; i < hidden->second.list_value().values_size(); i += 2)
-          divides("hidden", hidden->second.list_value().values(i).number_value());
+        if (given("vocabulary") != nullptr) divides("vocabulary", number("vocabulary", 0));
+      } else if (const auto* hidden = given("hidden"); hidden == nullptr) {
+        divides("hidden", kDefaultHidden);
+      } else {
+        const auto& widths = hidden->list_value().values();
+        for (int i = 0; i < widths.size(); i += 2) divides("hidden", widths.Get(i).number_value());
       }
     }
     if (pipeline > 1 && train.model().builtin() == "transformer") {
-      const auto tied = options.find("tied");
-      if (tied == options.end() || tied->second.bool_value()) {
+      if (given("tied") == nullptr || given("tied")->bool_value()) {
         Report("train.model.options.tied",
                "is true (the default), but the first and the last stage of a pipeline cannot share the embedding; set it "
                "to false");
       }
-      if (pipeline > number("layers", 2) + 2) {
-        Report("train.mesh.pipeline", absl::StrCat(pipeline, " stages are more than the model's layers"));
-      }
+    }
+    // A stage has at least a layer: of an mlp a linear one; of a transformer a block, the embedding or the output.
+    double layers = number("layers", 2) + 2;
+    if (train.model().builtin() == "mlp") {
+      const auto* hidden = given("hidden");
+      layers = hidden == nullptr ? 2 : hidden->list_value().values_size() + 1;
+    }
+    if (static_cast<double>(pipeline) > layers) {
+      Report("train.mesh.pipeline", absl::StrCat(pipeline, " stages are more than the model's ", NumberText(layers), " layers"));
     }
   }
 

@@ -9,7 +9,8 @@
 #include "absl/strings/string_view.h"
 #include "itwin/v1/spec.pb.h"
 
-// What the checks of a spec have in common (validate.cc; its parts check_data.cc, check_train.cc). Internal to common/spec.
+// What the checks of a spec have in common (validate.cc; its parts check_data.cc, check_model.cc,
+// check_train.cc). Internal to common/spec.
 namespace itwin {
 
 // Beyond any machine there is: a typing error.
@@ -57,6 +58,8 @@ class SpecChecks {
   Problems& problems_;
 };
 
+// The options of a built-in model, which is named.
+void CheckModelOptions(const v1::Model& model, Problems* problems);
 void CheckData(const v1::Data& data, Problems* problems);
 void CheckTrain(const v1::TrainSpec& train, const v1::Resources& resources, Problems* problems);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <set>
 #include <system_error>
 
@@ -12,6 +13,9 @@ namespace itwin::worker {
 namespace {
 
 using Json = nlohmann::json;
+
+constexpr int64_t kMaxBatch = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxParts = 1'000'000;  // of a step
 
 double ParseDuration(JsonObject& in, const std::string& key, double fallback) {
   const Json* json = in.Find(key);
@@ -364,6 +368,13 @@ void ParseTrain(const Json& json, TrainSpec& t) {
   in.AtLeast("validate_every", t.validate_every, 1);
   in.AtLeast("clip_norm", t.clip_norm, 0);
   in.AtLeast("accumulate", t.accumulate, 1);
+  const auto at_most = [&](const char* key, int64_t value, int64_t most, const char* why) {
+    if (value <= most) return;
+    in.Refuse(key, "is " + std::to_string(value) + "; it must be at most " + std::to_string(most) + why);
+  };
+  at_most("batch", t.batch, kMaxBatch, "");
+  at_most("accumulate", t.accumulate, kMaxParts, "");
+  at_most("accumulate", t.accumulate, t.batch, ", the samples of the batch");
   in.AtLeast("check_every", t.check_every, 0);
   const std::vector<std::string> strategies = {"single", "ddp",    "horovod",  "zero1", "zero2",
                                                "zero3",  "tensor", "pipeline", "mesh"};

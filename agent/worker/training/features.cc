@@ -1,11 +1,16 @@
 #include "agent/worker/training/features.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
+#include <set>
+#include <string_view>
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 
+#include "agent/worker/data/nearest_name.h"
 #include "agent/worker/error.h"
 
 namespace itwin::worker {
@@ -13,14 +18,33 @@ namespace {
 
 constexpr char kState[] = "features/", kBest[] = "best/";
 
+constexpr std::string_view kValidation = "validation/";
+constexpr char kPlateau[] = "train.schedule.plateau.metric";
+constexpr char kStopping[] = "train.early_stopping.metric";
+constexpr char kBestMetric[] = "train.best.metric";
+
+WorkerError NoSuchMetric(const std::string& field, const std::string& metric, const std::vector<std::string>& names) {
+  std::vector<std::string> short_names;  // what all begin with would make all alike
+  for (const std::string& name : names) short_names.push_back(name.substr(kValidation.size()));
+  const std::string nearest = NearestName(metric.substr(kValidation.size()), short_names);
+  return UserError(field + ": the evaluation has no " + metric +
+                   (nearest.empty() ? "" : "; did you mean \"" + std::string(kValidation) + nearest + "\"?") + " (it has " +
+                   JoinNames(names) + ")");
+}
+
 double ValueOf(const std::map<std::string, double>& metrics, const std::string& field,
                const std::string& metric) {
   if (const auto found = metrics.find(metric); found != metrics.end()) return found->second;
-  std::string names;
+  std::vector<std::string> names;
   for (const auto& [name, value] : metrics) {
-    if (name.starts_with("validation/")) names += (names.empty() ? "" : ", ") + name;
+    if (name.starts_with(kValidation)) names.push_back(name);
   }
-  throw UserError(field + ": the evaluation has no " + metric + "; it has " + names);
+  throw NoSuchMetric(field, metric, names);
+}
+
+// Of the state of a watch in a checkpoint: another metric's, or another direction's, is of no use.
+std::string WatchName(const std::string& what, const std::string& metric, bool maximize) {
+  return what + (maximize ? "/max/" : "/min/") + metric;
 }
 
 at::Tensor HostCopy(const at::Tensor& tensor) {
@@ -78,18 +102,36 @@ double Features::RateFactor(int64_t step) const {
   return plateau_ ? factor * plateau_->state().factor : factor;
 }
 
+void Features::RequireMetrics(const std::vector<std::string>& names) const {
+  const auto require = [&](const char* field, const std::string& metric) {
+    if (std::find(names.begin(), names.end(), metric) == names.end()) throw NoSuchMetric(field, metric, names);
+  };
+  if (plateau_) require(kPlateau, std::get<PlateauSchedule>(spec_.schedule.kind).metric);
+  if (watch_best_) require(kBestMetric, watch_best_->metric());
+  if (stopping_) require(kStopping, stopping_->metric());
+}
+
 std::vector<std::string> Features::Observe(const std::map<std::string, double>& metrics, int64_t step,
                                            Model& model, bool keep_weights) {
   std::vector<std::string> lines;
+  std::set<std::string> not_finite;
+  const auto value_of = [&](const char* field, const std::string& metric) {
+    const double value = ValueOf(metrics, field, metric);
+    if (!std::isfinite(value) && not_finite.insert(metric).second) {
+      lines.push_back("step " + std::to_string(step) + ": " + metric + " is not finite (" + Number(value) +
+                      "), which counts as no improvement");
+    }
+    return value;
+  };
   if (plateau_) {
     const std::string& metric = std::get<PlateauSchedule>(spec_.schedule.kind).metric;
-    if (plateau_->Observe(ValueOf(metrics, "train.schedule.plateau.metric", metric))) {
+    if (plateau_->Observe(value_of(kPlateau, metric))) {
       lines.push_back("step " + std::to_string(step) + ": " + metric + " has stopped to improve; learning rate × " +
                       Number(plateau_->state().factor) + " from here");
     }
   }
   if (watch_best_) {
-    const double value = ValueOf(metrics, "train.best.metric", watch_best_->metric());
+    const double value = value_of(kBestMetric, watch_best_->metric());
     if (watch_best_->Observe(value, step) && keep_weights) {
       best_.clear();
       for (const auto& [name, tensor] : model.parameters()) best_.emplace_back(name, HostCopy(tensor));
@@ -97,12 +139,15 @@ std::vector<std::string> Features::Observe(const std::map<std::string, double>& 
     }
   }
   if (stopping_) {
-    const double value = ValueOf(metrics, "train.early_stopping.metric", stopping_->metric());
-    if (!stopping_->Observe(value, step) && stopping_->state().bad >= spec_.early_stopping->patience && !stopped_) {
+    const double value = value_of(kStopping, stopping_->metric());
+    const MetricWatch::State& state = stopping_->state();
+    if (!stopping_->Observe(value, step) && state.bad >= spec_.early_stopping->patience && !stopped_) {
       stopped_ = true;
-      lines.push_back("stopped early at step " + std::to_string(step) + ": " + stopping_->metric() + " has not improved in " +
-                      std::to_string(stopping_->state().bad) + " evaluations; the best was " +
-                      Number(stopping_->state().best) + " at step " + std::to_string(stopping_->state().best_step));
+      const std::string evaluations = " in " + std::to_string(state.bad) + " evaluations";
+      lines.push_back("stopped early at step " + std::to_string(step) + ": " + stopping_->metric() +
+                      (state.best_step < 0 ? " has not been finite" + evaluations
+                                           : " has not improved" + evaluations + "; the best was " + Number(state.best) +
+                                                 " at step " + std::to_string(state.best_step)));
     }
   }
   return lines;
@@ -141,11 +186,12 @@ NamedTensors Features::State() const {
   }
   if (stopping_) {
     const MetricWatch::State& s = stopping_->state();
-    add("early_stopping", {s.best, whole(s.best_step), whole(s.bad), stopped_ ? 1.0 : 0.0});
+    add(WatchName("early_stopping", stopping_->metric(), spec_.early_stopping->maximize),
+        {s.best, whole(s.best_step), whole(s.bad), stopped_ ? 1.0 : 0.0});
   }
   if (watch_best_) {
     const MetricWatch::State& s = watch_best_->state();
-    add("best", {s.best, whole(s.best_step), whole(s.bad)});
+    add(WatchName("best", watch_best_->metric(), spec_.best->maximize), {s.best, whole(s.best_step), whole(s.bad)});
     for (const auto& [name, tensor] : best_) state.emplace_back(kBest + name, tensor);
   }
   if (scaler_) {
@@ -159,7 +205,7 @@ NamedTensors Features::State() const {
 }
 
 void Features::LoadState(const NamedTensors& state) {
-  const auto values = [&](const std::string& name, size_t count) {
+  const auto find = [&](const std::string& name, size_t count) -> std::optional<std::vector<double>> {
     for (const auto& [entry, tensor] : state) {
       if (entry != kState + name) continue;
       if (tensor.scalar_type() == at::kDouble && tensor.numel() == static_cast<int64_t>(count)) {
@@ -167,6 +213,10 @@ void Features::LoadState(const NamedTensors& state) {
         return std::vector<double>(flat.data_ptr<double>(), flat.data_ptr<double>() + count);
       }
     }
+    return std::nullopt;
+  };
+  const auto values = [&](const std::string& name, size_t count) {
+    if (const auto found = find(name, count)) return *found;
     throw AppError("the checkpoint does not fit the job: it has no state of " + name);
   };
   const auto whole = [](double n) { return static_cast<int64_t>(n); };
@@ -174,14 +224,18 @@ void Features::LoadState(const NamedTensors& state) {
     const auto v = values("plateau", 4);
     plateau_->Restore({.factor = v[0], .best = v[1], .bad = whole(v[2]), .cooldown = whole(v[3])});
   }
-  if (stopping_) {
-    const auto v = values("early_stopping", 4);
-    stopping_->Restore({.best = v[0], .best_step = whole(v[1]), .bad = whole(v[2])});
-    stopped_ = v[3] != 0;
+  const auto restore = [&](MetricWatch& watch, const std::vector<double>& v) {
+    watch.Restore({.best = v[0], .best_step = whole(v[1]), .bad = whole(v[2])});
+  };
+  if (const auto& s = spec_.early_stopping) {
+    if (const auto v = find(WatchName("early_stopping", s->metric, s->maximize), 4)) {
+      restore(*stopping_, *v);
+      stopped_ = (*v)[3] != 0 && stopping_->state().bad >= s->patience;  // with more patience it goes on
+    }
   }
-  if (watch_best_) {
-    const auto v = values("best", 3);
-    watch_best_->Restore({.best = v[0], .best_step = whole(v[1]), .bad = whole(v[2])});
+  const auto best = watch_best_ ? find(WatchName("best", spec_.best->metric, spec_.best->maximize), 3) : std::nullopt;
+  if (best) {
+    restore(*watch_best_, *best);
     best_.clear();
     for (const auto& [name, tensor] : state) {
       if (name.starts_with(kBest)) best_.emplace_back(name.substr(sizeof(kBest) - 1), tensor.clone());

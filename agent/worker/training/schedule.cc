@@ -7,10 +7,14 @@
 namespace itwin::worker {
 namespace {
 
+constexpr double kLargestFactor = 1e30;  // beyond any use; its products with a rate are numbers in float32, too
+
 // From `from` to `to` as `share` goes from 0 to 1, along half a cosine.
 double HalfCosine(double from, double to, double share) {
   return to + (from - to) / 2 * (1 + std::cos(std::numbers::pi * share));
 }
+
+double Bounded(double factor) { return std::clamp(factor, 0.0, kLargestFactor); }
 
 struct Factor {
   double t;      // units since the schedule began
@@ -40,11 +44,11 @@ struct Factor {
   double operator()(const OneCycleSchedule& s) const {
     // The last step is number length - 1; the top lies at rise * length - 1.
     const double last = LengthOr(s.length) - 1, top = s.rise * LengthOr(s.length) - 1;
-    const double initial = 1 / s.initial_divisor, final = initial / s.final_divisor;
+    const double initial = Bounded(1 / s.initial_divisor), final = Bounded(initial / s.final_divisor);
     const auto along = [&](double from, double to, double share) {
       return s.linear ? from + (to - from) * share : HalfCosine(from, to, share);
     };
-    if (t <= top) return along(initial, 1, t / top);
+    if (t <= top) return along(initial, 1, top > 0 ? t / top : 1);
     return along(1, final, last > top ? std::min(1.0, (t - top) / (last - top)) : 1);
   }
   double operator()(const PolynomialSchedule& s) const {
@@ -58,8 +62,8 @@ struct Factor {
 
 double ScheduleFactor(const ScheduleSpec& spec, const RunLength& run, int64_t step) {
   if (step < spec.warmup_steps) {
-    return spec.warmup_start + (1 - spec.warmup_start) * static_cast<double>(step) /
-                                   static_cast<double>(spec.warmup_steps);
+    const double share = static_cast<double>(step) / static_cast<double>(spec.warmup_steps);
+    return Bounded(spec.warmup_start + (1 - spec.warmup_start) * share);
   }
   int64_t t = step - spec.warmup_steps, whole = run.steps - spec.warmup_steps;
   if (spec.epochs) {
@@ -67,14 +71,15 @@ double ScheduleFactor(const ScheduleSpec& spec, const RunLength& run, int64_t st
     t /= per_epoch;
     whole = (whole + per_epoch - 1) / per_epoch;
   }
-  return std::visit(Factor{static_cast<double>(t), static_cast<double>(whole)}, spec.kind);
+  return Bounded(std::visit(Factor{static_cast<double>(t), static_cast<double>(whole)}, spec.kind));
 }
 
 bool Plateau::Observe(double value) {
   const double best = state_.best;
-  const bool better = std::isnan(best)  ? !std::isnan(value)
-                      : spec_.maximize ? value > best * (1 + spec_.threshold)
-                                       : value < best * (1 - spec_.threshold);
+  const bool better =
+      std::isfinite(value) && (std::isnan(best)  ? true
+                               : spec_.maximize ? value > best * (1 + spec_.threshold)
+                                                : value < best * (1 - spec_.threshold));
   if (better) {
     state_.best = value;
     state_.bad = 0;

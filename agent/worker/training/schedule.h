@@ -17,7 +17,8 @@ struct RunLength {
 
 // Factor of the optimiser's rate in step `step`, from 0. Closed forms (docs/training.md); equal to
 // PyTorch's schedulers of these names, called once per step or, with `unit: epoch`, once per epoch.
-// After its length a schedule keeps its last value. For `plateau` it is the warm-up alone.
+// After its length a schedule keeps its last value. For `plateau` it is the warm-up alone. Always a
+// finite number from 0; what would grow beyond 1e30 stays there.
 double ScheduleFactor(const ScheduleSpec& spec, const RunLength& run, int64_t step);
 
 // The state of `plateau`: lowers the factor when the metric has not improved for `patience`
@@ -33,8 +34,8 @@ class Plateau {
 
   explicit Plateau(const PlateauSchedule& spec) : spec_(spec) {}
 
-  // After an evaluation; the same value on every rank, so all ranks agree. Says whether the factor
-  // changed.
+  // After an evaluation; the same value on every rank, so all ranks agree. One that is not finite is
+  // no improvement. Says whether the factor changed.
   bool Observe(double value);
 
   const State& state() const { return state_; }

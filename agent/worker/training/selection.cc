@@ -5,9 +5,9 @@
 namespace itwin::worker {
 
 bool MetricWatch::Observe(double value, int64_t step) {
-  const bool better = std::isnan(state_.best) ? !std::isnan(value)
-                      : maximize_             ? value > state_.best + min_delta_
-                                              : value < state_.best - min_delta_;
+  const bool better = std::isfinite(value) && (std::isnan(state_.best) ? true
+                                               : maximize_ ? value > state_.best + min_delta_
+                                                           : value < state_.best - min_delta_);
   if (better) {
     state_ = {.best = value, .best_step = step, .bad = 0};
   } else {

@@ -23,7 +23,7 @@ class MetricWatch {
 
   const std::string& metric() const { return metric_; }
 
-  // Says whether the value is the best so far. One that is not a number never is.
+  // Says whether the value is the best so far. One that is not finite never is.
   bool Observe(double value, int64_t step);
 
   const State& state() const { return state_; }

@@ -24,9 +24,9 @@ constexpr double kMegabyte = 1 << 20;
 std::string ChooseStrategy(const TrainSpec& spec, int ranks, std::string* note) {
   note->clear();
   if (ranks == 1) {
-    if (!spec.strategy.empty() && spec.strategy != "single") {
-      *note = "ran single because the job has one rank (asked for: " + spec.strategy + ")";
-    }
+    std::string asked = spec.strategy == "single" ? "" : spec.strategy;
+    if (spec.local_sgd.every > 1) asked += asked.empty() ? "local_sgd" : " with local_sgd";
+    if (!asked.empty()) *note = "ran single because the job has one rank (asked for: " + asked + ")";
     return "single";
   }
   if (spec.strategy == "single") {

@@ -104,6 +104,29 @@ void ScaleAndClamp(const std::vector<FlatRange>& ranges, double scale, double li
   }
 }
 
+// The first samples of each split alone.
+class FewSamples : public Dataset {
+ public:
+  FewSamples(const Dataset& all, int64_t count) : all_(all), count_(count) {}
+
+  int64_t size(Split split) const override { return std::min(count_, all_.size(split)); }
+  Batch Gather(Split split, const std::vector<int64_t>& indices) const override {
+    return all_.Gather(split, indices);
+  }
+  std::vector<std::string> baselines() const override { return all_.baselines(); }
+  std::map<std::string, at::Tensor> BaselinePredictions(const Batch& batch) const override {
+    return all_.BaselinePredictions(batch);
+  }
+  std::map<std::string, std::vector<int64_t>> sample_shapes() const override {
+    return all_.sample_shapes();
+  }
+  int64_t classes() const override { return all_.classes(); }
+
+ private:
+  const Dataset& all_;
+  const int64_t count_;
+};
+
 // Weights and moving average exchanged while it lives; nothing without an average.
 class AveragedWeights {
  public:
@@ -143,11 +166,16 @@ struct TrainingLoop::Clock {
 
 std::string HashSpec(const nlohmann::json& job) {
   nlohmann::json train = job.value("train", nlohmann::json::object());
+  const nlohmann::json every = train.value("validate_every", nlohmann::json());
   for (const char* key :
        {"epochs", "steps", "validate_every", "checkpoint", "metrics", "strategy", "ddp",
-        "accumulate", "check_every", "local_sgd", "horovod", "zero", "mesh", "profile", "gpu"}) {
+        "accumulate", "check_every", "local_sgd", "horovod", "zero", "mesh", "profile", "gpu",
+        "best", "early_stopping"}) {
     train.erase(key);
   }
+  const bool plateau = train.contains("schedule") && train["schedule"].is_object() &&
+                       train["schedule"].contains("plateau");
+  if (plateau && every.is_number() && every != 0 && every != 1) train["validate_every"] = every;
   if (train.contains("data") && train["data"].is_object()) {  // how they are read is no matter
     for (const char* key : {"load", "cache"}) train["data"].erase(key);
   }
@@ -292,9 +320,15 @@ void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
 TrainingOutcome TrainingLoop::Run() {
   TrainingOutcome outcome;
   clock_->progress_at = Seconds();
+  CheckWatchedMetrics();
   bool stopped = false;
   while (!stopped && !Done()) {
     stopped = !RunEpoch();
+  }
+  if (!stopped && position_.step == 0) {
+    throw UserError("not one training step was done; the training split has " +
+                    std::to_string(setup_.dataset.size(Split::kTrain)) + " samples, and the batch is " +
+                    std::to_string(spec_.batch));
   }
   if (stopped) {
     Save();
@@ -754,6 +788,27 @@ void TrainingLoop::AppendMemory(MetricSink::Values* values) const {
   values->emplace_back("perf/gpu_memory_peak_bytes", static_cast<double>(on_gpu.peak));
 }
 
+void TrainingLoop::CheckWatchedMetrics() {
+  if (!features_.watches()) return;
+  // Two of each rank: with one, a sum over the batch could not be told from a value per sample.
+  constexpr int64_t kSamples = 2;
+  const FewSamples few(setup_.dataset, kSamples * data_.size());
+  at::Generator generator = Generator(setup_.device);
+  const at::Tensor random = generator.get_state();  // a module may draw in its evaluation
+  const Evaluation evaluation = EvaluateWith(few, Split::kValidation, kSamples);
+  generator.set_state(random);
+  std::vector<std::string> names;
+  for (const auto& [name, value] : evaluation.metrics) names.push_back("validation/" + name);
+  features_.RequireMetrics(names);
+}
+
+Evaluation TrainingLoop::EvaluateWith(const Dataset& dataset, Split split, int64_t batch) {
+  model_.Train(false);
+  const at::NoGradGuard no_grad;
+  const AutocastScope autocast(spec_.precision, setup_.device);
+  return Evaluate(model_, dataset, split, batch, data_, strategy_->lockstep(), [this] { Beat(); });
+}
+
 void TrainingLoop::Validate() {
   if (setup_.dataset.size(Split::kValidation) == 0) return EvaluateSplit(Split::kTest);
   const AveragedWeights averaged(features_.average());
@@ -772,12 +827,8 @@ void TrainingLoop::EvaluateSplit(Split split) {
   const std::string prefix = split == Split::kValidation ? "validation/" : "test/";
   // Without gradients a batch needs less than half the memory of a training batch.
   const int64_t batch = std::max<int64_t>(1, 2 * ((spec_.batch + data_.size() - 1) / data_.size()));
-  model_.Train(false);
-  at::NoGradGuard no_grad;
-  const Evaluation evaluation = [&] {
-    const AutocastScope autocast(spec_.precision, setup_.device);
-    return Evaluate(model_, setup_.dataset, split, batch, data_, strategy_->lockstep(), [this] { Beat(); });
-  }();
+  const Evaluation evaluation = EvaluateWith(setup_.dataset, split, batch);
+  const at::NoGradGuard no_grad;
   std::map<std::string, double> metrics = evaluation.metrics;
   if (const auto confusion = evaluation.sums.find("confusion"); confusion != evaluation.sums.end()) {
     reports_[std::string("confusion-") + (split == Split::kValidation ? "validation" : "test") +
@@ -823,6 +874,10 @@ void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
       setup_.print(Text("the model given back is that of step %lld, the best by ",
                         static_cast<long long>(best)) +
                    spec_.best->metric);
+    }
+    if (features_.found_no_best()) {
+      setup_.print("note: " + spec_.best->metric + " was finite in no evaluation, so there are no best weights; the model given "
+                   "back has the last");
     }
     outcome.best = features_.best();
   }
@@ -979,7 +1034,7 @@ bool TrainingLoop::Done() const {
 
 int64_t TrainingLoop::TotalSteps() const {
   const int64_t samples = setup_.dataset.size(Split::kTrain);
-  const int64_t all = (samples + spec_.batch - 1) / spec_.batch * spec_.epochs;
+  const int64_t all = (samples / spec_.batch + (samples % spec_.batch != 0 ? 1 : 0)) * spec_.epochs;
   return spec_.steps > 0 ? std::min(spec_.steps, all) : all;
 }
 

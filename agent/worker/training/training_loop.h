@@ -18,6 +18,7 @@
 #include "agent/worker/report/metric_sink.h"
 #include "agent/worker/spec/train_spec.h"
 #include "agent/worker/training/batch_source.h"
+#include "agent/worker/training/evaluation.h"
 #include "agent/worker/training/features.h"
 #include "agent/worker/training/flat_parameters.h"
 #include "agent/worker/training/mesh.h"
@@ -67,7 +68,8 @@ struct TrainingOutcome {
 };
 
 // Hash of what must be the same for a checkpoint to be gone on from: the `train` part of the spec
-// without epochs, steps, evaluation, checkpointing and strategy.
+// without epochs, steps, evaluation, checkpointing and strategy, and without what only watches the training (`best`,
+// `early_stopping`). With a plateau, which is asked after evaluations, `validate_every` counts.
 std::string HashSpec(const nlohmann::json& job);
 
 // Used by one thread.
@@ -116,6 +118,9 @@ class TrainingLoop {
   void RequireNone(const std::vector<int>& differing) const;  // throws on all ranks, names the first
   void FinishEpoch();
   void FinishRun(TrainingOutcome& outcome);
+  // Before the first step: what is watched must be among what evaluations give.
+  void CheckWatchedMetrics();
+  Evaluation EvaluateWith(const Dataset& dataset, Split split, int64_t batch);
   void Validate();  // and lets the features see it
   void EvaluateSplit(Split split);
   void Save();          // begins it; FinishSaving() waits for the disk

@@ -147,7 +147,7 @@ TEST_F(ClientTest, WatchCanBeStoppedFromAnotherThread) {
 TEST_F(ClientTest, SubmitSendsFilesThenTheJob) {
   TempDirectory directory;
   ASSERT_OK(WriteFileAtomically(directory / "data.npz", "numbers"));
-  const v1::JobSpec spec = ParseSpecDocument("train: {model: {builtin: mlp}, data: {npz: data.npz}}", {}).value();
+  const v1::JobSpec spec = ParseSpecDocument("train: {model: {builtin: mlp}, loss: mse, data: {npz: data.npz}}", {}).value();
   std::vector<TransferProgress::Phase> phases;
   absl::StatusOr<v1::SubmitJobResponse> response = client_.Submit(
       spec, {.base_directory = directory.path(),
@@ -177,7 +177,7 @@ TEST_F(ClientTest, SubmitRefusesAWrongSpecWithoutAskingTheGateway) {
 TEST_F(ClientTest, SubmitTurnsHashesIntoInputs) {
   const std::string hash = Sha256Hex("known");
   gateway_->artifacts[hash] = "known";
-  const v1::JobSpec spec = ParseSpecDocument("train: {model: {builtin: mlp}, data: {npz: 'sha256:" + hash + "'}}", {}).value();
+  const v1::JobSpec spec = ParseSpecDocument("train: {model: {builtin: mlp}, loss: mse, data: {npz: 'sha256:" + hash + "'}}", {}).value();
   ASSERT_OK(client_.Submit(spec));
   ASSERT_EQ(gateway_->last_submit.spec().inputs_size(), 1);
   EXPECT_EQ(gateway_->last_submit.spec().inputs(0).sha256(), hash);

@@ -133,7 +133,7 @@ TEST_F(GrpcConnectionTest, UploadsAndDownloadsAcrossBrokenStreams) {
   for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<char>(i * 7 + i / 1000);
   ASSERT_OK(WriteFileAtomically(directory_ / "d.npz", bytes));
   fake_.cuts = {1, 2};
-  const v1::JobSpec spec = ParseSpecDocument("train: {model: {builtin: mlp}, data: {npz: d.npz}}", {}).value();
+  const v1::JobSpec spec = ParseSpecDocument("train: {model: {builtin: mlp}, loss: mse, data: {npz: d.npz}}", {}).value();
   ASSERT_OK(Make(Options()).Submit(spec, {.base_directory = directory_.path()}));
   EXPECT_EQ(fake_.artifacts[Sha256Hex(bytes)], bytes);
   EXPECT_EQ(fake_.upload_offsets.size(), 3u);

@@ -56,8 +56,10 @@ TEST(ValidateSpec, AcceptsGoodSpecs) {
   EXPECT_OK(Check(kTrain, {"train.data.transforms=[standardize, {scale: {add: 1}}, {coarsen: {factor: 4}}, "
                            "{window: {length: 3, horizon: 1}}, {reshape: {array: input, shape: [1, 28]}}]"}));
   for (const std::string& name : BuiltinModels()) {
-    EXPECT_OK(Check(kTrain, {absl::StrCat("train.model.builtin=", name), "train.model.options={a: [1]}"}));
+    EXPECT_OK(Check(kTrain, {absl::StrCat("train.model.builtin=", name), "train.loss=mse", "train.model.options={}"}));
   }
+  EXPECT_OK(Check(kTrain, {"train.model={builtin: cnn, options: {channels: [8, 16], hidden: 32, dropout: 0.5, classes: null}}",
+                           "train.loss=cross_entropy", "train.metrics=[top_k, confusion]"}));
 }
 
 struct Row {
@@ -209,6 +211,8 @@ TEST(ValidateSpec, NamesTheFieldWhatWasWrongAndWhatWouldBeRight) {
       {"train={model: {archive: a.itw}, loss: mse, strategy: tensor}",
        "train.strategy: tensor splits the layers of a built-in mlp or transformer, and exported graphs into the stages of a "
        "pipeline, not a module that was handed over"},
+      {"train={model: {builtin: mlp}, loss: mse, strategy: tensor, mesh: {tensor: 3, data: 1}}",
+       "train.model.options.hidden: 128 cannot be shared by 3 ranks"},
       {"train.optimizer.lbfgs.max_iter=0", "train.optimizer.lbfgs.max_iter: 0 is out of range"},
       {"train.optimizer.lbfgs.history=0", "train.optimizer.lbfgs.history: 0 is out of range"},
       {"train.optimizer.lbfgs.tolerance_grad=-1", "train.optimizer.lbfgs.tolerance_grad: -1 is out of range"},
@@ -286,6 +290,84 @@ TEST(ValidateSpec, RefusesWhatDoesNotWorkOnGpus) {
   EXPECT_THAT(on_gpus({"train.strategy=zero2", "train.gpu.graphs=true"}),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("train.gpu.graphs: does not go with strategy zero2")));
   EXPECT_OK(Check(kCommand, {"resources={ranks_per_node: 8, gpus_per_node: 2}"})) << "a program shares as it likes";
+}
+
+// Each of these ended on the node.
+TEST(ValidateSpec, RefusesWhatTheWorkerWould) {
+  const auto mlp = [](const char* more) {
+    return absl::StrCat("train={model: {builtin: mlp, options: {hidden: [8, 8]}}, data: {synthetic: {samples: 64, input_shape: [4]}}, loss: mse, ",
+                        more, "}");
+  };
+  const std::pair<std::string, const char*> kTable[] = {
+      {mlp("strategy: zero1, ema: {decay: 0.9}"),
+       "train.ema: works with the strategies single, ddp and horovod, where each rank has all weights; this job's is zero1"},
+      {mlp("strategy: zero3, ema: {decay: 0.9}"), "train.ema: works with the strategies single, ddp and horovod"},
+      {mlp("local_sgd: {every: 4}, ema: {decay: 0.9}"), "this job's is ddp with local_sgd"},
+      {mlp("local_sgd: {every: 4}, precision: fp16"), "train.precision: fp16 needs ranks that agree in every step on the loss scale"},
+      {"train={model: {torchscript: x.pt}, local_sgd: {every: 4}, phases: [{name: g, match: [g]}]}",
+       "train.phases: work with the strategies single, ddp, horovod, zero1 and zero2, not with ddp with local_sgd"},
+      {mlp("precision: fp16, loss_scale: {smallest: 1000000}"), "train.loss_scale.initial: 65536 is out of range; use a number from 1000000"},
+      {mlp("batch: 12, accumulate: 13"), "train.accumulate: 13 parts are more than the 12 samples of the batch"},
+      {mlp("accumulate: 33"), "train.accumulate: 33 parts are more than the 32 samples of the batch"},
+      {mlp("strategy: pipeline, mesh: {pipeline: 4}"), "train.mesh.pipeline: 4 stages are more than the model's 3 layers"},
+      {mlp("strategy: pipeline"), "train.mesh.pipeline: 8 stages are more than the model's 3 layers"},
+      {"train={model: {builtin: mlp}, loss: mse, strategy: mesh, mesh: {data: 2, pipeline: 4}}",
+       "train.mesh.pipeline: 4 stages are more than the model's 2 layers"},
+      {"train={model: {builtin: transformer, options: {tied: false, layers: 5}}, loss: cross_entropy, strategy: pipeline}",
+       "train.mesh.pipeline: 8 stages are more than the model's 7 layers"},
+      {"train={model: {archive: a.itw}, strategy: pipeline, mesh: {pipeline: 1}}",
+       "train.mesh.pipeline: is 1, but an archive can only be cut into the stages of a pipeline"},
+      {"train={model: {archive: a.itw}, strategy: pipeline, mesh: {data: 8}}",
+       "train.mesh.pipeline: is 1, but an archive can only be cut into the stages of a pipeline"},
+      {"train={model: {archive: a.itw}, strategy: mesh, mesh: {pipeline: 4, tensor: 2}}", "train.strategy: mesh splits the layers"},
+      {"train={model: {builtin: mlp}}", "train.loss: is missing; a built-in model brings none of its own"},
+      {mlp("metrics: [accuracy]"), "train.metrics[0]: 'accuracy' cannot be measured with the loss mse, whose target has no classes"},
+      {"train={model: {torchscript: x.pt}, loss: cross_entropy, metrics: [rmse]}",
+       "train.metrics[0]: 'rmse' cannot be measured with the loss cross_entropy, whose predictions are scores of classes"},
+      {"train={model: {torchscript: x.pt}, loss: dice, metrics: [accuracy, top_k]}", "train.metrics[1]: 'top_k' cannot be measured with the loss dice"},
+      {"train={model: {torchscript: x.pt}, loss: kl_div, metrics: [mse]}", "train.metrics: are of numbers or classes; the loss kl_div"},
+  };
+  for (const auto& [change, problem] : kTable) {
+    EXPECT_THAT(Check(kTrain, {change}), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(problem))) << change;
+  }
+  // One rank runs single, whatever the strategy.
+  for (const char* more : {"strategy: zero1, ema: {decay: 0.9}", "local_sgd: {every: 4}, precision: fp16", "strategy: pipeline"}) {
+    EXPECT_OK(Check(kTrain, {mlp(more), "resources={}"})) << more;
+  }
+  EXPECT_OK(Check(kTrain, {mlp("strategy: horovod, ema: {decay: 0.9}")}));
+  EXPECT_OK(Check(kTrain, {mlp("local_sgd: {every: 4}, precision: bf16")}));
+  EXPECT_OK(Check(kTrain, {mlp("local_sgd: {every: 1}, ema: {decay: 0.9}"), "train.batch=12", "train.accumulate=12"}));
+  EXPECT_OK(Check(kTrain, {mlp("strategy: pipeline, mesh: {data: 2, tensor: 2}, batch: 8"), "train.model.options={hidden: [8]}"}))
+      << "two stages of two layers";
+  EXPECT_OK(Check(kTrain, {"train.model={archive: a.itw}", "train.strategy=mesh", "train.mesh={pipeline: 4, data: 2}"}));
+}
+
+TEST(ValidateSpec, KnowsTheOptionsOfBuiltInModels) {
+  const Row kTable[] = {
+      {"mlp, options: {hiden: [8]}", "train.model.options.hiden: 'hiden' is unknown; did you mean 'hidden'?"},
+      {"mlp, options: {hidden: 8}", "train.model.options.hidden: must be a list of 0 to 32 whole numbers, each from 1 to 16384"},
+      {"mlp, options: {hidden: [0]}", "train.model.options.hidden: must be a list of 0 to 32"},
+      {"mlp, options: {hidden: [1.5]}", "train.model.options.hidden: must be a list of 0 to 32"},
+      {"mlp, options: {dropout: 1}", "train.model.options.dropout: 1 is out of range; use a number from 0 to 0.95"},
+      {"mlp, options: {dropout: a}", "train.model.options.dropout: must be a number from 0 to 0.95"},
+      {"mlp, options: {classes: -1}", "train.model.options.classes: -1 is out of range; use a whole number from 0 to 1000000"},
+      {"cnn, options: {channels: []}", "train.model.options.channels: must be a list of 1 to 8"},
+      {"resnet18, options: {small_images: 1}", "train.model.options.small_images: must be true or false"},
+      {"resnet18, options: {width: 4096}", "train.model.options.width: 4096 is out of range"},
+      {"unet, options: {depth: 9}", "train.model.options.depth: 9 is out of range; use a whole number from 1 to 8"},
+      {"lstm, options: {dropout: 0.1}", "train.model.options.dropout: works between layers; set train.model.options.layers to 2 or more"},
+      {"downscale, options: {kernels: [4, 3, 3]}", "train.model.options.kernels: 4 is even; sizes must be odd"},
+      {"downscale, options: {hidden: [4], kernels: [3]}", "train.model.options.kernels: must be a list of 2 whole numbers"},
+      {"transformer, options: {heads: 5}", "train.model.options.heads: 5 does not divide the width 64"},
+      {"transformer, options: {vocabulary: 1}", "train.model.options.vocabulary: 1 is out of range"},
+  };
+  for (const Row& row : kTable) {
+    EXPECT_THAT(Check(kTrain, {absl::StrCat("train={loss: mse, model: {builtin: ", row.change, "}}")}),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(row.problem)))
+        << row.change;
+  }
+  EXPECT_OK(Check(kTrain, {"train.loss=mse", "train.model={builtin: lstm, options: {dropout: 0.1, layers: 2, hidden: 8.0}}"}));
+  EXPECT_OK(Check(kTrain, {"train.loss=mse", "train.model={builtin: downscale, options: {hidden: [4, 4], kernels: [3, 5, 3]}}"}));
 }
 
 TEST(ValidateSpec, NeedsAKind) {

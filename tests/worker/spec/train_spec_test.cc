@@ -265,6 +265,18 @@ TEST(TrainSpec, NamesTheBadField) {
   EXPECT_THAT(ErrorOf(job), HasSubstr("resources.time"));
 }
 
+// A batch of 2^63 - 1 once trained no step at all, and reported success.
+TEST(TrainSpec, KnowsTheLimitsOfBatchAndAccumulate) {
+  EXPECT_EQ(ParseSpec(WithTrain(R"({"batch": 2147483647, "accumulate": 1000000})")).accumulate, 1000000);
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"batch": "9223372036854775807"})")),
+              HasSubstr("train.batch is 9223372036854775807; it must be at most 2147483647"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"batch": 2147483647, "accumulate": 2000000000})")),
+              HasSubstr("train.accumulate is 2000000000; it must be at most 1000000"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"batch": 8, "accumulate": 9})")),
+              HasSubstr("train.accumulate is 9; it must be at most 8, the samples of the batch"));
+  EXPECT_THAT(ErrorOf(WithTrain(R"({"accumulate": 33})")), HasSubstr("at most 32, the samples of the batch"));
+}
+
 TEST(ResolveFile, StaysInsideTheWorkingDirectoryAndReadsSiteFilesInPlace) {
   const Scratch work, site;
   work.Write("a.bin", "");

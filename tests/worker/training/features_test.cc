@@ -12,6 +12,7 @@
 #include "agent/worker/training/moving_average.h"
 #include "agent/worker/training/precision.h"
 #include "agent/worker/training/selection.h"
+#include "agent/worker/training/strategy.h"
 
 namespace itwin::worker {
 namespace {
@@ -86,6 +87,35 @@ TEST(MetricWatch, KeepsTheBestAndCountsTheRest) {
   EXPECT_TRUE(most.Observe(0.5, 1));
   EXPECT_TRUE(most.Observe(0.6, 2));
   EXPECT_FALSE(most.Observe(0.55, 3));
+}
+
+TEST(MetricWatch, NothingInfiniteIsTheBest) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  for (const bool maximize : {false, true}) {
+    MetricWatch watch("validation/loss", maximize);
+    for (const double value : {kInfinity, -kInfinity}) EXPECT_FALSE(watch.Observe(value, 1));
+    EXPECT_TRUE(watch.Observe(2, 2));
+    for (const double value : {kInfinity, -kInfinity}) EXPECT_FALSE(watch.Observe(value, 3));
+    EXPECT_EQ(watch.state().best_step, 2);
+    EXPECT_EQ(watch.state().bad, 2);
+  }
+}
+
+TEST(ChooseStrategy, SaysWhatOneRankDoesInstead) {
+  const auto note = [](const std::string& strategy, int every) {
+    TrainSpec spec;
+    spec.strategy = strategy;
+    spec.local_sgd.every = every;
+    std::string text;
+    EXPECT_EQ(ChooseStrategy(spec, 1, &text), "single");
+    return text;
+  };
+  EXPECT_EQ(note("", 0), "");
+  EXPECT_EQ(note("single", 0), "");
+  EXPECT_EQ(note("", 1), "");
+  EXPECT_EQ(note("zero2", 0), "ran single because the job has one rank (asked for: zero2)");
+  EXPECT_EQ(note("", 8), "ran single because the job has one rank (asked for: local_sgd)");
+  EXPECT_EQ(note("ddp", 8), "ran single because the job has one rank (asked for: ddp with local_sgd)");
 }
 
 TEST(Precision, Bfloat16ComputesInSixteenBitsAndTrainsInThirtyTwo) {

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include <gtest/gtest.h>
 
@@ -66,6 +67,64 @@ TEST(Schedule, WarmUpRisesLinearlyAndThenTheScheduleBegins) {
   EXPECT_NEAR(ScheduleFactor(spec, run, 110), 0, 1e-12);
 }
 
+// Its top lies at rise · length - 1 = 0, where PyTorch divides by zero.
+TEST(Schedule, OneCycleMayBeginAtItsTop) {
+  const ScheduleSpec spec{.kind = OneCycleSchedule{.length = 10, .rise = 0.1}};
+  EXPECT_EQ(ScheduleFactor(spec, {.steps = 20}, 0), 1);
+  EXPECT_LT(ScheduleFactor(spec, {.steps = 20}, 1), 1);
+  EXPECT_NEAR(ScheduleFactor(spec, {.steps = 20}, 9), 4e-6, 1e-12);
+  EXPECT_EQ(ScheduleFactor({.kind = OneCycleSchedule{.length = 10, .rise = 0.1, .linear = true}}, {.steps = 20}, 0), 1);
+}
+
+// Whatever a document may hold (common/spec/check_train.cc): a finite rate that is not below 0.
+TEST(Schedule, EveryFactorIsFinite) {
+  constexpr double kTiny = 1e-310, kHuge = 1e308;
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  const std::vector<int64_t> lengths = {0, 1, 2, 3, 10, 1000, kMost};
+  const std::vector<double> factors = {0, kTiny, 1e-4, 0.3, 1, 2, 1e6, kHuge}, above = {kTiny, 1e-4, 0.3, 1, 2, 1e6, kHuge};
+  std::vector<decltype(ScheduleSpec::kind)> kinds = {ConstantSchedule{}, PlateauSchedule{}};
+  for (const double gamma : above) {
+    kinds.push_back(ExponentialSchedule{.gamma = gamma});
+    kinds.push_back(MultiStepSchedule{.milestones = {1, 2, 3, kMost}, .gamma = gamma});
+    for (const int64_t every : {int64_t{1}, int64_t{7}, kMost}) kinds.push_back(StepSchedule{.every = every, .gamma = gamma});
+  }
+  for (const int64_t length : lengths) {
+    for (const double a : factors) {
+      kinds.push_back(CosineSchedule{.length = length, .min_factor = a});
+      for (const double b : factors) kinds.push_back(LinearSchedule{.start = a, .end = b, .length = length});
+      for (const double power : above) kinds.push_back(PolynomialSchedule{.length = length, .power = power, .min_factor = a});
+    }
+    for (const double rise : {kTiny, 0.001, 0.1, 1.0 / 3, 0.5, 0.9, 0.999999}) {
+      for (const double initial : above) {
+        for (const double final : above) {
+          for (const bool linear : {false, true}) {
+            kinds.push_back(OneCycleSchedule{
+                .length = length, .rise = rise, .initial_divisor = initial, .final_divisor = final, .linear = linear});
+          }
+        }
+      }
+    }
+  }
+  int64_t bad = 0;
+  for (size_t k = 0; k < kinds.size(); ++k) {
+    for (const bool epochs : {false, true}) {
+      for (const int64_t warmup : {int64_t{0}, int64_t{3}, int64_t{5000}}) {
+        const bool own_rise = std::holds_alternative<OneCycleSchedule>(kinds[k]);
+        if (own_rise && warmup > 0) continue;  // refused
+        const ScheduleSpec spec{.kind = kinds[k], .epochs = epochs, .warmup_steps = warmup, .warmup_start = kHuge};
+        for (const RunLength& run : {RunLength{.steps = 1, .steps_per_epoch = 1}, {.steps = 20, .steps_per_epoch = 7}, {.steps = 4000, .steps_per_epoch = 4000}}) {
+          for (const int64_t step : {int64_t{0}, int64_t{1}, int64_t{2}, int64_t{3}, int64_t{9}, int64_t{19}, run.steps, run.steps + 1, 10 * run.steps}) {
+            const double factor = ScheduleFactor(spec, run, step);
+            if (std::isfinite(factor) && factor >= 0) continue;
+            if (++bad <= 20) ADD_FAILURE() << factor << ": kind " << kinds[k].index() << " (" << k << "), step " << step << " of " << run.steps << ", warm-up " << warmup;
+          }
+        }
+      }
+    }
+  }
+  EXPECT_EQ(bad, 0);
+}
+
 // The same values through torch.optim.lr_scheduler.ReduceLROnPlateau.
 TEST(Plateau, EqualsPyTorch) {
   constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
@@ -84,6 +143,22 @@ TEST(Plateau, EqualsPyTorch) {
     other.Restore(resumed.state());
     resumed.Restore(other.state());
     EXPECT_DOUBLE_EQ(resumed.state().factor, expected[i]);
+  }
+}
+
+TEST(Plateau, AValueThatIsNotFiniteIsNoImprovement) {
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::numeric_limits<double>::infinity();
+  for (const bool maximize : {false, true}) {
+    for (const double value : {kNaN, kInfinity, -kInfinity}) {
+      Plateau plateau({.factor = 0.5, .patience = 1, .maximize = maximize});
+      EXPECT_FALSE(plateau.Observe(value));  // the first
+      EXPECT_TRUE(plateau.Observe(value));
+      EXPECT_FALSE(plateau.Observe(3));
+      EXPECT_EQ(plateau.state().best, 3);
+      EXPECT_FALSE(plateau.Observe(value));
+      EXPECT_TRUE(plateau.Observe(value));
+      EXPECT_EQ(plateau.state().best, 3);
+    }
   }
 }
 

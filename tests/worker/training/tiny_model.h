@@ -97,6 +97,8 @@ class TinyModel : public Model {
     double dropout = 0;
     int corrupt_rank = -1;      // on this rank (the tests see to it) ...
     int64_t corrupt_step = -1;  // ... this forward flips a bit of a weight, as faulty memory would
+    // Evaluations after so many training steps (not before the first number, not from the second) have no number.
+    int64_t nan_from = -1, nan_until = std::numeric_limits<int64_t>::max();
     double start = 0.7;  // of the weights; ranks may differ, rank 0's count
   };
   TinyModel() : TinyModel(Options{}) {}
@@ -122,7 +124,9 @@ class TinyModel : public Model {
   }
   StepOutput EvaluationStep(const Batch& batch) override {
     at::NoGradGuard no_grad;
-    const at::Tensor mse = at::mse_loss(Forward(batch.at("input")), batch.at("target"));
+    at::Tensor mse = at::mse_loss(Forward(batch.at("input")), batch.at("target"));
+    if (options_.nan_from >= 0 && steps_ >= options_.nan_from && steps_ < options_.nan_until)
+      mse = mse.mul(std::numeric_limits<double>::quiet_NaN());
     return {.loss = mse,
             .metrics = {{"mse", mse}, {"samples_seen", batch.at("input").select(1, 0).mean()}}};
   }

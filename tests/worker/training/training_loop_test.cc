@@ -703,15 +703,183 @@ TEST(TrainingLoop, TheBestWeightsAreTheModelOrBesideIt) {
   EXPECT_LT(kept.outcomes[0].best[0].second.sub(three.parameters[0][0].second).abs().max().item<double>(), 1e-12);
 }
 
+// Known before the first step: a wrong name once lost the whole run at its first evaluation, or its end.
 TEST(TrainingLoop, WhatIsWatchedMustBeEvaluated) {
   const Scratch scratch;
   Training run{.checkpoints = scratch / "c"};
   run.spec.early_stopping = EarlyStoppingSpec{};
   run.Go(TinyDataset(24, 0, 6));
   EXPECT_THAT(ErrorOf(run.errors[0]).what(), HasSubstr("train.early_stopping: needs a validation split"));
-  run.spec.early_stopping->metric = "validation/accurcy";
-  run.Go(TinyDataset(24, 4, 6));
-  EXPECT_THAT(ErrorOf(run.errors[0]).what(), HasSubstr("the evaluation has no validation/accurcy; it has validation/loss"));
+  const std::pair<const char*, std::function<void(TrainSpec&, const std::string&)>> fields[] = {
+      {"train.early_stopping.metric", [](TrainSpec& s, const std::string& metric) { s.early_stopping = EarlyStoppingSpec{.metric = metric}; }},
+      {"train.best.metric", [](TrainSpec& s, const std::string& metric) { s.best = BestSpec{.metric = metric}; }},
+      {"train.schedule.plateau.metric",
+       [](TrainSpec& s, const std::string& metric) { s.schedule.kind = PlateauSchedule{.metric = metric}; }}};
+  for (const auto& [field, watch] : fields) {
+    for (const int ranks : {1, 3}) {
+      SCOPED_TRACE(field);
+      Training wrong{.ranks = ranks, .checkpoints = scratch / "wrong"};
+      wrong.spec.validate_every = 3;
+      watch(wrong.spec, "validation/rmsee");
+      const TinyDataset dataset(24, 4, 6);
+      wrong.Go(dataset);
+      for (const auto& error : wrong.errors) {
+        EXPECT_EQ(ErrorOf(error).failure, FailureClass::kUser);
+        EXPECT_THAT(ErrorOf(error).what(),
+                    ::testing::AllOf(HasSubstr(std::string(field) + ": the evaluation has no validation/rmsee; did you mean \"validation/rmse\"?"),
+                                     HasSubstr("(it has validation/loss, validation/mse, validation/rmse, validation/samples_seen)")));
+      }
+      EXPECT_TRUE(dataset.Seen(Split::kTrain).empty());
+      EXPECT_TRUE(wrong.sink.points["train/loss"].empty());
+      // What is of the test split alone is no metric of validation.
+      watch(wrong.spec, "validation/ratio_to_zero");
+      wrong.Go(dataset);
+      EXPECT_THAT(ErrorOf(wrong.errors[0]).what(), HasSubstr("has no validation/ratio_to_zero"));
+      Training right{.ranks = ranks, .checkpoints = scratch / (std::string(field) + std::to_string(ranks))};
+      watch(right.spec, "validation/rmse");
+      right.GoOrThrow(dataset);
+    }
+  }
+}
+
+TEST(TrainingLoop, LookingForTheNamesChangesNoBit) {
+  const Scratch scratch;
+  const TinyDataset dataset(43, 5, 6);
+  for (const char* strategy : {"", "zero3"}) {
+    Training plain{.model = {.dropout = 0.3}, .ranks = *strategy ? 2 : 1, .checkpoints = scratch / (std::string("p") + strategy)};
+    if (*strategy) plain.model.dropout = 0;  // ranks are threads here, with one generator
+    plain.spec.strategy = strategy;
+    Training watching{.spec = plain.spec, .model = plain.model, .ranks = plain.ranks, .checkpoints = scratch / (std::string("w") + strategy)};
+    watching.spec.early_stopping = EarlyStoppingSpec{.metric = "validation/rmse", .patience = 100};
+    plain.GoOrThrow(dataset);
+    watching.GoOrThrow(dataset);
+    EXPECT_TRUE(SameBits(plain.parameters[0], watching.parameters[0])) << strategy;
+  }
+}
+
+TEST(TrainingLoop, AnEvaluationWithoutANumberIsNoImprovementAndNeverTheBest) {
+  const Scratch scratch;
+  const TinyDataset dataset(24, 6, 6);  // 3 steps an epoch
+  Training three{.checkpoints = scratch / "three"};
+  three.spec.steps = 3;
+  three.GoOrThrow(dataset);
+  for (const int ranks : {1, 2}) {
+    Training run{.model = {.nan_from = 6}, .ranks = ranks, .checkpoints = scratch / std::to_string(ranks)};
+    run.spec.epochs = 20;
+    run.spec.best = BestSpec{.maximize = true};
+    run.spec.early_stopping = EarlyStoppingSpec{.patience = 2};
+    run.GoOrThrow(dataset);
+    EXPECT_EQ(run.outcomes[0].steps, 9);  // those of steps 6 and 9 are none
+    EXPECT_EQ(run.outcomes[0].metrics.at("train/best_step"), 3);
+    EXPECT_LT(LargestDifference(run.parameters[0], three.parameters[0]), 1e-12);
+    EXPECT_THAT(run.printed, ::testing::Contains(HasSubstr("step 6: validation/loss is not finite (nan), which counts as no improvement")));
+    EXPECT_THAT(run.printed, ::testing::Contains(HasSubstr("stopped early at step 9: validation/loss has not improved in 2 evaluations; the best was")));
+  }
+  Training never{.model = {.nan_from = 0}, .checkpoints = scratch / "never"}, beside{.model = {.nan_from = 0}, .checkpoints = scratch / "beside"};
+  never.spec.epochs = 20;
+  never.spec.best = BestSpec{};
+  never.spec.early_stopping = EarlyStoppingSpec{.patience = 3};
+  beside.spec.best = BestSpec{.export_best = false};
+  never.GoOrThrow(dataset);
+  beside.GoOrThrow(dataset);
+  EXPECT_EQ(never.outcomes[0].steps, 9);
+  EXPECT_THAT(never.printed, ::testing::Contains(HasSubstr("stopped early at step 9: validation/loss has not been finite in 3 evaluations")));
+  EXPECT_FALSE(never.outcomes[0].metrics.contains("train/best_step"));
+  EXPECT_TRUE(beside.outcomes[0].best.empty());
+  for (const Training* run : {&never, &beside})
+    EXPECT_THAT(run->printed, ::testing::Contains(HasSubstr("validation/loss was finite in no evaluation, so there are no best weights")));
+}
+
+TEST(TrainingLoop, WhatIsWatchedMayChangeOnTheWay) {
+  const Scratch scratch;
+  const TinyDataset dataset(24, 6, 6);
+  Training whole{.checkpoints = scratch / "whole"};
+  whole.spec.epochs = 6;
+  whole.GoOrThrow(dataset);
+  // From without to with, to another metric, and to without.
+  Training first{.checkpoints = scratch / "c"};
+  first.spec.epochs = 6;
+  first.spec.steps = 6;
+  first.GoOrThrow(dataset);
+  Training second{.checkpoints = scratch / "c", .resume = scratch / "c"};
+  second.spec.epochs = 6;
+  second.spec.steps = 12;
+  second.spec.best = BestSpec{.maximize = true};
+  second.spec.early_stopping = EarlyStoppingSpec{.patience = 50};
+  second.GoOrThrow(dataset);
+  EXPECT_EQ(second.outcomes[0].metrics.at("train/best_step"), 9);  // of those that it has seen
+  Training third{.checkpoints = scratch / "d", .resume = scratch / "c"};
+  third.spec.epochs = 6;
+  third.spec.steps = 15;
+  third.spec.best = BestSpec{.metric = "validation/mse", .maximize = true};
+  third.GoOrThrow(dataset);
+  EXPECT_EQ(third.outcomes[0].metrics.at("train/best_step"), 15);  // not 9, which was another metric's
+  Training same{.checkpoints = scratch / "s", .resume = scratch / "c"};
+  same.spec.epochs = 6;
+  same.spec.best = BestSpec{.maximize = true};
+  same.GoOrThrow(dataset);
+  EXPECT_EQ(same.outcomes[0].metrics.at("train/best_step"), 9);
+  Training last{.checkpoints = scratch / "e", .resume = scratch / "d"};
+  last.spec.epochs = 6;
+  last.GoOrThrow(dataset);
+  EXPECT_TRUE(SameBits(whole.parameters[0], last.parameters[0]));
+}
+
+TEST(TrainingLoop, MorePatienceLetsAStoppedRunGoOn) {
+  const Scratch scratch;
+  const TinyDataset dataset(24, 6, 6);
+  const auto with = [&](int64_t patience, const std::string& metric, bool resume) {
+    Training run{.checkpoints = scratch / (std::to_string(patience) + metric.substr(11)), .resume = resume ? scratch / "1loss" : ""};
+    run.spec.epochs = 6;
+    run.spec.optimizer = Sgd{.lr = 1e-9};
+    run.spec.early_stopping = EarlyStoppingSpec{.metric = metric, .patience = static_cast<int>(patience), .min_delta = 0.01};
+    run.GoOrThrow(dataset);
+    return run.outcomes[0].steps;
+  };
+  EXPECT_EQ(with(1, "validation/loss", false), 6);
+  EXPECT_EQ(with(1, "validation/loss", true), 6);
+  EXPECT_EQ(with(9, "validation/loss", true), 18);
+  EXPECT_EQ(with(2, "validation/rmse", true), 15);  // three evaluations of its own
+}
+
+TEST(TrainingLoop, TheHashHasWhatChangesTheNumbers) {
+  using Json = nlohmann::json;
+  const Json job = {{"train", {{"batch", 8}, {"loss", "mse"}, {"schedule", {{"cosine", Json::object()}}}, {"validate_every", 2}}}};
+  const auto hash = [](Json changed, const char* key, const Json& value) {
+    changed["train"][key] = value;
+    return HashSpec(changed);
+  };
+  const std::string plain = HashSpec(job);
+  EXPECT_EQ(hash(job, "best", {{"metric", "validation/rmse"}}), plain);
+  EXPECT_EQ(hash(job, "early_stopping", {{"patience", 3}}), plain);
+  EXPECT_EQ(hash(job, "validate_every", 3), plain);
+  EXPECT_EQ(hash(job, "epochs", 3), plain);
+  EXPECT_NE(hash(job, "batch", 9), plain);
+  EXPECT_NE(hash(job, "validate_every_steps", 9), plain);  // it averages batch norm's buffers, and the ranks' weights with local_sgd
+  Json watching = job;
+  watching["train"]["schedule"] = {{"plateau", {{"patience", 2}}}};
+  EXPECT_NE(hash(job, "schedule", watching["train"]["schedule"]), plain);
+  EXPECT_NE(hash(watching, "schedule", {{"plateau", {{"patience", 3}}}}), HashSpec(watching));
+  EXPECT_NE(hash(watching, "validate_every", 3), HashSpec(watching));  // when the rate may fall
+  EXPECT_EQ(hash(watching, "best", Json::object()), HashSpec(watching));
+  watching["train"].erase("validate_every");
+  EXPECT_EQ(hash(watching, "validate_every", 1), HashSpec(watching));  // the default
+  EXPECT_EQ(hash(watching, "validate_every", 0), HashSpec(watching));
+}
+
+TEST(TrainingLoop, NoStepAtAllIsNoSuccess) {
+  const Scratch scratch;
+  Training run{.checkpoints = scratch / "c"};
+  run.Go(TinyDataset(0, 0, 0));
+  EXPECT_THAT(ErrorOf(run.errors[0]).what(), HasSubstr("not one training step was done"));
+  // A run that was done when it was gone on from only evaluates.
+  const TinyDataset dataset(24, 0, 6);
+  Training done{.checkpoints = scratch / "d"};
+  done.GoOrThrow(dataset);
+  Training again{.checkpoints = scratch / "d", .resume = scratch / "d"};
+  again.GoOrThrow(dataset);
+  EXPECT_EQ(again.outcomes[0].steps, 9);
+  EXPECT_EQ(again.outcomes[0].samples, 0);
 }
 
 TEST(TrainingLoop, TheLossScaleChangesNoBitAndSkipsWhatOverflows) {
