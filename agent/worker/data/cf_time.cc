@@ -267,6 +267,24 @@ double CfSeconds(double value, const std::string& units, const std::string& cale
       parsed);
 }
 
+std::vector<int64_t> FindJumps(const TimeAxis& axis) {
+  constexpr double kLongest = 1.5;  // of the median; a month is at most 31/28 of another
+  std::vector<double> forward;
+  for (size_t i = 1; i < axis.seconds.size(); ++i) {
+    const double step = axis.seconds[i] - axis.seconds[i - 1];
+    if (step > 0) forward.push_back(step);
+  }
+  std::vector<int64_t> jumps;
+  if (forward.empty()) return jumps;
+  const auto middle = forward.begin() + static_cast<std::ptrdiff_t>(forward.size() / 2);
+  std::nth_element(forward.begin(), middle, forward.end());
+  for (size_t i = 1; i < axis.seconds.size(); ++i) {
+    const double step = axis.seconds[i] - axis.seconds[i - 1];
+    if (!(step > 0 && step <= kLongest * *middle)) jumps.push_back(static_cast<int64_t>(i));
+  }
+  return jumps;
+}
+
 std::pair<int64_t, int64_t> StepsWithin(const TimeAxis& axis, const std::string& text,
                                         const std::string& field) {
   const Calendar calendar = ParseCalendar(axis.calendar, field);

@@ -24,6 +24,10 @@ struct TimeAxis {
   std::string calendar;
 };
 
+// Steps that do not follow the one before them: later than it by more than one and a half times the
+// median step (months differ by less), or not later. None where no step is later than another.
+std::vector<int64_t> FindJumps(const TimeAxis& axis);
+
 // The half-open range of steps within "1982-01..1990-12": both ends are included, each to its
 // precision (year, month, day, or minute: "1982-01-31T12:00"). Throws UserError for a text that is no
 // such range, for one without a step in it, and where the axis does not increase; `field` names the

@@ -11,6 +11,7 @@ namespace itwin::worker {
 namespace {
 
 using ::testing::AllOf;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::Pair;
 using testing::UserErrorOf;
@@ -128,6 +129,21 @@ TEST(CfTime, RangesIncludeBothEndsToTheirPrecision) {
   EXPECT_THAT(StepsWithin(axis, "1982-02-16..1982-03-15T00:00", "f"), Pair(2, 3));
   EXPECT_THAT(UserErrorOf([&] { StepsWithin(axis, "1982-02-16..1982-03-14T23:58", "f"); }),
               HasSubstr("no step"));
+}
+
+TEST(CfTime, JumpsAreStepsThatDoNotFollow) {
+  const auto jumps = [](std::vector<double> days) {
+    for (double& day : days) day *= kDay;
+    return FindJumps({days, ""});
+  };
+  EXPECT_THAT(FindJumps(Monthly(132)), ElementsAre()) << "months are of 28 to 31 days";
+  EXPECT_THAT(jumps({0, 1, 2, 3, 5, 6, 7, 7, 8, 4, 5, 6}), ElementsAre(4, 7, 9));
+  EXPECT_THAT(jumps({0, 31, 59, 120, 151, 181}), ElementsAre(3)) << "a month is missing";
+  EXPECT_THAT(jumps({0, 365, 731, 1096}), ElementsAre());
+  EXPECT_THAT(jumps({0, 1, NAN, 3, 4, 5}), ElementsAre(2, 3));
+  EXPECT_THAT(jumps({0, 0, 0}), ElementsAre()) << "no time is written";
+  EXPECT_THAT(jumps({}), ElementsAre());
+  EXPECT_THAT(jumps({5}), ElementsAre());
 }
 
 TEST(CfTime, RefusesWhatIsNoRange) {
