@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <numeric>
 #include <tuple>
@@ -21,6 +22,7 @@
 #include "agent/worker/data/npz.h"
 #include "agent/worker/data/raw.h"
 #include "agent/worker/data/sample_store.h"
+#include "agent/worker/data/unusable_cells.h"
 #include "agent/worker/data/zarr.h"
 #include "agent/worker/error.h"
 
@@ -30,8 +32,16 @@ namespace {
 // What a source gives before it is split and transformed.
 struct Loaded {
   SampleStore store;
-  int64_t missing_cells = 0;  // that the file marks as such
-  std::shared_ptr<const NetcdfRows> time_axis_of;  // where a time axis may be found
+  std::shared_ptr<const RowSource> time_axis_of;  // where a time axis may be found
+
+  // Read once. Throws as RowSource::ReadTimeAxis.
+  const std::optional<TimeAxis>& ReadTimeAxis() {
+    if (!time_axis_is_read && time_axis_of) time_axis = time_axis_of->ReadTimeAxis();
+    time_axis_is_read = true;
+    return time_axis;
+  }
+  bool time_axis_is_read = false;
+  std::optional<TimeAxis> time_axis;
 };
 
 constexpr size_t kRowCacheBytes = size_t{256} << 20;  // of each rank, for streamed data
@@ -154,9 +164,7 @@ Loaded Load(const NetcdfFile& source, const DataSpec& spec, uint64_t, const File
   if (ShallStream(spec, *rows, share)) {
     field = StreamArray(std::make_shared<RowCache>(rows, kRowCacheBytes));
   } else {
-    const NetcdfField read = ReadAll(*rows);
-    loaded.missing_cells = read.missing_cells;
-    field = StoreArray(read.field, false);
+    field = StoreArray(ReadAll(*rows).field, false);
   }
   // Input and target may be single variables of the file.
   for (const std::string& name : {spec.input, spec.target}) {
@@ -187,6 +195,7 @@ Loaded LoadPair(const Source& source, const DataSpec& spec, const RankShare& sha
        {std::tuple{source.input, "input", true}, {source.target, "target", source.target_named}}) {
     const auto rows = open(array_name, must_exist);
     if (!rows) continue;
+    if (!loaded.time_axis_of) loaded.time_axis_of = rows;
     StoredArray& array = part[name];
     if (name == std::string("target") && rows->is_integer()) {
       array = StoreArray(rows->ReadIntegers(), true);
@@ -194,7 +203,6 @@ Loaded LoadPair(const Source& source, const DataSpec& spec, const RankShare& sha
       array = StreamArray(std::make_shared<RowCache>(rows, kRowCacheBytes));
     } else {
       array = StoreArray(ReadAllRows(*rows, field + "." + name), false);
-      loaded.missing_cells += array.values.isnan().sum().template item<int64_t>();
     }
   }
   return loaded;
@@ -203,14 +211,9 @@ Loaded LoadPair(const Source& source, const DataSpec& spec, const RankShare& sha
 Loaded Load(const Hdf5File& source, const DataSpec& spec, uint64_t, const Files& files,
             const RankShare& share) {
   const auto paths = files.FindAll(source.path, "train.data.hdf5.path");
-  std::shared_ptr<const NetcdfRows> first;
-  Loaded loaded = LoadPair(source, spec, share, "train.data.hdf5", [&](const std::string& name, bool must_exist) {
-    const auto rows = NetcdfRows::One(paths, name, must_exist);
-    if (!first) first = rows;
-    return rows;
+  return LoadPair(source, spec, share, "train.data.hdf5", [&](const std::string& name, bool must_exist) {
+    return NetcdfRows::One(paths, name, must_exist);
   });
-  loaded.time_axis_of = first;
-  return loaded;
 }
 
 Loaded Load(const ZarrStore& source, const DataSpec& spec, uint64_t, const Files& files,
@@ -291,11 +294,12 @@ Loaded LoadInTurn(const std::vector<std::filesystem::path>& paths, Read read) {
 
 Loaded Load(const NpzFile& source, const DataSpec& spec, uint64_t, const Files& files,
             const RankShare&) {
+  const std::string input = spec.input.empty() ? "input" : spec.input;
   const std::string target = spec.target.empty() ? "target" : spec.target;
   return LoadInTurn(files.FindAll(source.path, "train.data.npz"),
                     [&](const std::filesystem::path& path) {
                       std::map<std::string, StoredArray> arrays;
-                      for (const auto& [name, array] : ReadNpz(path))
+                      for (const auto& [name, array] : ReadNpz(path, {input, target}))
                         AddArray(name, array, name == target, &arrays);
                       return arrays;
                     });
@@ -423,8 +427,11 @@ const char* TransformName(const Transform& transform) {
 
 class ArrayDataset : public Dataset {
  public:
-  ArrayDataset(SampleStore store, int64_t classes)
-      : parts_(std::move(store.parts)), baselines_(std::move(store.baselines)), classes_(classes) {
+  ArrayDataset(SampleStore store, int64_t classes, bool check_target)
+      : parts_(std::move(store.parts)),
+        baselines_(std::move(store.baselines)),
+        classes_(classes),
+        check_target_(check_target) {
     for (size_t s = 0; s < splits_.size(); ++s) splits_[s] = at::tensor(store.splits[s], at::kLong);
     preprocessing_ = {
         {"format", 1}, {"transforms", std::move(store.record)}, {"classes", classes_}};
@@ -448,10 +455,10 @@ class ArrayDataset : public Dataset {
     for (const auto& [name, array] : PartOf(split)) {
       at::Tensor values = array.Select(wanted);
       // What is in memory was looked at when it was read.
-      if (array.streamed() && values.isnan().any().item<bool>()) {
-        throw UserError("train.data: array \"" + name +
-                        "\" has missing cells; add the transform fill_missing: {} (before "
-                        "standardize), or crop them away");
+      if (array.streamed() && (check_target_ || name != "target")) {
+        UnusableCells cells;
+        LookThrough(values, wanted.data_ptr<int64_t>(), &cells);
+        RefuseUnusable(cells, name);
       }
       batch.emplace(name, std::move(values));
     }
@@ -490,12 +497,13 @@ class ArrayDataset : public Dataset {
   const std::vector<std::map<std::string, StoredArray>> parts_;
   const std::vector<std::string> baselines_;
   const int64_t classes_;
+  const bool check_target_;
   std::array<at::Tensor, 3> splits_;  // sample indices, int64
   nlohmann::json preprocessing_;
 };
 
-// Renames input and target to what models see, and refuses what no model could use.
-void Finish(const DataSpec& spec, int64_t missing_cells, SampleStore* store) {
+// Renames input and target to what models see.
+void Finish(const DataSpec& spec, SampleStore* store) {
   for (auto& part : store->parts) {
     for (const auto& [chosen, name] :
          {std::pair{&store->input, "input"}, {&store->target, "target"}}) {
@@ -519,18 +527,31 @@ void Finish(const DataSpec& spec, int64_t missing_cells, SampleStore* store) {
         throw UserError("train.data: array \"" + name + "\" is empty (shape " +
                         ShapeText(array.values.sizes().vec()) + ")");
       }
-      if (missing_cells > 0 && array.is_float && !array.streamed() &&
-          array.values.isnan().any().item<bool>()) {
-        throw UserError("train.data: the file marks " + std::to_string(missing_cells) +
-                        " cells as missing and array \"" + name +
-                        "\" still has some; add the transform fill_missing: {} (before "
-                        "standardize), or crop them "
-                        "away");
-      }
     }
   }
   store->input = "input";
   store->target = "target";
+}
+
+// Refuses missing and infinite cells of samples in a split. Streamed arrays are looked at batch by
+// batch.
+void CheckCells(const SampleStore& store, bool check_target, const RankShare& share) {
+  for (size_t p = 0; p < store.parts.size(); ++p) {
+    std::vector<int64_t> samples;
+    for (const Split split : {Split::kTrain, Split::kValidation, Split::kTest}) {
+      const bool here = (split == Split::kTest ? store.parts.size() - 1 : 0) == p;
+      const auto& of_split = store.splits[static_cast<size_t>(split)];
+      if (here) samples.insert(samples.end(), of_split.begin(), of_split.end());
+    }
+    std::sort(samples.begin(), samples.end());
+    samples.erase(std::unique(samples.begin(), samples.end()), samples.end());
+    for (const char* name : {"input", "target"}) {
+      const StoredArray& array = store.parts[p].at(name);
+      if (array.streamed() || !array.values.is_floating_point()) continue;
+      if (!check_target && name == std::string("target")) continue;
+      RefuseUnusable(FindUnusableCells(array, samples, share), name);
+    }
+  }
 }
 
 int64_t CountClasses(const SampleStore& store) {
@@ -549,7 +570,7 @@ int64_t CountClasses(const SampleStore& store) {
 }
 
 // Ranges of time become ranges of samples.
-SplitSpec ResolveTimes(const SplitSpec& spec, const Loaded& loaded) {
+SplitSpec ResolveTimes(const SplitSpec& spec, Loaded* loaded) {
   SplitSpec resolved = spec;
   for (const auto& [name, text, range] :
        {std::tuple{"train", &spec.train_time, &resolved.train},
@@ -557,8 +578,7 @@ SplitSpec ResolveTimes(const SplitSpec& spec, const Loaded& loaded) {
         {"test", &spec.test_time, &resolved.test}}) {
     if (text->empty()) continue;
     const std::string field = std::string("train.data.split.") + name;
-    const std::optional<TimeAxis> axis =
-        loaded.time_axis_of ? loaded.time_axis_of->ReadTimeAxis() : std::nullopt;
+    const std::optional<TimeAxis>& axis = loaded->ReadTimeAxis();
     if (!axis) {
       throw UserError(field + ": \"" + *text +
                       "\" is a range of time, but the data have no time axis; give sample numbers, "
@@ -570,7 +590,34 @@ SplitSpec ResolveTimes(const SplitSpec& spec, const Loaded& loaded) {
   return resolved;
 }
 
+// What windows need to know of the steps, and what a user should know of them.
+void PrepareWindows(const SplitSpec& split, int64_t samples, Loaded* loaded) {
+  SampleStore& store = loaded->store;
+  for (const auto& [key, fraction] : {std::pair{"validation_fraction", split.validation_fraction},
+                                      {"test_fraction", split.test_fraction}}) {
+    if (fraction == 0) continue;
+    const auto end = std::to_string(samples), cut = std::to_string(samples - samples / 4);
+    store.notes.push_back(std::string("train.data.split.") + key +
+                          " draws single steps, so the inputs of training windows hold steps that are "
+                          "targets of validation or test; for scores on unseen steps, split by ranges of "
+                          "steps or time, such as train: \"0.." + cut + "\", validation: \"" + cut + ".." + end + "\"");
+    break;
+  }
+  try {
+    const std::optional<TimeAxis>& axis = loaded->ReadTimeAxis();
+    if (axis && static_cast<int64_t>(axis->seconds.size()) == samples) store.jumps = FindJumps(*axis);
+  } catch (const WorkerError& error) {
+    if (error.failure != FailureClass::kUser) throw;
+    store.notes.push_back("whether windows run across gaps in time is not known: " + std::string(error.what()));
+  }
+}
+
 }  // namespace
+
+void PrintNote(const std::string& note) {
+  std::printf("note: %s\n", note.c_str());
+  std::fflush(stdout);
+}
 
 std::unique_ptr<Dataset> OpenDataset(const DataSpec& spec, uint64_t seed,
                                      const std::filesystem::path& work_dir,
@@ -586,20 +633,24 @@ std::unique_ptr<Dataset> OpenDataset(const DataSpec& spec, uint64_t seed,
   }
   ResolveNames(spec, &store);
   const int64_t samples = store.parts.front().at(store.SourceName("train.data")).samples();
-  store.splits = DrawSplits(ResolveTimes(spec.split, loaded), samples, store.separate_test(), seed);
+  store.splits = DrawSplits(ResolveTimes(spec.split, &loaded), samples, store.separate_test(), seed);
   if (store.separate_test()) {
     const int64_t test_samples = store.parts.back().at("input").samples();
     auto& test = store.splits[static_cast<size_t>(Split::kTest)];
     for (int64_t i = 0; i < test_samples; ++i) test.push_back(i);
   }
   store.statistics = spec.statistics;
+  if (std::any_of(spec.transforms.begin(), spec.transforms.end(),
+                  [](const Transform& t) { return std::holds_alternative<Window>(t); })) {
+    PrepareWindows(spec.split, samples, &loaded);
+  }
   for (size_t i = 0; i < spec.transforms.size(); ++i) {
     const Transform& transform = spec.transforms[i];
     ApplyTransform(transform,
                    "train.data.transforms[" + std::to_string(i) + "]." + TransformName(transform),
                    share, &store);
   }
-  Finish(spec, loaded.missing_cells, &store);
+  Finish(spec, &store);
   if (spec.all_as_test) {
     if (store.separate_test()) {
       throw UserError(
@@ -609,9 +660,17 @@ std::unique_ptr<Dataset> OpenDataset(const DataSpec& spec, uint64_t seed,
     auto& test = store.splits[static_cast<size_t>(Split::kTest)];
     test.resize(static_cast<size_t>(store.parts.front().at("input").samples()));
     std::iota(test.begin(), test.end(), 0);
+    std::erase_if(test, [&store](int64_t sample) {
+      return std::binary_search(store.left_out.begin(), store.left_out.end(), sample);
+    });
+  }
+  const bool predicts = spec.all_as_test || !spec.statistics.is_null();  // and has no use for targets
+  CheckCells(store, !predicts, share);
+  if (share.rank == 0 && share.note) {
+    for (const std::string& note : store.notes) share.note(note);
   }
   const int64_t classes = CountClasses(store);
-  return std::make_unique<ArrayDataset>(std::move(store), classes);
+  return std::make_unique<ArrayDataset>(std::move(store), classes, !predicts);
 }
 
 }  // namespace itwin::worker

@@ -5,6 +5,8 @@
 #include <cctype>
 #include <charconv>
 #include <cmath>
+#include <cstdio>
+#include <string_view>
 #include <tuple>
 
 #include "agent/worker/error.h"
@@ -13,7 +15,8 @@ namespace itwin::worker {
 namespace {
 
 constexpr double kDay = 86400;
-constexpr double kYear = 365.242198781 * kDay;  // tropical, as UDUNITS
+constexpr double kMostMonths = 1e7;  // from its reference; beyond, a time axis is damaged
+constexpr int64_t kMostYears = 1000000;
 
 struct Date {
   int64_t year = 1;
@@ -22,15 +25,22 @@ struct Date {
   int precision = 1;   // 1 year, 2 month, 3 day, 4 minute
 };
 
-bool IsProlepticLeap(int64_t year) {
-  return (year % 4 == 0 && year % 100 != 0) || year % 400 == 0;
+// In small letters, all white space as blanks.
+std::string Lower(const std::string& text) {
+  std::string lower;
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    lower += std::isspace(byte) ? ' ' : static_cast<char>(std::tolower(byte));
+  }
+  return lower;
 }
+
+bool IsProlepticLeap(int64_t year) { return (year % 4 == 0 && year % 100 != 0) || year % 400 == 0; }
 
 enum class Calendar { kStandard, kProleptic, kJulian, kNoLeap, kAllLeap, k360 };
 
 Calendar ParseCalendar(const std::string& name, const std::string& what) {
-  std::string lower;
-  for (const char c : name) lower += static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  const std::string lower = Lower(name);
   if (lower.empty() || lower == "standard" || lower == "gregorian") return Calendar::kStandard;
   if (lower == "proleptic_gregorian") return Calendar::kProleptic;
   if (lower == "julian") return Calendar::kJulian;
@@ -92,8 +102,40 @@ double SecondsOf(const Date& date, Calendar calendar) {
   return static_cast<double>(DayNumber(date, calendar)) * kDay + date.seconds;
 }
 
-// "1982", "1982-1", "1982-01-31", "1982-01-31 12:00:00.0", with T or a space. False for another text.
-bool ParseDate(const std::string& text, Date* date) {
+// What may follow a clock: "", "z", "utc", "gmt", or by how much the clock is ahead: "+1", "-6:00",
+// "+0530". Only with a colon may the sign be left out. False for another text.
+bool ParseZone(std::string_view text, double* ahead_seconds) {
+  *ahead_seconds = 0;
+  if (text.empty() || text == "z" || text == "utc" || text == "gmt") return true;
+  const bool is_signed = text.front() == '+' || text.front() == '-';
+  const double sign = text.front() == '-' ? -1 : 1;
+  if (is_signed) text.remove_prefix(1);
+  const auto digits = [&](size_t most, int* value) {
+    const size_t count = std::min(text.find_first_not_of("0123456789"), text.size());
+    if (count == 0 || count > most) return false;
+    std::from_chars(text.data(), text.data() + count, *value);
+    text.remove_prefix(count);
+    return true;
+  };
+  int hours = 0, minutes = 0;
+  if (!digits(4, &hours)) return false;
+  if (text.starts_with(':')) {
+    text.remove_prefix(1);
+    if (!digits(2, &minutes)) return false;
+  } else if (!is_signed) {
+    return false;
+  } else if (hours >= 100) {
+    minutes = hours % 100;
+    hours /= 100;
+  }
+  *ahead_seconds = sign * (hours * 3600 + minutes * 60);
+  return text.empty() && hours < 24 && minutes < 60;
+}
+
+// "1982", "1982-1", "1982-01-31", "1982-01-31 12:00:00.0 +1:00", with T or a space. False for
+// another text.
+bool ParseDate(const std::string& original, Date* date) {
+  const std::string text = Lower(original);
   const char* at = text.data();
   const char* const end = at + text.size();
   const auto number = [&](auto* value) {
@@ -114,7 +156,7 @@ bool ParseDate(const std::string& text, Date* date) {
     }
   }
   if (date->month < 1 || date->month > 12 || date->day < 1 || date->day > 31) return false;
-  if (date->precision == 3 && at < end && (skip('T') || skip(' ')) && at < end) {
+  if (date->precision == 3 && at < end && (skip('t') || skip(' ')) && at < end) {
     int hours = 0, minutes = 0;
     double seconds = 0;
     date->precision = 4;
@@ -124,30 +166,68 @@ bool ParseDate(const std::string& text, Date* date) {
     if (hours < 0 || hours > 24 || minutes < 0 || minutes > 59 || !(seconds >= 0 && seconds < 61)) {
       return false;
     }
-    date->seconds = hours * 3600 + minutes * 60 + seconds;
-    if (!skip('Z')) {
-      skip(' ');
-      if (std::string(at, end) == "UTC" || std::string(at, end) == "0:00" ||
-          std::string(at, end) == "00:00" || std::string(at, end) == "+00:00") {
-        at = end;
-      }
+    while (skip(' ')) {
     }
+    double ahead_seconds = 0;
+    if (!ParseZone(std::string_view(at, static_cast<size_t>(end - at)), &ahead_seconds))
+      return false;
+    date->seconds = hours * 3600 + minutes * 60 + seconds - ahead_seconds;
+    at = end;
   }
   return at == end;
 }
 
-double UnitSeconds(const std::string& unit) {
-  std::string name;
-  for (const char c : unit) name += static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-  if (name == "months" || name == "month") return kYear / 12;
-  if (name == "years" || name == "year" || name == "yr") return kYear;
-  if (name == "weeks" || name == "week") return 7 * kDay;
-  if (name == "days" || name == "day" || name == "d") return kDay;
-  if (name == "hours" || name == "hour" || name == "hr" || name == "hrs" || name == "h") return 3600;
-  if (name == "minutes" || name == "minute" || name == "min" || name == "mins") return 60;
-  if (name == "seconds" || name == "second" || name == "sec" || name == "secs" || name == "s") return 1;
-  if (name == "milliseconds" || name == "millisecond" || name == "msec" || name == "ms") return 1e-3;
+// Either a fixed length or calendar months.
+struct Unit {
+  double seconds = 0;
+  int months = 0;
+};
+
+// Neither for another text.
+Unit ParseUnit(const std::string& name) {
+  if (name == "months" || name == "month") return {.months = 1};
+  if (name == "years" || name == "year" || name == "yr") return {.months = 12};
+  if (name == "weeks" || name == "week") return {.seconds = 7 * kDay};
+  if (name == "days" || name == "day" || name == "d") return {.seconds = kDay};
+  if (name == "hours" || name == "hour" || name == "hr" || name == "hrs" || name == "h")
+    return {.seconds = 3600};
+  if (name == "minutes" || name == "minute" || name == "min" || name == "mins")
+    return {.seconds = 60};
+  if (name == "seconds" || name == "second" || name == "sec" || name == "secs" || name == "s")
+    return {.seconds = 1};
+  if (name == "milliseconds" || name == "millisecond" || name == "msec" || name == "ms")
+    return {.seconds = 1e-3};
+  return {};
+}
+
+// Months or years that are always as long, in days; 0 where they differ.
+double EvenDays(int months, Calendar calendar) {
+  if (calendar == Calendar::k360) return 30 * months;
+  if (months == 12 && calendar == Calendar::kNoLeap) return 365;
+  if (months == 12 && calendar == Calendar::kAllLeap) return 366;
   return 0;
+}
+
+// The same day and clock, a whole number of months or years later. `what` begins the error.
+Date Later(const Date& date, double value, int months, Calendar calendar, const std::string& what) {
+  if (!(std::abs(value) <= kMostMonths) || value != std::floor(value)) {
+    throw UserError(
+        what +
+        " is not whole, and months and years of this calendar differ in length; write the "
+        "time axis in days");
+  }
+  const int64_t count = date.year * 12 + date.month - 1 + static_cast<int64_t>(value) * months;
+  Date later = date;
+  later.month = static_cast<int>((count % 12 + 12) % 12) + 1;
+  later.year = (count - (later.month - 1)) / 12;
+  if (date.day > DaysInMonth(later, calendar)) {
+    char month[40];
+    std::snprintf(month, sizeof(month), "%04lld-%02d", static_cast<long long>(later.year),
+                  later.month);
+    throw UserError(what + " is no date: " + month + " has no day " + std::to_string(date.day) +
+                    "; write the time axis in days");
+  }
+  return later;
 }
 
 std::string Trimmed(const std::string& text) {
@@ -158,18 +238,51 @@ std::string Trimmed(const std::string& text) {
 
 }  // namespace
 
+bool AreTimeUnits(const std::string& units) {
+  return Lower(units).find(" since ") != std::string::npos;
+}
+
 double CfSeconds(double value, const std::string& units, const std::string& calendar,
                  const std::string& what) {
   const Calendar parsed = ParseCalendar(calendar, what);
-  const size_t since = units.find(" since ");
+  const std::string lower = Lower(units);
+  const size_t since = lower.find(" since ");
   Date reference;
-  const double unit =
-      since == std::string::npos ? 0 : UnitSeconds(Trimmed(units.substr(0, since)));
-  if (unit == 0 || !ParseDate(Trimmed(units.substr(since + 7)), &reference)) {
+  const Unit unit =
+      since == std::string::npos ? Unit{} : ParseUnit(Trimmed(lower.substr(0, since)));
+  if ((unit.seconds == 0 && unit.months == 0) ||
+      !ParseDate(Trimmed(lower.substr(since + 7)), &reference) ||
+      std::abs(reference.year) > kMostYears) {
     throw UserError(what + ": the units \"" + units +
                     "\" are not those of a time axis, such as \"days since 1950-01-01\"");
   }
-  return SecondsOf(reference, parsed) + value * unit;
+  if (unit.months == 0) return SecondsOf(reference, parsed) + value * unit.seconds;
+  // UDUNITS' month, a twelfth of 365.2422 days, is in no calendar, and CF advises against it.
+  const double days = EvenDays(unit.months, parsed);
+  if (days > 0) return SecondsOf(reference, parsed) + value * days * kDay;
+  char number[40];
+  std::snprintf(number, sizeof(number), "%.9g", value);
+  return SecondsOf(
+      Later(reference, value, unit.months, parsed, what + ": " + number + " \"" + units + "\""),
+      parsed);
+}
+
+std::vector<int64_t> FindJumps(const TimeAxis& axis) {
+  constexpr double kLongest = 1.5;  // of the median; a month is at most 31/28 of another
+  std::vector<double> forward;
+  for (size_t i = 1; i < axis.seconds.size(); ++i) {
+    const double step = axis.seconds[i] - axis.seconds[i - 1];
+    if (step > 0) forward.push_back(step);
+  }
+  std::vector<int64_t> jumps;
+  if (forward.empty()) return jumps;
+  const auto middle = forward.begin() + static_cast<std::ptrdiff_t>(forward.size() / 2);
+  std::nth_element(forward.begin(), middle, forward.end());
+  for (size_t i = 1; i < axis.seconds.size(); ++i) {
+    const double step = axis.seconds[i] - axis.seconds[i - 1];
+    if (!(step > 0 && step <= kLongest * *middle)) jumps.push_back(static_cast<int64_t>(i));
+  }
+  return jumps;
 }
 
 std::pair<int64_t, int64_t> StepsWithin(const TimeAxis& axis, const std::string& text,

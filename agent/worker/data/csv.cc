@@ -161,6 +161,17 @@ CsvTable ReadCsv(const std::filesystem::path& path, const std::vector<std::strin
                         ": no column \"" + names[i] + "\" in " + what +
                         NearestHint(names[i], header));
       }
+      const auto times = std::count(header.begin(), header.end(), names[i]);
+      if (times > 1) {
+        throw UserError(std::string("train.data.csv.") + (is_target ? "targets" : "inputs") +
+                        ": column \"" + names[i] + "\" does not tell which is meant: " + what +
+                        " has it " + std::to_string(times) + " times");
+      }
+      if (is_target && std::find(inputs.begin(), inputs.end(), names[i]) != inputs.end()) {
+        throw UserError("train.data.csv.targets: column \"" + names[i] +
+                        "\" is among train.data.csv.inputs, too; a model that is given the target "
+                        "learns nothing");
+      }
       uses.push_back({static_cast<size_t>(found - header.begin()), i, is_target});
     }
   }

@@ -12,7 +12,7 @@ namespace itwin::worker {
 
 // Selected columns of a file, each array float32 [rows, columns]. With `target_is_class` (one
 // target column) the targets are int64 [rows]. Throws UserError: an unknown column (with the
-// nearest known one), a field that is not a number (with line and column), a line with too many or
+// nearest known one), one that the header has twice, a target that is also an input, a field that is not a number (with line and column), a line with too many or
 // too few fields, no rows.
 struct CsvTable {
   Array inputs;

@@ -53,12 +53,16 @@ class Dataset {
   virtual nlohmann::json preprocessing() const { return nlohmann::json::object(); }
 };
 
+void PrintNote(const std::string& note);  // "note: …" on stdout, the job's log
+
 // How ranks share the work of opening: each computes a part of the statistics.
 struct RankShare {
   int rank = 0, ranks = 1;
   int ranks_on_node = 1;
   // Sums over the ranks, in place; every rank calls it in the same order.
-  std::function<void(std::span<double>)> sum;
+  std::function<void(std::span<double>)> sum = {};
+  // Takes what the user should know of the data and is no error. Rank 0 alone calls it.
+  std::function<void(const std::string&)> note = PrintNote;
 };
 
 // Reads, splits and transforms. The drawing of fractions depends on the seed alone. Throws

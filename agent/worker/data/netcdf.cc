@@ -3,8 +3,10 @@
 #include <netcdf.h>
 
 #include <algorithm>
-#include <cmath>
+#include <cctype>
 #include <cerrno>
+#include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -12,6 +14,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "agent/worker/data/cell_decoding.h"
 #include "agent/worker/data/nearest_name.h"
 #include "agent/worker/data/netcdf_header.h"
 #include "agent/worker/data/netcdf_writer.h"
@@ -61,18 +64,32 @@ class File {
     return variables;
   }
 
-  // A numeric attribute's first value, if the variable has one of that name.
-  std::optional<double> Number(const Variable& variable, const char* name) const {
+  // An attribute's numbers, none where the variable has no such attribute. `wanted`: how many there
+  // must be; 0: any.
+  std::vector<double> Numbers(const Variable& variable, const char* name, size_t wanted) const {
     nc_type type = NC_NAT;
     size_t length = 0;
-    if (nc_inq_att(variable.group, variable.id, name, &type, &length) != NC_NOERR || length != 1 ||
-        type == NC_CHAR || type == NC_STRING) {
-      return std::nullopt;
+    if (nc_inq_att(variable.group, variable.id, name, &type, &length) != NC_NOERR) return {};
+    if (type == NC_CHAR || type == NC_STRING) {
+      Refuse(variable, name, " is \"" + Text(variable, name) + "\", a text; it must be a number");
     }
-    double value = 0;
-    Check(nc_get_att_double(variable.group, variable.id, name, &value),
-          std::string("attribute ") + name);
-    return value;
+    if (type > NC_UINT64) Refuse(variable, name, " is of a type that is no number");
+    if (wanted != 0 && length != wanted) {
+      Refuse(variable, name,
+             " has " + std::to_string(length) + " numbers; it must have " + std::to_string(wanted));
+    }
+    std::vector<double> values(length);
+    if (length > 0) {
+      Check(nc_get_att_double(variable.group, variable.id, name, values.data()),
+            std::string("attribute ") + name);
+    }
+    return values;
+  }
+
+  [[noreturn]] void Refuse(const Variable& variable, const char* attribute,
+                           const std::string& problem) const {
+    throw UserError("train.data.netcdf: " + path_ + ", variable " + variable.name + ", attribute " +
+                    attribute + problem);
   }
 
   std::string Text(const Variable& variable, const char* name) const {
@@ -99,7 +116,8 @@ class File {
   int64_t RowsPerChunk(const Variable& variable) const {
     int storage = NC_CONTIGUOUS;
     std::vector<size_t> chunks(std::max<size_t>(1, variable.shape.size()), 1);
-    if (nc_inq_var_chunking(variable.group, variable.id, &storage, chunks.data()) != NC_NOERR) return 1;
+    if (nc_inq_var_chunking(variable.group, variable.id, &storage, chunks.data()) != NC_NOERR)
+      return 1;
     return storage == NC_CHUNKED ? static_cast<int64_t>(chunks.front()) : 1;
   }
 
@@ -241,36 +259,81 @@ std::vector<Variable> Select(const std::vector<Variable>& all,
 
 // How the cells of a variable become numbers.
 struct Decoding {
-  std::vector<float> missing;
-  double scale = 1, offset = 0;
+  CellDecoding cells;
+  int64_t wrap = 0;  // `_Unsigned`: added to negative numbers
 
-  // Compared in float, as the cells are: -99.9 in a float file is not the double -99.9.
-  int64_t Apply(float* cells, size_t count) const {
+  // Compared in float, as the cells are.
+  int64_t Apply(float* cells_read, size_t count) const {
     int64_t missed = 0;
-    const bool packed = scale != 1.0 || offset != 0.0;
-    for (float* value = cells; value != cells + count; ++value) {
-      if (std::isnan(*value) || std::find(missing.begin(), missing.end(), *value) != missing.end()) {
-        *value = std::numeric_limits<float>::quiet_NaN();
-        ++missed;
-      } else if (packed) {
-        *value = static_cast<float>(*value * scale + offset);
-      }
+    for (float* value = cells_read; value != cells_read + count; ++value) {
+      if (wrap != 0 && *value < 0) *value += static_cast<float>(wrap);
+      *value = cells(*value);
+      missed += std::isnan(*value) ? 1 : 0;
     }
     return missed;
   }
 };
 
+struct IntegerType {
+  nc_type type;
+  const char* name;
+  double least, most;
+  int64_t wrap;  // what `_Unsigned` adds to negative numbers; 0: the type has no other reading
+};
+constexpr IntegerType kIntegerTypes[] = {{NC_BYTE, "byte", -128, 127, 256},
+                                         {NC_UBYTE, "ubyte", 0, 255, 0},
+                                         {NC_SHORT, "short", -32768, 32767, 65536},
+                                         {NC_USHORT, "ushort", 0, 65535, 0},
+                                         {NC_INT, "int", -0x1p31, 0x1p31 - 1, int64_t{1} << 32},
+                                         {NC_UINT, "uint", 0, 0x1p32 - 1, 0},
+                                         {NC_INT64, "int64", -0x1p63, 0x1p63, 0},
+                                         {NC_UINT64, "uint64", 0, 0x1p64, 0}};
+
 Decoding DecodingOf(const File& file, const Variable& variable) {
   Decoding decoding;
-  for (const char* name : {"_FillValue", "missing_value"}) {
-    if (const auto value = file.Number(variable, name))
-      decoding.missing.push_back(static_cast<float>(*value));
+  const auto* integer =
+      std::find_if(std::begin(kIntegerTypes), std::end(kIntegerTypes),
+                   [&](const IntegerType& known) { return known.type == variable.type; });
+  const bool is_integer = integer != std::end(kIntegerTypes);
+  std::string is_unsigned = file.Text(variable, "_Unsigned");
+  for (char& c : is_unsigned) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  if (is_integer && is_unsigned == "true") decoding.wrap = integer->wrap;
+  const auto as_cell = [&](double value) {
+    const double wrapped = value < 0 ? value + static_cast<double>(decoding.wrap) : value;
+    return static_cast<double>(static_cast<float>(wrapped));
+  };
+  for (const auto& [name, wanted] : {std::pair{"_FillValue", 1}, {"missing_value", 0}}) {
+    for (const double value : file.Numbers(variable, name, static_cast<size_t>(wanted))) {
+      // Its type should be the variable's. Another one is no matter where a cell can hold the
+      // number.
+      const bool fits =
+          !is_integer || (value == std::floor(value) && value >= integer->least &&
+                          value <= std::max(integer->most, static_cast<double>(decoding.wrap - 1)));
+      if (!fits) {
+        char number[40];
+        std::snprintf(number, sizeof(number), "%.9g", value);
+        file.Refuse(variable, name,
+                    std::string(": ") + number + " is no number of the variable's type, " +
+                        integer->name + ", so no cell can have it");
+      }
+      decoding.cells.missing.push_back(as_cell(value));
+    }
   }
-  if (variable.type == NC_FLOAT || variable.type == NC_DOUBLE) {
-    decoding.missing.push_back(static_cast<float>(NC_FILL_FLOAT));  // never written
+  if (!is_integer) {
+    decoding.cells.missing.push_back(
+        static_cast<double>(static_cast<float>(NC_FILL_FLOAT)));  // never written
   }
-  decoding.scale = file.Number(variable, "scale_factor").value_or(1.0);
-  decoding.offset = file.Number(variable, "add_offset").value_or(0.0);
+  const double infinity = std::numeric_limits<double>::infinity();
+  for (const double least : file.Numbers(variable, "valid_min", 1))
+    decoding.cells.Narrow(as_cell(least), infinity);
+  for (const double most : file.Numbers(variable, "valid_max", 1))
+    decoding.cells.Narrow(-infinity, as_cell(most));
+  const std::vector<double> range = file.Numbers(variable, "valid_range", 2);
+  if (!range.empty()) decoding.cells.Narrow(as_cell(range[0]), as_cell(range[1]));
+  for (const auto& [name, to] :
+       {std::pair{"scale_factor", &decoding.cells.scale}, {"add_offset", &decoding.cells.offset}}) {
+    for (const double value : file.Numbers(variable, name, 1)) *to = value;
+  }
   return decoding;
 }
 
@@ -338,9 +401,8 @@ std::shared_ptr<NetcdfRows> NetcdfRows::Open(const std::vector<std::filesystem::
       rows->shape_ = shape;
       rows->rows_per_chunk_ = opened.file->RowsPerChunk(first);
       rows->is_integer_ = first.type != NC_FLOAT && first.type != NC_DOUBLE &&
-                          opened.decodings.front().missing.empty() &&
-                          opened.decodings.front().scale == 1 &&
-                          opened.decodings.front().offset == 0;
+                          !opened.decodings.front().cells.MarksMissing() &&
+                          !opened.decodings.front().cells.IsPacked();
       continue;
     }
     if (!std::equal(shape.begin() + 1, shape.end(), rows->shape_.begin() + 1, rows->shape_.end())) {
@@ -360,8 +422,8 @@ std::shared_ptr<NetcdfRows> NetcdfRows::Open(const std::vector<std::filesystem::
   return rows;
 }
 
-std::shared_ptr<const NetcdfRows> NetcdfRows::Stack(
-    const std::vector<std::filesystem::path>& paths, const std::vector<std::string>& variables) {
+std::shared_ptr<const NetcdfRows> NetcdfRows::Stack(const std::vector<std::filesystem::path>& paths,
+                                                    const std::vector<std::string>& variables) {
   return Open(paths, variables, /*stack=*/true);
 }
 
@@ -428,6 +490,9 @@ Array NetcdfRows::ReadIntegers() const {
     opened.file->Read(opened.variables.front(), 0, rows, to);
     int64_t elements = rows;
     for (size_t d = 1; d < shape_.size(); ++d) elements *= shape_[d];
+    const int64_t wrap = opened.decodings.front().wrap;
+    for (int64_t* cell = to; wrap != 0 && cell != to + elements; ++cell)
+      *cell += *cell < 0 ? wrap : 0;
     to += elements;
   }
   return OwnedArray(ElementType::kInt64, shape_, std::move(all));
@@ -448,6 +513,7 @@ std::optional<TimeAxis> NetcdfRows::ReadTimeAxis() const {
     }
     if (coordinate == nullptr) return std::nullopt;
     const std::string units = opened.file->Text(*coordinate, "units");
+    if (!AreTimeUnits(units)) return std::nullopt;
     if (p == 0) axis.calendar = opened.file->Text(*coordinate, "calendar");
     std::vector<double> values(static_cast<size_t>(coordinate->shape.front()));
     opened.file->Read(*coordinate, 0, coordinate->shape.front(), values.data());
@@ -462,7 +528,9 @@ std::optional<TimeAxis> NetcdfRows::ReadTimeAxis() const {
 // NetCDF-4, which may be compressed, the bound is the machine's memory.
 NetcdfField ReadAll(const NetcdfRows& rows) {
   Array field = ReadAllRows(rows, "train.data.netcdf");
-  return {.field = std::move(field), .variables = rows.variables(), .missing_cells = rows.missing_cells()};
+  return {.field = std::move(field),
+          .variables = rows.variables(),
+          .missing_cells = rows.missing_cells()};
 }
 
 NetcdfField ReadNetcdf(const std::filesystem::path& path,

@@ -19,11 +19,13 @@ namespace itwin::worker {
 class NetcdfRows : public RowSource {
  public:
   // The variables stacked as channels, in the order asked for: rows are [channels, …]. Scaled by
-  // scale_factor and add_offset; cells with the fill or missing value are NaN. No variables named:
+  // scale_factor and add_offset; cells that _FillValue, missing_value or the valid range mark are
+  // NaN; signed bytes, shorts and ints with `_Unsigned` are read as unsigned. No variables named:
   // all that share the shape of the file's largest, at least two-dimensional, numeric variable. The
   // files follow each other along the first dimension. A name may have groups: "model/UWND".
   // Throws UserError for a file that is not NetCDF or is damaged, an unknown variable (naming the
-  // nearest and all others), text variables, and variables of different shapes (naming both).
+  // nearest and all others), text variables, variables of different shapes (naming both), and
+  // attributes of these kinds that are no such numbers.
   static std::shared_ptr<const NetcdfRows> Stack(const std::vector<std::filesystem::path>& paths,
                                                  const std::vector<std::string>& variables);
   // One variable as it is: rows are its own, without a channel dimension. Null when `name` is not in
@@ -35,15 +37,12 @@ class NetcdfRows : public RowSource {
   const std::vector<int64_t>& shape() const override { return shape_; }
   int64_t rows_per_chunk() const override { return rows_per_chunk_; }
   void Read(int64_t first, int64_t count, float* to) const override;
+  std::optional<TimeAxis> ReadTimeAxis() const override;
 
   const std::vector<std::string>& variables() const { return names_; }
   int64_t missing_cells() const;  // met so far
   bool is_integer() const { return is_integer_; }  // and neither packed nor with missing values
   Array ReadIntegers() const;                      // all of it, int64
-
-  // The coordinate of the first dimension, where it is a CF time axis; nothing where the dimension
-  // has no coordinate. Throws UserError for one that cannot be read.
-  std::optional<TimeAxis> ReadTimeAxis() const;
 
  private:
   struct Files;

@@ -32,7 +32,7 @@ class HeaderParser {
       if (key == "descr") {
         SkipSpace();
         if (!text_.empty() && text_.front() == '[') {
-          throw UserError(
+          throw UnsupportedArray(
               what_ + ": is a structured array (records); save each field as an array of its own");
         }
         descr = QuotedText();
@@ -123,14 +123,28 @@ ElementType TypeOf(const std::string& descr, const std::string& what) {
   const std::string kind = descr.substr(descr.find_first_not_of("<>|=") == 0 ? 0 : 1);
   const std::vector<std::pair<std::string_view, ElementType>> known = {
       {"b1", ElementType::kBool},    {"u1", ElementType::kUint8},   {"i1", ElementType::kInt8},
+      {"u2", ElementType::kInt16},   {"u4", ElementType::kInt32},  // see Widen
       {"i2", ElementType::kInt16},   {"i4", ElementType::kInt32},   {"i8", ElementType::kInt64},
       {"f2", ElementType::kFloat16}, {"f4", ElementType::kFloat32}, {"f8", ElementType::kFloat64}};
   for (const auto& [name, type] : known) {
     if (kind == name) return type;
   }
-  throw UserError(what + ": element type '" + descr +
-                  "' is not supported; use f2, f4, f8, i1, i2, i4, i8, u1 or bool (numpy: "
-                  "array.astype('f4'))");
+  throw UnsupportedArray(what + ": element type '" + descr +
+                         "' is not supported; use f2, f4, f8, i1, i2, i4, i8, u1, u2, u4 or bool "
+                         "(numpy: array.astype('f4'))");
+}
+
+// Unsigned numbers as the signed ones of twice the bytes.
+template <typename From, typename To>
+Array Widen(const std::byte* elements, ElementType type, std::vector<int64_t> shape, size_t count) {
+  std::vector<std::byte> wide(count * sizeof(To));
+  for (size_t i = 0; i < count; ++i) {
+    From from;
+    std::memcpy(&from, elements + i * sizeof(From), sizeof(From));
+    const To to = from;
+    std::memcpy(wide.data() + i * sizeof(To), &to, sizeof(To));
+  }
+  return OwnedArray(type, std::move(shape), std::move(wide));
 }
 
 }  // namespace
@@ -170,19 +184,29 @@ Array ParseNpy(const std::byte* data, size_t size, std::shared_ptr<const void> o
   }
   // One dimension has the same layout either way.
   if (header.fortran_order && header.shape.size() > 1) {
-    throw UserError(what +
-                    ": is stored in Fortran order (last sample first in memory); save it with "
-                    "numpy.save(file, numpy.ascontiguousarray(array))");
+    throw UnsupportedArray(what +
+                           ": is stored in Fortran order (last sample first in memory); save it "
+                           "with numpy.save(file, numpy.ascontiguousarray(array))");
   }
   const std::byte* elements = data + start + header_bytes;
+  const bool is_unsigned = ElementSize(type) > 1 && header.descr.find('u') != std::string::npos;
+  const auto widen = [&](const std::byte* from) {
+    const size_t count = bytes / ElementSize(type);
+    return type == ElementType::kInt16
+               ? Widen<uint16_t, int32_t>(from, ElementType::kInt32, std::move(header.shape), count)
+               : Widen<uint32_t, int64_t>(from, ElementType::kInt64, std::move(header.shape),
+                                          count);
+  };
   if (header.descr[0] == '>' && ElementSize(type) > 1) {
     std::vector<std::byte> swapped(bytes);
     const size_t width = ElementSize(type);
     for (size_t i = 0; i < bytes; i += width) {
       for (size_t j = 0; j < width; ++j) swapped[i + j] = elements[i + width - 1 - j];
     }
+    if (is_unsigned) return widen(swapped.data());
     return OwnedArray(type, std::move(header.shape), std::move(swapped));
   }
+  if (is_unsigned) return widen(elements);
   Array array;
   array.type = type;
   array.shape = std::move(header.shape);

@@ -7,12 +7,19 @@
 #include <string>
 
 #include "agent/worker/data/array.h"
+#include "agent/worker/error.h"
 
 namespace itwin::worker {
 
+// A whole array of a kind that is not read here.
+class UnsupportedArray : public WorkerError {
+ public:
+  explicit UnsupportedArray(const std::string& message) : WorkerError(UserError(message)) {}
+};
+
 // Maps the file; elements stay in it when they are in native byte order. Element types: f2 f4 f8 i1
-// i2 i4 i8 u1 bool. Throws UserError for anything else, for Fortran order and for a file that is
-// shorter than its header says.
+// i2 i4 i8 u1 bool, and u2 and u4, which become int32 and int64. Throws UnsupportedArray for
+// anything else and for Fortran order, UserError for a file that is shorter than its header says.
 Array ReadNpy(const std::filesystem::path& path);
 
 // The same from memory that `owner` keeps alive; `what` names the array in errors.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -80,6 +81,7 @@ class Archive {
     Need(start, member.packed_bytes);
     const std::byte* packed = file_->data() + start;
     if (member.method == 0) {
+      CheckSum(packed, member.packed_bytes, member, what);
       return ParseNpy(packed, member.packed_bytes, file_, what);
     }
     if (member.method != 8) {
@@ -153,6 +155,12 @@ class Archive {
     }
   }
 
+  static void CheckSum(const std::byte* bytes, uint64_t count, const Member& member,
+                       const std::string& what) {
+    if (crc32_z(0, reinterpret_cast<const Bytef*>(bytes), count) != member.crc)
+      throw UserError(what + ": its checksum does not match; the file is damaged");
+  }
+
   std::vector<std::byte> Inflate(const std::byte* packed, const Member& member,
                                  const std::string& what) const {
     if (member.bytes > (member.packed_bytes + 1) * kMaxDeflateRatio) {
@@ -186,13 +194,7 @@ class Archive {
     if (result != Z_STREAM_END || written != member.bytes) {
       throw UserError(what + ": its compressed bytes are damaged or cut off");
     }
-    uint32_t crc = 0;
-    for (uint64_t at = 0; at < written; at += kStep) {
-      crc = static_cast<uint32_t>(crc32(crc, reinterpret_cast<const Bytef*>(out.data() + at),
-                                        static_cast<uInt>(std::min(written - at, kStep))));
-    }
-    if (crc != member.crc)
-      throw UserError(what + ": its checksum does not match; the file is damaged");
+    CheckSum(out.data(), written, member, what);
     return out;
   }
 
@@ -202,16 +204,23 @@ class Archive {
 
 }  // namespace
 
-NamedArrays ReadNpz(const std::filesystem::path& path) {
+NamedArrays ReadNpz(const std::filesystem::path& path, const std::set<std::string>& needed) {
   const Archive archive(path);
   NamedArrays arrays;
+  std::optional<UnsupportedArray> unsupported;  // the first
   for (const Member& member : archive.ReadDirectory()) {
     constexpr std::string_view kSuffix = ".npy";
     std::string name = member.name;
     if (name.size() <= kSuffix.size() || !name.ends_with(kSuffix)) continue;  // not an array
     name.resize(name.size() - kSuffix.size());
-    arrays.insert_or_assign(name, archive.ReadArray(member));
+    try {
+      arrays.insert_or_assign(name, archive.ReadArray(member));
+    } catch (const UnsupportedArray& error) {
+      if (needed.count(name) > 0) throw;
+      if (!unsupported) unsupported = error;
+    }
   }
+  if (arrays.empty() && unsupported) throw *unsupported;
   if (arrays.empty())
     throw UserError(path.string() + ": has no arrays; save some with numpy.savez");
   return arrays;

@@ -6,10 +6,12 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "agent/worker/data/array.h"
+#include "agent/worker/data/cf_time.h"
 
 namespace itwin::worker {
 
@@ -22,6 +24,9 @@ class RowSource {
   virtual int64_t rows_per_chunk() const = 0;
   // Rows [first, first + count) as float32. Throws UserError for damage.
   virtual void Read(int64_t first, int64_t count, float* to) const = 0;
+  // The coordinate of the first dimension, where that is a CF time axis (its units say "since"); else
+  // nothing. Throws UserError for a time axis that cannot be read.
+  virtual std::optional<TimeAxis> ReadTimeAxis() const { return std::nullopt; }
 };
 
 // All rows at once, float32, where they fit (CheckFitsMemory, with `what`).

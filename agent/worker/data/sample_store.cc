@@ -9,6 +9,7 @@
 #include <variant>
 
 #include "agent/worker/data/nearest_name.h"
+#include "agent/worker/data/unusable_cells.h"
 #include "agent/worker/error.h"
 
 namespace itwin::worker {
@@ -168,6 +169,11 @@ void ApplyOne(const Standardize& spec, const std::string& field, const RankShare
       TakeStatistics(*store, name, field, &means, &deviations);
     } else {
       const Moments moments = ComputeMoments(store->parts[0].at(name), train, share);
+      // An infinite cell would leave no finite number behind it.
+      for (const double mean : moments.mean) {
+        if (std::isfinite(mean)) continue;
+        RefuseInfinite(FindUnusableCells(store->parts[0].at(name), train, share), name);
+      }
       means = moments.mean;
       for (size_t c = 0; c < moments.count.size(); ++c) {
         const double deviation = std::sqrt(moments.squares[c] / std::max(1.0, moments.count[c]));
@@ -423,18 +429,35 @@ void ApplyOne(const Window& spec, const std::string& field, const RankShare&, Sa
   }
   store->input = "input";
   store->target = "target";
+  const auto crosses = [&](int64_t sample) {
+    const auto jump = std::upper_bound(store->jumps.begin(), store->jumps.end(), sample);
+    return jump != store->jumps.end() && *jump <= sample + ahead;
+  };
+  const int64_t windows = store->parts.front().at("input").samples();
+  for (int64_t sample = 0; sample < windows && !store->jumps.empty(); ++sample) {
+    if (crosses(sample)) store->left_out.push_back(sample);
+  }
+  if (!store->left_out.empty()) {
+    const int64_t jump = *std::upper_bound(store->jumps.begin(), store->jumps.end(), store->left_out.front());
+    store->notes.push_back(field + ": " + std::to_string(store->left_out.size()) + " of " +
+                           std::to_string(windows) +
+                           " windows run across a gap in the time axis (the first between steps " +
+                           std::to_string(jump - 1) + " and " + std::to_string(jump) +
+                           ") and are left out");
+  }
   // A sample belongs to the split in which its target step lies.
   for (const Split split : {Split::kTrain, Split::kValidation, Split::kTest}) {
     auto& indices = store->splits[static_cast<size_t>(split)];
     if (indices.empty()) continue;
     std::vector<int64_t> kept;
     for (const int64_t step : indices) {
-      if (step >= ahead) kept.push_back(step - ahead);
+      if (step >= ahead && !crosses(step - ahead)) kept.push_back(step - ahead);
     }
     if (kept.empty()) {
       throw UserError(field + ": no window of " + std::to_string(spec.length) +
                       " steps has its target in the " + SplitName(split) +
-                      " split, which is too short");
+                      " split, which is too short" +
+                      (store->left_out.empty() ? "" : " or has only such across a gap in the time axis"));
     }
     indices = std::move(kept);
   }

@@ -67,6 +67,9 @@ struct SampleStore {
   SplitIndices splits;        // train and validation index part 0, test the last part
   std::vector<std::string> baselines;
   nlohmann::json record = nlohmann::json::array();  // the transforms with their statistics
+  std::vector<int64_t> jumps;     // steps that do not follow the one before in time, sorted; see window
+  std::vector<int64_t> left_out;  // windows that no split has, sorted: a jump lies within them
+  std::vector<std::string> notes;  // for the job's log
   // Of a training before: what standardize uses instead of this data's own; null: nothing.
   nlohmann::json statistics;
 

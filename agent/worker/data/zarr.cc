@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cctype>
 #include <cmath>
 #include <cstring>
 #include <fstream>
@@ -61,6 +62,16 @@ std::string TextOf(const Json& object, const char* key, const char* otherwise) {
   return value.is_string() ? value.get<std::string>() : otherwise;
 }
 
+// A number, or one of the words for those that JSON has not.
+std::optional<double> NumberOf(const Json& json) {
+  if (json.is_number()) return json.get<double>();
+  if (json.is_boolean()) return json.get<bool>() ? 1 : 0;
+  if (json == "NaN") return std::numeric_limits<double>::quiet_NaN();
+  if (json == "Infinity") return INFINITY;
+  if (json == "-Infinity") return -INFINITY;
+  return std::nullopt;
+}
+
 void ListArrays(const fs::path& store, const fs::path& directory, int depth, std::vector<std::string>* names) {
   std::error_code error;
   for (fs::directory_iterator it(directory, error), end; !error && it != end; it.increment(error)) {
@@ -107,7 +118,7 @@ std::shared_ptr<const ZarrRows> ZarrRows::Open(const fs::path& store, const std:
   if (fs::exists(store / "zarr.json", error)) {
     throw UserError("train.data.zarr: " + store.string() + " is a store of Zarr version 3; write it with zarr_format=2");
   }
-  std::shared_ptr<ZarrRows> rows(new ZarrRows(store / name));
+  std::shared_ptr<ZarrRows> rows(new ZarrRows(store, store / name));
   if (!name.empty() && !LeavesTheStore(name) && fs::exists(rows->directory_ / ".zarray", error)) {
     rows->ReadHeader();
     return rows;
@@ -182,31 +193,106 @@ void ZarrRows::ReadType(const std::string& type) {
 
 void ZarrRows::ReadFill(const Json& fill) {
   if (fill.is_null()) return;
+  const std::optional<double> number = NumberOf(fill);
+  if (!number) Refuse("has the fill_value " + fill.dump() + ", which is no number");
   has_fill_ = true;
-  if (fill.is_number()) {
-    fill_ = fill.get<double>();
-  } else if (fill.is_boolean()) {
-    fill_ = fill.get<bool>() ? 1 : 0;
-  } else if (fill == "NaN") {
-    fill_ = std::numeric_limits<double>::quiet_NaN();
-  } else if (fill == "Infinity" || fill == "-Infinity") {
-    fill_ = fill == "Infinity" ? INFINITY : -INFINITY;
-  } else {
-    Refuse("has the fill_value " + fill.dump() + ", which is no number");
-  }
+  fill_ = *number;
+}
+
+double ZarrRows::AsStored(double value) const {
+  if (kind_ != Kind::kFloat || element_bytes_ == 8) return value;
+  if (element_bytes_ == 4) return static_cast<double>(static_cast<float>(value));
+  constexpr double kLargestHalf = 65504;
+  return std::abs(value) <= kLargestHalf ? FromFloat16(ToFloat16(static_cast<float>(value))) : value;
 }
 
 void ZarrRows::ReadAttributes() {
   std::error_code error;
-  if (!fs::exists(directory_ / ".zattrs", error)) return;
-  const Json attributes = ReadJson(directory_ / ".zattrs");
-  for (const auto& [key, value] : {std::pair{"scale_factor", &scale_}, {"add_offset", &offset_}}) {
+  const Json attributes = fs::exists(directory_ / ".zattrs", error) ? ReadJson(directory_ / ".zattrs") : Json::object();
+  // The numbers of one, a list or alone; `wanted`: how many there must be; 0: any.
+  const auto numbers = [&](const char* key, size_t wanted) {
+    std::vector<double> values;
     const auto found = attributes.find(key);
-    if (found == attributes.end()) continue;
-    if (!found->is_number()) Refuse(std::string("has ") + found->dump() + " as " + key + ", which is no number");
-    *value = found->get<double>();
-    packed_ = true;
+    if (found == attributes.end()) return values;
+    for (const Json& item : found->is_array() ? *found : Json::array({*found})) {
+      const std::optional<double> number = NumberOf(item);
+      if (!number) Refuse("has " + found->dump() + " as " + key + " in its .zattrs; it must be a number");
+      values.push_back(*number);
+    }
+    if (wanted != 0 && values.size() != wanted) {
+      Refuse("has " + found->dump() + " as " + key + " in its .zattrs; it must have " + std::to_string(wanted) +
+             (wanted == 1 ? " number" : " numbers"));
+    }
+    return values;
+  };
+  double wrap = 0;  // added to negative numbers
+  std::string is_unsigned = TextOf(attributes, "_Unsigned", "");
+  for (char& c : is_unsigned) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  if (kind_ == Kind::kSigned && element_bytes_ < 8 && is_unsigned == "true") {
+    kind_ = Kind::kUnsigned;
+    wrap = std::ldexp(1.0, static_cast<int>(8 * element_bytes_));
   }
+  const auto as_cell = [&](double value) { return AsStored(value < 0 ? value + wrap : value); };
+  for (const auto& [key, wanted] : {std::pair{"_FillValue", 1}, {"missing_value", 0}}) {
+    for (const double value : numbers(key, static_cast<size_t>(wanted))) decoding_.missing.push_back(as_cell(value));
+  }
+  for (const double least : numbers("valid_min", 1)) decoding_.Narrow(as_cell(least), INFINITY);
+  for (const double most : numbers("valid_max", 1)) decoding_.Narrow(-INFINITY, as_cell(most));
+  const std::vector<double> range = numbers("valid_range", 2);
+  if (!range.empty()) decoding_.Narrow(as_cell(range[0]), as_cell(range[1]));
+  bool packed = false;
+  for (const auto& [key, to] : {std::pair{"scale_factor", &decoding_.scale}, {"add_offset", &decoding_.offset}}) {
+    for (const double value : numbers(key, 1)) {
+      *to = value;
+      packed = true;
+    }
+  }
+  is_integer_ = is_integer_ && !packed && !decoding_.MarksMissing();
+  fill_ = as_cell(fill_);
+  if (has_fill_ && (packed || fill_ != 0)) decoding_.missing.push_back(fill_);
+  const Json dimensions = attributes.value("_ARRAY_DIMENSIONS", Json());
+  if (dimensions.is_array() && !dimensions.empty() && dimensions[0].is_string()) dimension_ = dimensions[0].get<std::string>();
+  units_ = TextOf(attributes, "units", "");
+  calendar_ = TextOf(attributes, "calendar", "");
+}
+
+std::optional<TimeAxis> ZarrRows::ReadTimeAxis() const {
+  if (dimension_.empty()) return std::nullopt;
+  // The coordinate lies beside the array or in a group above.
+  std::shared_ptr<const ZarrRows> coordinate;
+  fs::path group = directory_.lexically_relative(store_).parent_path();
+  while (true) {
+    coordinate = Open(store_, (group / dimension_).generic_string(), /*must_exist=*/false);
+    if (coordinate || group.empty()) break;
+    group = group.parent_path();
+  }
+  if (!coordinate || coordinate->shape_.size() != 1 || !AreTimeUnits(coordinate->units_)) return std::nullopt;
+  const int64_t steps = coordinate->shape_[0];
+  if (steps != shape_[0]) {
+    coordinate->Refuse("has " + std::to_string(steps) + " steps, the data " + std::to_string(shape_[0]));
+  }
+  TimeAxis axis;
+  axis.calendar = coordinate->calendar_;
+  const std::string what = "train.data.zarr: " + coordinate->directory_.string();
+  for (const double value : coordinate->ReadDoubles()) {
+    axis.seconds.push_back(CfSeconds(value, coordinate->units_, axis.calendar, what));
+  }
+  return axis;
+}
+
+std::vector<double> ZarrRows::ReadDoubles() const {
+  CheckFitsMemory("train.data.zarr: " + directory_.string(), CheckedBytes(shape_, ElementType::kFloat64, directory_.string()));
+  int64_t elements = 1;
+  for (const int64_t size : shape_) elements *= size;
+  std::vector<double> values(static_cast<size_t>(elements), fill_);
+  WithType([&](auto decode) {
+    ForRuns(0, shape_[0], [&](const std::byte* from, int64_t at, int64_t count) {
+      for (int64_t i = 0; from != nullptr && i < count; ++i)
+        values[static_cast<size_t>(at + i)] = static_cast<double>(decode(from + static_cast<size_t>(i) * element_bytes_));
+    });
+  });
+  for (double& value : values) value = value * decoding_.scale + decoding_.offset;
+  return values;
 }
 
 fs::path ZarrRows::ChunkFile(const std::vector<int64_t>& index) const {
@@ -291,22 +377,14 @@ void ZarrRows::WithType(F f) const {
 }
 
 void ZarrRows::Read(int64_t first, int64_t count, float* to) const {
-  const bool marks_missing = has_fill_ && (packed_ || fill_ != 0);
-  // As the array's own type has it: 1e20 is another number in float32 than in float64.
-  const bool is_float32 = kind_ == Kind::kFloat && element_bytes_ == 4;
-  const double fill = is_float32 ? static_cast<double>(static_cast<float>(fill_)) : fill_;
-  const auto convert = [&](double value) {
-    if (marks_missing && value == fill) return std::numeric_limits<float>::quiet_NaN();
-    return static_cast<float>(packed_ ? value * scale_ + offset_ : value);
-  };
   WithType([&](auto decode) {
     ForRuns(first, count, [&](const std::byte* from, int64_t at, int64_t elements) {
       if (from == nullptr) {
-        std::fill_n(to + at, elements, convert(fill));
+        std::fill_n(to + at, elements, decoding_(fill_));
         return;
       }
       for (int64_t i = 0; i < elements; ++i)
-        to[at + i] = convert(static_cast<double>(decode(from + static_cast<size_t>(i) * element_bytes_)));
+        to[at + i] = decoding_(static_cast<double>(decode(from + static_cast<size_t>(i) * element_bytes_)));
     });
   });
 }

@@ -13,14 +13,16 @@
 #include <nlohmann/json_fwd.hpp>
 
 #include "agent/worker/data/array.h"
+#include "agent/worker/data/cell_decoding.h"
 #include "agent/worker/data/chunk_codec.h"
 #include "agent/worker/data/row_source.h"
 
 namespace itwin::worker {
 
 // One array, of which the chunks that hold the wanted rows are read when asked for. Numbers are scaled
-// by scale_factor and add_offset of `.zattrs`. Missing cells are NaN: those equal to the array's fill
-// value, where that is not 0 or the numbers are scaled. A chunk without a file is all fill value.
+// by scale_factor and add_offset of `.zattrs`. Missing cells are NaN: those that _FillValue,
+// missing_value or the valid range of `.zattrs` mark, and those equal to the array's fill value, where
+// that is not 0 or the numbers are scaled. A chunk without a file is all fill value.
 class ZarrRows : public RowSource {
  public:
   // `name` may have groups: "model/t2m". Null when there is no such array and `must_exist` is false.
@@ -33,18 +35,25 @@ class ZarrRows : public RowSource {
   int64_t rows_per_chunk() const override { return chunks_[0]; }
   void Read(int64_t first, int64_t count, float* to) const override;
 
-  bool is_integer() const { return is_integer_ && !packed_; }
+  // By `_ARRAY_DIMENSIONS`, as xarray writes it: the array of the first dimension's name, beside this
+  // one or in a group above.
+  std::optional<TimeAxis> ReadTimeAxis() const override;
+
+  bool is_integer() const { return is_integer_; }  // and neither packed nor marked by attributes
   Array ReadIntegers() const;  // all of it, int64, as it is stored
 
  private:
   enum class Kind { kUnsigned, kSigned, kFloat };
 
-  explicit ZarrRows(std::filesystem::path directory) : directory_(std::move(directory)) {}
+  ZarrRows(std::filesystem::path store, std::filesystem::path directory)
+      : store_(std::move(store)), directory_(std::move(directory)) {}
   void ReadHeader();
   void ReadLayout(const nlohmann::json& header);
   void ReadType(const std::string& type);
   void ReadFill(const nlohmann::json& fill);
   void ReadAttributes();
+  double AsStored(double value) const;  // as the array's own type has it
+  std::vector<double> ReadDoubles() const;  // all of it, scaled
   [[noreturn]] void Refuse(const std::string& problem) const;
 
   // f(from, to, elements) for every run of elements of these rows that lie together in a chunk: their
@@ -59,7 +68,7 @@ class ZarrRows : public RowSource {
   // The chunk's elements, unpacked; empty where there is no file.
   std::vector<std::byte> ReadChunk(const std::vector<int64_t>& index) const;
 
-  const std::filesystem::path directory_;
+  const std::filesystem::path store_, directory_;
   std::vector<int64_t> shape_, chunks_;
   char separator_ = '.';
   Kind kind_ = Kind::kFloat;
@@ -68,8 +77,8 @@ class ZarrRows : public RowSource {
   Unpack unpack_ = nullptr;
   bool has_fill_ = false;
   double fill_ = 0;
-  bool packed_ = false;
-  double scale_ = 1, offset_ = 0;
+  CellDecoding decoding_;
+  std::string dimension_, units_, calendar_;  // the first dimension's name; empty where not given
 };
 
 }  // namespace itwin::worker

@@ -47,6 +47,13 @@ SplitSpec ParseSplit(const Json& json) {
                                    std::pair{"test_fraction", s.test_fraction}}) {
     if (!(value >= 0 && value < 1)) in.Refuse(key, "must be at least 0 and below 1");
   }
+  if (s.by_hash && s.validation_fraction == 0 && s.test_fraction == 0) {
+    in.Refuse("by_hash", "says how fractions are drawn; give `validation_fraction` or `test_fraction`, too");
+  }
+  if (s.validation_fraction != 0 && (s.validation || !s.validation_time.empty()))
+    in.Refuse("validation_fraction", "is given beside `validation`; keep one");
+  if (s.test_fraction != 0 && (s.test || !s.test_time.empty()))
+    in.Refuse("test_fraction", "is given beside `test`; keep one");
   return s;
 }
 

@@ -220,6 +220,136 @@ np.save('t.npy', np.zeros(2, 'f4'))
               AllOf(HasSubstr("sample 1"), HasSubstr("{value: 0}")));
 }
 
+TEST_F(ArrayDatasetTest, MissingCellsAreRefusedWhateverTheSource) {
+  scratch_.Python(R"(
+import numpy as np
+x = np.arange(6 * 2 * 4 * 4, dtype='f4').reshape(6, 2, 4, 4)
+x[3, 1, 2, 0] = x[5, 0, 0, 0] = np.nan
+np.save('nan.npy', x)
+x.tofile('nan.raw')
+y = np.arange(6, dtype='f8')
+y[4] = np.nan
+np.savez('nan.npz', input=np.ones((6, 3), 'f4'), target=y, unused=np.full(6, np.nan))
+series = np.arange(40, dtype='f4').reshape(20, 2)
+series[17, 1] = np.nan
+np.save('gap.npy', series)
+)");
+  scratch_.Write("nan.csv", "a,b,y\n1,5,0\n2,nan,1\n3,5,0\n");
+  const auto error = [&](DataSpec spec) { return UserErrorOf([&] { Open(spec, scratch_); }); };
+  DataSpec spec;
+  spec.source = NpyFiles{"nan.npy", "y.npy"};
+  EXPECT_THAT(error(spec), AllOf(HasSubstr("array \"input\" has 2 missing cells (NaN), the first at [3, 1, 2, 0]"),
+                                 HasSubstr("add the transform fill_missing: {} (before standardize)")));
+  spec.transforms = {Standardize{}};
+  EXPECT_THAT(error(spec), HasSubstr("2 missing cells"));
+  spec.split.train = IndexRange{0, 3};
+  EXPECT_EQ(error(spec), "") << "no split has those samples";
+  spec.split.test = IndexRange{4, 6};
+  EXPECT_THAT(error(spec), HasSubstr("1 missing cell (NaN), the first at [5, 0, 0, 0]"));
+  spec = {};
+  spec.source = RawFiles{{"nan.raw", "float32", {2, 4, 4}}, {"nan.raw", "float32", {2, 4, 4}}};
+  EXPECT_THAT(error(spec), HasSubstr("2 missing cells"));
+  spec.source = NpzFile{"nan.npz"};
+  EXPECT_THAT(error(spec), HasSubstr("array \"target\" has 1 missing cell (NaN), the first at [4]"));
+  spec.all_as_test = true;
+  EXPECT_EQ(error(spec), "") << "a prediction does not look at its target";
+  spec = {};
+  spec.source = CsvFile{"nan.csv", {"a", "b"}, {"y"}, true};
+  EXPECT_THAT(error(spec), HasSubstr("the first at [1, 1]"));
+  spec.source = NpyFiles{"gap.npy", ""};
+  spec.transforms = {Window{3, 2}, Standardize{}};
+  EXPECT_THAT(error(spec), HasSubstr("1 missing cell (NaN), the first at [17, 1]"))
+      << "once, though it is in three windows";
+  spec.split.train = IndexRange{0, 17};
+  EXPECT_EQ(error(spec), "");
+}
+
+TEST_F(ArrayDatasetTest, InfiniteCellsAreRefusedBeforeTheFirstStep) {
+  scratch_.Python(R"(
+import numpy as np
+x = np.arange(6 * 2 * 4 * 4, dtype='f4').reshape(6, 2, 4, 4)
+x[2, 0, 0, 1], x[4, 1, 3, 3] = np.inf, -np.inf
+np.save('inf.npy', x)
+np.save('t.npy', np.array([0, 1, 2, 3, 4, np.inf]))
+)");
+  DataSpec spec;
+  spec.source = NpyFiles{"inf.npy", "y.npy"};
+  for (const std::vector<Transform>& chain : std::vector<std::vector<Transform>>{{}, {Standardize{}}, {FillMissing{}, Scale{{}, 2, 1}}}) {
+    spec.transforms = chain;
+    EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }),
+                AllOf(HasSubstr("array \"input\" has 2 infinite cells, the first at [2, 0, 0, 1]"), HasSubstr("clip")));
+  }
+  spec.transforms = {Clip{.arrays = {}, .min = 0, .max = 50}, Standardize{}};
+  EXPECT_EQ(UserErrorOf([&] { Open(spec, scratch_); }), "");
+  spec.source = NpyFiles{"x.npy", "t.npy"};
+  spec.transforms = {};
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("array \"target\" has 1 infinite cell, the first at [5]"));
+
+  // Each rank looks through a part; all say the same.
+  scratch_.Python("import numpy as np\nx = np.zeros((20000, 2), 'f4')\nx[100, 1] = x[19000, 0] = np.nan\n"
+                  "np.save('long.npy', x)\nnp.save('long_t.npy', np.zeros(20000, 'f4'))");
+  spec.source = NpyFiles{"long.npy", "long_t.npy"};
+  std::vector<std::vector<std::vector<double>>> parts(3);
+  for (int rank = 0; rank < 3; ++rank) {
+    UserErrorOf([&] {
+      OpenDataset(spec, 1, scratch_.path(), {.rank = rank, .ranks = 3, .ranks_on_node = 3, .sum = [&](std::span<double> v) {
+                                               parts[rank].emplace_back(v.begin(), v.end());
+                                             }});
+    });
+  }
+  size_t call = 0;
+  EXPECT_THAT(UserErrorOf([&] {
+                OpenDataset(spec, 1, scratch_.path(), {.rank = 2, .ranks = 3, .ranks_on_node = 3, .sum = [&](std::span<double> v) {
+                                                         std::fill(v.begin(), v.end(), 0.0);
+                                                         for (const auto& of_rank : parts) {
+                                                           for (size_t i = 0; i < v.size(); ++i) v[i] += of_rank[call][i];
+                                                         }
+                                                         ++call;
+                                                       }});
+              }),
+              HasSubstr("2 missing cells (NaN), the first at [100, 1]"));
+}
+
+TEST_F(ArrayDatasetTest, ArraysOfAnArchiveOfAnotherKindMatterOnlyWhereTheyAreUsed) {
+  scratch_.Python(R"(
+import numpy as np
+np.savez('names.npz', input=np.ones((3, 2), 'f4'), target=np.array([1, 0, 70000], 'u4'), names=np.array(['a', 'b', 'c']))
+)");
+  DataSpec spec;
+  spec.source = NpzFile{"names.npz"};
+  EXPECT_THAT(Longs(Whole(*Open(spec, scratch_), Split::kTrain).at("target")), ElementsAre(1, 0, 70000));
+  spec.target = "names";
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("'<U1' is not supported"));
+}
+
+TEST_F(ArrayDatasetTest, NotesThatWindowsAndDrawnSplitsShareSteps) {
+  std::vector<std::string> notes;
+  DataSpec spec;
+  spec.source = NpyFiles{"series.npy", ""};
+  spec.transforms = {Window{3, 2}};
+  const auto open = [&](int rank) {
+    notes.clear();
+    return OpenDataset(spec, 1, scratch_.path(),
+                       {.rank = rank, .note = [&](const std::string& note) { notes.push_back(note); }});
+  };
+  spec.split = {.test = IndexRange{15, 20}};
+  open(0);
+  EXPECT_THAT(notes, IsEmpty());
+  spec.split = {.validation_fraction = 0.25};
+  const auto drawn = open(0);
+  EXPECT_THAT(notes, ElementsAre(AllOf(HasSubstr("train.data.split.validation_fraction"), HasSubstr("train: \"0..15\""))));
+  EXPECT_EQ(drawn->size(Split::kTrain) + drawn->size(Split::kValidation), 16) << "no other numbers";
+  spec.split = {.test_fraction = 0.25, .by_hash = true};
+  open(0);
+  EXPECT_THAT(notes, ElementsAre(HasSubstr("train.data.split.test_fraction")));
+  open(1);
+  EXPECT_THAT(notes, IsEmpty()) << "one rank tells";
+  spec.transforms = {};
+  spec.source = NpyFiles{"series.npy", "series.npy"};
+  open(0);
+  EXPECT_THAT(notes, IsEmpty());
+}
+
 TEST_F(ArrayDatasetTest, Reshapes) {
   const auto data = Open(Npy({Standardize{}, Reshape{"input", {-1, 8}}}), scratch_);
   EXPECT_THAT(data->sample_shapes().at("input"), ElementsAre(4, 8));
@@ -326,7 +456,8 @@ with netcdf_file('a.nc', 'w') as f:
   spec.input = "U";
   spec.target = "V";
   EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }),
-              AllOf(HasSubstr("1 cells"), HasSubstr("fill_missing")));
+              AllOf(HasSubstr("array \"input\" has 1 missing cell (NaN), the first at [5, 0, 3]"),
+                    HasSubstr("fill_missing")));
   spec.transforms = {FillMissing{}};
   const Batch batch = Whole(*Open(spec, scratch_), Split::kTrain);
   EXPECT_EQ(batch.at("input")[5][0][3].item<float>(), 21);  // the mean of 20, 21, 22
@@ -419,6 +550,127 @@ TEST_F(StreamedData, MissingCellsAreFoundWhenTheyAreRead) {
   const auto stream = Open(Spec(chain, "stream"), scratch_);
   stream->Gather(Split::kTrain, {0, 2});
   EXPECT_THAT(UserErrorOf([&] { stream->Gather(Split::kTrain, {1}); }), HasSubstr("fill_missing"));
+}
+
+TEST_F(StreamedData, InfiniteCellsAreFoundWhenTheyAreRead) {
+  scratch_.Python(R"(
+import numpy as np
+from scipy.io import netcdf_file
+with netcdf_file('inf.nc', 'w') as f:
+    f.createDimension('time', 5)
+    f.createDimension('x', 2)
+    for name in 'UV':
+        f.createVariable(name, 'f4', ('time', 'x'))[:] = np.ones((5, 2))
+    f.variables['U'][3, 1] = np.inf
+)");
+  DataSpec spec;
+  spec.source = NetcdfFile{"inf.nc"};
+  spec.input = "U";
+  spec.target = "V";
+  spec.load = "memory";
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("1 infinite cell, the first at [3, 0, 1]"));
+  spec.load = "stream";
+  const auto stream = Open(spec, scratch_);
+  stream->Gather(Split::kTrain, {0, 2});
+  EXPECT_THAT(UserErrorOf([&] { stream->Gather(Split::kTrain, {4, 3}); }),
+              AllOf(HasSubstr("array \"input\""), HasSubstr("1 infinite cell, the first at [3, 0, 1]")));
+  spec.transforms = {Standardize{}};
+  EXPECT_THAT(UserErrorOf([&] { Open(spec, scratch_); }), HasSubstr("1 infinite cell, the first at [3, 0, 1]"))
+      << "the statistics have read them all";
+}
+
+// A year of months, then half a year left out, then another year.
+class GapInTime : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    scratch_.Python(R"(
+import numpy as np, zarr
+from scipy.io import netcdf_file
+months = [i for i in range(30) if i < 12 or i >= 18]
+days = [30.4375 * i for i in months]
+with netcdf_file('a.nc', 'w') as f:
+    f.createDimension('time', 24)
+    f.createDimension('x', 2)
+    f.createVariable('U', 'f4', ('time', 'x'))[:] = np.arange(48).reshape(24, 2)
+    t = f.createVariable('time', 'f8', ('time',))
+    t[:] = days
+    t.units = 'days since 1982-01-10'
+with netcdf_file('bad.nc', 'w') as f:
+    f.createDimension('time', 24)
+    f.createDimension('x', 2)
+    f.createVariable('U', 'f4', ('time', 'x'))[:] = np.arange(48).reshape(24, 2)
+    t = f.createVariable('time', 'f8', ('time',))
+    t[:] = days
+    t.units = 'fortnights since 1982-01-10'
+root = zarr.open_group('s.zarr', mode='w', **({'zarr_format': 2} if int(zarr.__version__.split('.')[0]) > 2 else {}))
+def put(name, values, dimensions, **attributes):
+    array = root.create_dataset(name, shape=values.shape, dtype=values.dtype, chunks=(5,) * values.ndim)
+    array[...] = values
+    array.attrs.update(_ARRAY_DIMENSIONS=dimensions, **attributes)
+put('U', np.arange(48, dtype='f4').reshape(24, 2), ['time', 'x'])
+put('time', np.array(days), ['time'], units='days since 1982-01-10')
+)");
+    nc_.source = NetcdfFile{"a.nc"};
+    nc_.split = {.test = IndexRange{20, 24}};
+    nc_.transforms = {Window{.length = 2, .horizon = 1}};
+    zarr_ = nc_;
+    zarr_.source = ZarrStore{.path = "s.zarr", .input = "U"};
+  }
+  std::unique_ptr<Dataset> OpenAndNote(const DataSpec& spec) {
+    notes_.clear();
+    return OpenDataset(spec, 1, scratch_.path(), {.note = [this](const std::string& note) { notes_.push_back(note); }});
+  }
+  const Scratch scratch_;
+  DataSpec nc_, zarr_;
+  std::vector<std::string> notes_;
+};
+
+TEST_F(GapInTime, NoWindowRunsAcrossIt) {
+  for (DataSpec spec : {nc_, zarr_}) {
+    for (const char* load : {"memory", "stream"}) {
+      spec.load = load;
+      const auto data = OpenAndNote(spec);
+      // Targets 2..19 but for 12 and 13, whose windows begin before the gap.
+      EXPECT_EQ(data->size(Split::kTrain), 16);
+      EXPECT_EQ(data->size(Split::kTest), 4);
+      const at::Tensor input = Whole(*data, Split::kTrain).at("input");
+      EXPECT_EQ(input[9].flatten()[0].item<float>(), 18);
+      EXPECT_EQ(input[10].flatten()[0].item<float>(), 24) << "step 12, the first behind the gap";
+      EXPECT_THAT(notes_, ElementsAre(AllOf(HasSubstr("train.data.transforms[0].window: 2 of 22 windows"),
+                                            HasSubstr("between steps 11 and 12"), HasSubstr("left out"))));
+    }
+  }
+  nc_.all_as_test = true;
+  EXPECT_EQ(OpenAndNote(nc_)->size(Split::kTest), 20);
+  nc_.all_as_test = false;
+  nc_.split = {.test = IndexRange{12, 14}};
+  EXPECT_THAT(UserErrorOf([&] { OpenAndNote(nc_); }), AllOf(HasSubstr("the test split"), HasSubstr("gap")));
+}
+
+TEST_F(GapInTime, IsNoMatterWithoutWindowsAndNotedWhereItCannotBeTold) {
+  nc_.transforms = {};
+  nc_.input = nc_.target = "U";
+  EXPECT_EQ(OpenAndNote(nc_)->size(Split::kTrain), 20);
+  EXPECT_THAT(notes_, IsEmpty());
+  nc_.source = NetcdfFile{"bad.nc"};
+  nc_.input = nc_.target = "";
+  nc_.transforms = {Window{.length = 2, .horizon = 1}};
+  EXPECT_EQ(OpenAndNote(nc_)->size(Split::kTrain), 18);
+  EXPECT_THAT(notes_, ElementsAre(AllOf(HasSubstr("fortnights since"), HasSubstr("not known"))));
+}
+
+TEST_F(GapInTime, ZarrStoresAreSplitByTime) {
+  zarr_.transforms = {};
+  zarr_.source = ZarrStore{.path = "s.zarr", .input = "U", .target = "U", .target_named = true};
+  zarr_.split = {};
+  zarr_.split.train_time = "1982-01..1983-08";
+  zarr_.split.test_time = "1983-09..1984";
+  const auto data = OpenAndNote(zarr_);
+  EXPECT_EQ(data->size(Split::kTrain), 14);
+  EXPECT_EQ(data->size(Split::kTest), 10);
+  std::filesystem::remove(scratch_ / "s.zarr/time/.zarray");
+  EXPECT_THAT(UserErrorOf([&] { OpenAndNote(zarr_); }),
+              AllOf(HasSubstr("train.data.split.train"), HasSubstr("no time axis")));
 }
 
 TEST(ZarrData, StreamedOrNotAndAsNumPyGivesTheSameSamples) {

@@ -37,9 +37,26 @@ TEST(Csv, ReadsNamedColumnsInTheOrderAskedFor) {
   EXPECT_THAT(table.targets.shape, ElementsAre(3));
   EXPECT_THAT(Values<int64_t>(table.targets), ElementsAre(0, 2, 1));
 
-  const CsvTable numbers = ReadCsv(scratch / "a.csv", {"class"}, {"height", "class"}, false);
+  const CsvTable numbers = ReadCsv(scratch / "a.csv", {"wind, \"u\""}, {"height", "class"}, false);
   EXPECT_THAT(numbers.targets.shape, ElementsAre(3, 2));
   EXPECT_EQ(Values<float>(numbers.targets)[2], 3);
+}
+
+TEST(Csv, RefusesNamesThatDoNotTellOneColumn) {
+  const Scratch scratch;
+  scratch.Write("a.csv", "temp,rain,temp,note,note\n1,2,3,4,5\n");
+  const auto error = [&](const std::vector<std::string>& inputs,
+                         const std::vector<std::string>& targets) {
+    return UserErrorOf([&] { ReadCsv(scratch / "a.csv", inputs, targets, false); });
+  };
+  EXPECT_THAT(error({"temp"}, {"rain"}), AllOf(HasSubstr("train.data.csv.inputs: column \"temp\""),
+                                               HasSubstr("a.csv has it 2 times")));
+  EXPECT_THAT(error({"rain"}, {"note"}), HasSubstr("train.data.csv.targets: column \"note\""));
+  EXPECT_THAT(error({"rain"}, {"rain"}), AllOf(HasSubstr("train.data.csv.targets: column \"rain\""),
+                                               HasSubstr("train.data.csv.inputs")));
+  scratch.Write("b.csv", "temp,rain,note,note\n1,2,4,5\n");
+  EXPECT_EQ(UserErrorOf([&] { ReadCsv(scratch / "b.csv", {"temp"}, {"rain"}, false); }), "")
+      << "note is not used";
 }
 
 TEST(Csv, NamesLineAndColumnOfWhatIsWrong) {

@@ -126,5 +126,83 @@ open('cut.nc', 'wb').write(data[:-1000])
   EXPECT_THAT(UserErrorOf([&] { ReadNetcdf(scratch / "cut.nc", {"U"}); }), HasSubstr("cut off"));
 }
 
+// Variables [time 3, x 2] with each of CF's ways to mark cells.
+TEST(Netcdf, MarksMissingCellsAsCfSays) {
+  const Scratch scratch;
+  scratch.Python(R"(
+import numpy as np
+from scipy.io import netcdf_file
+with netcdf_file('a.nc', 'w') as f:
+    f.createDimension('time', 3)
+    f.createDimension('x', 2)
+    def put(name, dtype, values, **attributes):
+        v = f.createVariable(name, dtype, ('time', 'x'))
+        v[:] = np.array(values, dtype).reshape(3, 2)
+        for key, value in attributes.items(): setattr(v, key, value)
+    put('many', 'f4', [1, -99.9, 2, 1e30, 3, 4], missing_value=np.array([-99.9, 1e30], 'f4'))
+    put('ranged', 'i2', [0, 100, 101, -1, 50, 7], valid_range=np.array([0, 100], 'i2'), scale_factor=0.5, add_offset=10.0)
+    put('above', 'f4', [0.1, 0.05, 5, -1, 0.2, 1e9], valid_min=np.float32(0.1))
+    put('below', 'f4', [0.1, 0.05, 5, -1, 0.2, 1e9], valid_max=np.float32(0.1))
+    put('bytes', 'i1', [0, 127, -128, -1, -2, 3], _Unsigned='true', _FillValue=np.int8(-1))
+    put('shorts', 'i2', [0, 32767, -32768, -1, -2, 3], _Unsigned='true', valid_range=np.array([1, -2], 'i2'))
+    put('signed', 'i1', [0, 127, -128, -1, -2, 3], _Unsigned='false')
+    put('labels', 'i1', [0, 127, -128, -1, -2, 3], _Unsigned='true')
+    put('double_fill', 'f4', [0, -99.9, 1, 2, 3, 4], _FillValue=np.float64(-99.9))
+)");
+  const auto read = [&](const char* name) {
+    return Values<float>(ReadNetcdf(scratch / "a.nc", {name}).field);
+  };
+  const auto missing = ::testing::IsNan();
+  EXPECT_THAT(read("many"), ElementsAre(1, missing, 2, missing, 3, 4));
+  EXPECT_THAT(read("ranged"), ElementsAre(10, 60, missing, missing, 35, 13.5f));
+  EXPECT_THAT(read("above"), ElementsAre(0.1f, missing, 5, missing, 0.2f, 1e9f));
+  EXPECT_THAT(read("below"), ElementsAre(0.1f, 0.05f, missing, -1, missing, missing));
+  EXPECT_THAT(read("bytes"), ElementsAre(0, 127, 128, missing, 254, 3));
+  EXPECT_THAT(read("shorts"), ElementsAre(missing, 32767, 32768, missing, 65534, 3));
+  EXPECT_THAT(read("signed"), ElementsAre(0, 127, -128, -1, -2, 3));
+  EXPECT_THAT(read("double_fill"), ElementsAre(0, missing, 1, 2, 3, 4));
+  const auto labels = NetcdfRows::One({scratch / "a.nc"}, "labels", true);
+  ASSERT_TRUE(labels->is_integer());
+  EXPECT_THAT(Values<int64_t>(labels->ReadIntegers()), ElementsAre(0, 127, 128, 255, 254, 3));
+  EXPECT_FALSE(NetcdfRows::One({scratch / "a.nc"}, "shorts", true)->is_integer());
+}
+
+TEST(Netcdf, NamesAnAttributeThatMarksNothing) {
+  const Scratch scratch;
+  scratch.Python(R"(
+import numpy as np
+from scipy.io import netcdf_file
+with netcdf_file('a.nc', 'w') as f:
+    f.createDimension('time', 2)
+    f.createDimension('x', 1)
+    def put(name, dtype, **attributes):
+        v = f.createVariable(name, dtype, ('time', 'x'))
+        v[:] = np.zeros((2, 1), dtype)
+        for key, value in attributes.items(): setattr(v, key, value)
+    put('text', 'f4', _FillValue='-99')
+    put('wide', 'i2', _FillValue=np.float32(1e20))
+    put('byte', 'i1', _FillValue=np.int16(255))
+    put('broken', 'i2', missing_value=np.array([1, np.nan]))
+    put('fills', 'i2', _FillValue=np.array([1, 2], 'i2'))
+    put('scale', 'i2', scale_factor='0.1')
+    put('scales', 'i2', scale_factor=np.array([0.1, 0.2]))
+    put('range', 'f4', valid_range=np.array([0, 1, 2], 'f4'))
+)");
+  const auto error = [&](const char* name) {
+    return UserErrorOf([&] { ReadNetcdf(scratch / "a.nc", {name}); });
+  };
+  EXPECT_THAT(error("text"), AllOf(HasSubstr("a.nc, variable text, attribute _FillValue"),
+                                   HasSubstr("\"-99\", a text")));
+  EXPECT_THAT(error("wide"), AllOf(HasSubstr("variable wide, attribute _FillValue"),
+                                   HasSubstr("no number of the variable's type, short")));
+  EXPECT_THAT(error("byte"),
+              AllOf(HasSubstr("attribute _FillValue"), HasSubstr("255"), HasSubstr("type, byte")));
+  EXPECT_THAT(error("broken"), HasSubstr("variable broken, attribute missing_value"));
+  EXPECT_THAT(error("fills"), HasSubstr("attribute _FillValue has 2 numbers; it must have 1"));
+  EXPECT_THAT(error("scale"), HasSubstr("variable scale, attribute scale_factor"));
+  EXPECT_THAT(error("scales"), HasSubstr("attribute scale_factor has 2 numbers; it must have 1"));
+  EXPECT_THAT(error("range"), HasSubstr("attribute valid_range has 3 numbers; it must have 2"));
+}
+
 }  // namespace
 }  // namespace itwin::worker

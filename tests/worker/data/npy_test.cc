@@ -28,9 +28,11 @@ TEST(Npy, ReadsWhatNumpyWrites) {
   const Scratch scratch;
   scratch.Python(R"(
 import numpy as np
-for t in ['f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', '?', '>f4', '>i2']:
+for t in ['f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', '?', '>f4', '>i2', '>u2', '>u4']:
     a = np.arange(6).reshape(2, 3).astype(t)
     np.save(t.replace('>', 'big_').replace('?', 'bool') + '.npy', a)
+np.save('u2_large.npy', np.array([1, 65535], 'u2'))
+np.save('u4_large.npy', np.array([1, 4294967295], 'u4'))
 np.save('scalar.npy', np.float32(7))
 np.lib.format.write_array(open('v2.npy', 'wb'), np.ones((2, 2), 'f4'), version=(2, 0))
 np.lib.format.write_array(open('v3.npy', 'wb'), np.ones((2, 2), 'f4'), version=(3, 0))
@@ -48,6 +50,16 @@ np.save('one_dimension_fortran.npy', np.asfortranarray(np.arange(3, dtype='f4'))
   EXPECT_THAT(Values<int32_t>(read("i4")), ElementsAre(0, 1, 2, 3, 4, 5));
   EXPECT_THAT(Values<int64_t>(read("i8")), ElementsAre(0, 1, 2, 3, 4, 5));
   EXPECT_THAT(Values<uint8_t>(read("u1")), ElementsAre(0, 1, 2, 3, 4, 5));
+  for (const char* type : {"u2", "big_u2"}) {
+    EXPECT_EQ(read(type).type, ElementType::kInt32);
+    EXPECT_THAT(Values<int32_t>(read(type)), ElementsAre(0, 1, 2, 3, 4, 5)) << type;
+  }
+  for (const char* type : {"u4", "big_u4"}) {
+    EXPECT_EQ(read(type).type, ElementType::kInt64);
+    EXPECT_THAT(Values<int64_t>(read(type)), ElementsAre(0, 1, 2, 3, 4, 5)) << type;
+  }
+  EXPECT_THAT(Values<int32_t>(read("u2_large")), ElementsAre(1, 65535));
+  EXPECT_THAT(Values<int64_t>(read("u4_large")), ElementsAre(1, 4294967295));
   EXPECT_EQ(read("bool").type, ElementType::kBool);
   EXPECT_THAT(Values<uint8_t>(read("bool")), ElementsAre(0, 1, 1, 1, 1, 1));
   EXPECT_THAT(Values<float>(read("big_f4")), ElementsAre(0, 1, 2, 3, 4, 5));
@@ -76,7 +88,7 @@ TEST(Npy, RefusesInWordsWhatItCannotRead) {
 import numpy as np
 np.save('fortran.npy', np.asfortranarray(np.ones((2, 3))))
 np.save('complex.npy', np.ones(2, 'c8'))
-np.save('unsigned.npy', np.ones(2, 'u4'))
+np.save('unsigned.npy', np.ones(2, 'u8'))
 np.save('records.npy', np.zeros(2, [('a', 'f4'), ('b', 'i4')]))
 np.save('objects.npy', np.array([{}, 'x'], object), allow_pickle=True)
 )");
@@ -85,7 +97,7 @@ np.save('objects.npy', np.array([{}, 'x'], object), allow_pickle=True)
   };
   EXPECT_THAT(error("fortran"), AllOf(HasSubstr("Fortran order"), HasSubstr("ascontiguousarray")));
   EXPECT_THAT(error("complex"), AllOf(HasSubstr("'<c8' is not supported"), HasSubstr("astype")));
-  EXPECT_THAT(error("unsigned"), HasSubstr("'<u4' is not supported"));
+  EXPECT_THAT(error("unsigned"), HasSubstr("'<u8' is not supported"));
   EXPECT_THAT(error("records"), HasSubstr("structured array"));
   EXPECT_THAT(error("objects"), HasSubstr("'|O' is not supported"));
   EXPECT_THAT(error("absent"), HasSubstr("No such file"));

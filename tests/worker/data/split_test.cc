@@ -6,6 +6,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "agent/worker/spec/parse.h"
 #include "tests/worker/data/scratch.h"
 
 namespace itwin::worker {
@@ -81,6 +82,25 @@ TEST(Split, SaysFieldValueAndWhatWouldBeRight) {
   EXPECT_THAT(error({.test = IndexRange{0, 132}}), HasSubstr("no samples for training"));
   EXPECT_THAT(error({}, 0), HasSubstr("no samples"));
   EXPECT_THAT(error({.test_fraction = 0.1}, 132, true), HasSubstr("test files of their own"));
+}
+
+TEST(Split, TheParserNamesKeysThatContradictEachOther) {
+  const auto error = [](const char* split) {
+    return UserErrorOf([&] {
+      ParseData({{"npz", "a.npz"}, {"split", nlohmann::json::parse(split)}});
+    });
+  };
+  EXPECT_THAT(error(R"({"by_hash": true})"),
+              AllOf(HasSubstr("train.data.split.by_hash"), HasSubstr("`validation_fraction`"),
+                    HasSubstr("`test_fraction`")));
+  EXPECT_THAT(error(R"({"by_hash": true, "test": "0..5"})"), HasSubstr("train.data.split.by_hash"));
+  EXPECT_THAT(error(R"({"test": "0..5", "test_fraction": 0.1})"),
+              AllOf(HasSubstr("train.data.split.test_fraction"), HasSubstr("`test`")));
+  EXPECT_THAT(error(R"({"test": "1982-01..1982-05", "test_fraction": 0.1})"), HasSubstr("`test`"));
+  EXPECT_THAT(error(R"({"validation": "0..5", "validation_fraction": 0.1})"),
+              AllOf(HasSubstr("train.data.split.validation_fraction"), HasSubstr("`validation`")));
+  EXPECT_EQ(error(R"({"by_hash": true, "test_fraction": 0.1, "validation": "0..5"})"), "");
+  EXPECT_EQ(error(R"({"by_hash": false, "test": "0..5", "test_fraction": 0})"), "");
 }
 
 TEST(Split, ByHashASampleStaysWhereItIsWhenOthersAreAdded) {

@@ -131,6 +131,68 @@ for name, fill in {'bare': float('nan'), 'least': float('-inf')}.items():  # as 
   EXPECT_THAT(ErrorOf("none"), HasSubstr("lacks the chunk 1 and has no fill_value"));
 }
 
+TEST_F(Zarr, AttributesMarkMissingCells) {
+  Script(R"(
+def marked(name, dtype, values, fill=0, **attributes):
+    put(name, np.array(values, dtype), chunks=(2,), fill_value=fill).attrs.update(attributes)
+marked('list', '<f4', [0, -99.9, 1, 1e30], missing_value=[-99.9, 1e30])
+marked('zero', '<i2', [0, 1, 2, -9], _FillValue=0, missing_value=-9)
+marked('word', '<f4', [0, 1, 2, 3], _FillValue='NaN')
+marked('packed', '<i2', [0, 1, 2, -9], fill=-9, missing_value=2, scale_factor=0.5, add_offset=10.0)
+marked('ranged', '<i2', [0, 1, 2, -9], fill=None, valid_range=[0, 1], scale_factor=0.5)
+marked('above', '<f8', [0, 1, 2, -9], valid_min=1)
+marked('half', '<f2', [0, -99.9, 2, -9], missing_value=-99.9)
+marked('unsigned', '|i1', [0, -128, -1, 3], _Unsigned='true', _FillValue=-1)
+marked('text', '<f4', [0, 1], _FillValue='none')
+marked('texts', '<f4', [0, 1], missing_value=[1, 'x'])
+marked('three', '<f4', [0, 1], valid_range=[1, 2, 3])
+marked('labels', '<i2', [0, 1, 2, -9])
+)");
+  const auto missing = ::testing::IsNan();
+  EXPECT_THAT(All(*Open("list")), ElementsAre(0, missing, 1, missing));
+  EXPECT_THAT(All(*Open("zero")), ElementsAre(missing, 1, 2, missing));
+  EXPECT_FALSE(Open("zero")->is_integer());
+  EXPECT_TRUE(Open("labels")->is_integer());
+  EXPECT_THAT(All(*Open("word")), ElementsAre(0, 1, 2, 3));
+  EXPECT_THAT(All(*Open("packed")), ElementsAre(10, 10.5f, missing, missing));
+  EXPECT_THAT(All(*Open("ranged")), ElementsAre(0, 0.5f, missing, missing));
+  EXPECT_THAT(All(*Open("above")), ElementsAre(missing, 1, 2, missing));
+  EXPECT_THAT(All(*Open("half")), ElementsAre(0, missing, 2, -9));
+  EXPECT_THAT(All(*Open("unsigned")), ElementsAre(0, 128, missing, 3));
+  EXPECT_THAT(ErrorOf("text"), HasSubstr("has \"none\" as _FillValue in its .zattrs"));
+  EXPECT_THAT(ErrorOf("texts"), HasSubstr("as missing_value in its .zattrs"));
+  EXPECT_THAT(ErrorOf("three"), HasSubstr("as valid_range in its .zattrs"));
+}
+
+TEST_F(Zarr, FindsTheTimeAxisByTheNamesOfItsDimensions) {
+  Script(R"(
+def named(name, values, dimensions, **attributes):
+    put(name, values, chunks=(2,) * values.ndim).attrs.update(_ARRAY_DIMENSIONS=dimensions, **attributes)
+named('t2m', np.zeros((4, 3), 'f4'), ['time', 'x'])
+named('time', np.array([0, 6, 12, 2**40]), ['time'], units='hours since 1982-01-01', calendar='noleap')
+named('g/t2m', np.zeros((3, 3), 'f4'), ['time', 'x'])
+named('g/time', np.array([1.5, 2.5, 3.5]), ['time'], units='Days Since 1982-01-01')
+named('g/h/t2m', np.zeros((3, 3), 'f4'), ['time', 'x'])
+named('plain', np.zeros((4, 3), 'f4'), ['sample', 'x'])
+named('sample', np.arange(4), ['sample'], units='1')
+named('short', np.zeros((5, 3), 'f4'), ['time', 'x'])
+put('unnamed', np.zeros((4, 3), 'f4'))
+)");
+  const double begin = CfSeconds(0, "days since 1982-01-01", "noleap", "t");
+  const auto axis = Open("t2m")->ReadTimeAxis();
+  ASSERT_TRUE(axis);
+  EXPECT_EQ(axis->calendar, "noleap");
+  EXPECT_THAT(axis->seconds, ElementsAre(begin, begin + 6 * 3600, begin + 12 * 3600, begin + 3600.0 * 1099511627776));
+  for (const std::string name : {"g/t2m", "g/h/t2m"}) {
+    const auto of_group = Open(name)->ReadTimeAxis();
+    ASSERT_TRUE(of_group) << name;
+    EXPECT_EQ(of_group->seconds[2] - of_group->seconds[0], 2 * 86400) << name;
+  }
+  EXPECT_FALSE(Open("plain")->ReadTimeAxis());
+  EXPECT_FALSE(Open("unnamed")->ReadTimeAxis());
+  EXPECT_THAT(UserErrorOf([&] { Open("short")->ReadTimeAxis(); }), HasSubstr("has 4 steps, the data 5"));
+}
+
 TEST_F(Zarr, SaysWhatItDoesNotRead) {
   Script(R"(
 x = np.zeros((4, 3), 'f4')
