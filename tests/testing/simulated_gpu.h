@@ -27,6 +27,9 @@ inline at::Device SimulatedGpu(int index) {
 // How long NCCL takes for a collective or a message, before it begins.
 void SetNcclTakes(std::chrono::microseconds time);
 
+// Whether collectives fail from now on as they do when another rank has ended.
+void SetNcclFails(bool fails);
+
 // As a cudaStream_t of this library.
 void* NativeStream(const c10::Stream& stream);
 

@@ -59,6 +59,7 @@ struct Seen {
 };
 
 std::atomic<int64_t> takes_microseconds = 200;
+std::atomic<bool> fails = false;
 
 template <typename F>
 int Give(void* comm, void* stream, F work) {
@@ -67,7 +68,11 @@ int Give(void* comm, void* stream, F work) {
   static_cast<SimulatedStream*>(stream)->Give([c, work] {
     std::this_thread::sleep_for(std::chrono::microseconds(takes_microseconds));
     try {
-      work(*c->ranks);
+      if (fails) {
+        c->failed = true;
+      } else {
+        work(*c->ranks);
+      }
     } catch (const std::exception&) {  // another rank has aborted
       c->failed = true;
     }
@@ -81,6 +86,7 @@ using MarkPointer = std::shared_ptr<SimulatedMark>;
 }  // namespace
 
 void itwin::worker::testing::SetNcclTakes(std::chrono::microseconds time) { takes_microseconds = time.count(); }
+void itwin::worker::testing::SetNcclFails(bool do_fail) { fails = do_fail; }
 
 extern "C" {
 

@@ -13,6 +13,7 @@ struct UniqueId {
   char bytes[128];
 };
 constexpr int kNcclSuccess = 0, kNcclInProgress = 7;
+constexpr int kNcclInvalidArgument = 4, kNcclInvalidUsage = 5;
 constexpr int kNcclSum = 0, kNcclMax = 2;
 constexpr int kCudaSuccess = 0;
 constexpr unsigned kStreamNonBlocking = 1, kEventDisableTiming = 2;
@@ -89,8 +90,12 @@ struct NcclLibraries::Functions {
       throw AppError(std::string(call) + ": " + cudaGetErrorString(result));
   }
   void CheckNccl(int result, const char* call) const {
-    if (result != kNcclSuccess && result != kNcclInProgress)
-      throw AppError(std::string(call) + ": " + ncclGetErrorString(result));
+    if (result == kNcclSuccess || result == kNcclInProgress) return;
+    // A call that was wrong, or else what the driver, the network or another rank does: another attempt may help.
+    const bool ours = result == kNcclInvalidArgument || result == kNcclInvalidUsage;
+    throw WorkerError(ours ? FailureClass::kApp : FailureClass::kInfra,
+                      std::string(call) + ": " + ncclGetErrorString(result) +
+                          (ours ? "" : "; the GPUs, their driver or the network between them is at fault, or a rank has ended"));
   }
 };
 

@@ -10,14 +10,22 @@
 namespace itwin::worker {
 
 namespace {
-// Steps before the recording: libraries choose their algorithms and allocate in the first ones.
+// Steps before the recording: libraries choose their algorithms and allocate in the first ones, and the
+// last is watched.
 constexpr int kWarmUp = 3;
+
+std::string FirstLine(const std::exception& error) {
+  const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
+  const std::string reason = torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
+  return reason.substr(0, reason.find('\n'));
+}
 }  // namespace
 
-StepGraph::StepGraph(Passes passes, Make make, std::function<void()> quiet,
+StepGraph::StepGraph(Passes passes, Make make, Remember remember, std::function<void()> quiet,
                      std::function<void(const std::string&)> say)
     : passes_(std::move(passes)),
       make_(std::move(make)),
+      remember_(std::move(remember)),
       quiet_(std::move(quiet)),
       say_(std::move(say)) {}
 
@@ -39,7 +47,9 @@ at::Tensor StepGraph::Run(const Batch& batch) {
   if (graph_ == nullptr) {
     steps_ = Fits(batch) ? steps_ + 1 : 1;
     batch_ = batch;
-    if (steps_ <= kWarmUp || !Record(batch)) return passes_(batch).detach();
+    if (steps_ < kWarmUp) return passes_(batch).detach();
+    if (steps_ == kWarmUp) return Rehearse(batch);
+    Record(batch);
   } else {
     if (!Fits(batch)) return passes_(batch).detach();
     for (auto& [name, tensor] : batch_) tensor.copy_(batch.at(name), /*non_blocking=*/true);
@@ -48,25 +58,36 @@ at::Tensor StepGraph::Run(const Batch& batch) {
   return loss_;
 }
 
-bool StepGraph::Record(const Batch& batch) {
+at::Tensor StepGraph::Rehearse(const Batch& batch) {
+  const std::function<void()> undo = remember_();
+  try {
+    at::Tensor loss;
+    make_()->Rehearse([&] { loss = passes_(batch).detach(); });
+    return loss;
+  } catch (const WorkerError&) {
+    throw;
+  } catch (const std::exception& error) {
+    off_ = true;
+    batch_.clear();
+    say_("note: this model's step cannot be recorded as a CUDA graph (" + FirstLine(error) +
+         "); its operators are launched one by one");
+  }
+  undo();
+  return passes_(batch).detach();
+}
+
+void StepGraph::Record(const Batch& batch) {
   for (auto& [name, tensor] : batch_) tensor = batch.at(name).clone();
   try {
     quiet_();
     auto graph = make_();
     graph->Record([this] { loss_ = passes_(batch_).detach(); });
     graph_ = std::move(graph);
-    return true;
   } catch (const WorkerError&) {
     throw;
   } catch (const std::exception& error) {
-    const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
-    const std::string reason =
-        torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
-    off_ = true;
-    batch_.clear();
-    say_("note: this model's step cannot be recorded as a CUDA graph (" +
-         reason.substr(0, reason.find('\n')) + "); its operators are launched one by one");
-    return false;
+    throw AppError("train.gpu.graphs: the step broke while it was recorded (" + FirstLine(error) +
+                   "); set train.gpu.graphs: false");
   }
 }
 

@@ -20,22 +20,27 @@ class StepGraph {
   // Forward, loss and backward, which adds to the gradients where they lie; gives the loss.
   using Passes = std::function<at::Tensor(const Batch&)>;
   using Make = std::function<std::unique_ptr<RecordedWork>()>;
+  // Gives what brings back what passes change.
+  using Remember = std::function<std::function<void()>()>;
 
   // `quiet` returns when no other thread gives work to the device; `say` is told, once, why steps are
   // not replayed.
-  StepGraph(Passes passes, Make make, std::function<void()> quiet,
+  StepGraph(Passes passes, Make make, Remember remember, std::function<void()> quiet,
             std::function<void(const std::string&)> say);
 
-  // The loss, detached; the next Run() may overwrite it.
+  // The loss, detached; the next Run() may overwrite it. Throws AppError when a recording broke although
+  // its rehearsal had not.
   at::Tensor Run(const Batch& batch);
   bool recorded() const { return graph_ != nullptr; }
 
  private:
   bool Fits(const Batch& batch) const;
-  bool Record(const Batch& batch);
+  at::Tensor Rehearse(const Batch& batch);
+  void Record(const Batch& batch);
 
   const Passes passes_;
   const Make make_;
+  const Remember remember_;
   const std::function<void()> quiet_;
   const std::function<void(const std::string&)> say_;
   int steps_ = 0;  // of one shape, in a row, before the recording

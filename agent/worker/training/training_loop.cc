@@ -223,7 +223,7 @@ TrainingLoop::TrainingLoop(const TrainingSetup& setup)
         Backward(loss);
         return loss;
       },
-      setup.make_graph, [this] { batches_.WaitIdle(); }, setup.print);
+      setup.make_graph, [this] { return RememberPasses(); }, [this] { batches_.WaitIdle(); }, setup.print);
 }
 
 TrainingLoop::~TrainingLoop() = default;
@@ -561,6 +561,17 @@ void TrainingLoop::Backward(const at::Tensor& loss) {
     const bool fits = gradient_of_loss_.scalar_type() == loss.scalar_type();
     loss.backward(fits ? gradient_of_loss_ : gradient_of_loss_.to(loss.scalar_type()));
   }
+}
+
+// What forward and backward write: gradients and buffers.
+std::function<void()> TrainingLoop::RememberPasses() {
+  std::vector<std::pair<at::Tensor, at::Tensor>> copies;
+  for (const auto& bucket : parameters_.buckets()) copies.emplace_back(bucket.gradients, bucket.gradients.clone());
+  for (const auto& [name, buffer] : model_.buffers()) copies.emplace_back(buffer.detach(), buffer.detach().clone());
+  return [copies] {
+    const at::NoGradGuard no_grad;
+    for (auto& [tensor, copy] : copies) at::Tensor(tensor).copy_(copy);
+  };
 }
 
 StepStatus TrainingLoop::UpdateParameters() {

@@ -98,6 +98,7 @@ class TrainingLoop {
   void ForwardAndBackward(const BatchSource::Item& item);
   StepStatus RunMicroBatches(const BatchSource::Item& item, StepStatus status);
   at::Tensor Forward(const Batch& batch);
+  std::function<void()> RememberPasses();
   void SetLossGradient(double weight, at::ScalarType type);
   void Backward(const at::Tensor& loss);
   StepStatus UpdateParameters();

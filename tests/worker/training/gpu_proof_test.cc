@@ -25,6 +25,7 @@ using testing::MakeMachine;
 using testing::MeshCase;
 using testing::MeshFamilies;
 using testing::Outcome;
+using testing::RunRanks;
 using testing::SettingsOf;
 using testing::SimulatedGpu;
 
@@ -107,6 +108,28 @@ TEST_F(GpuProof, GoesOnFromACheckpointOfProcessorsAndBack) {
       ExpectEqualRuns(whole, Run(JobOf(mlp, settings), 2, nullptr, half.checkpoints, second), kFloat32Tolerance);
     }
   }
+}
+
+TEST_F(GpuProof, ARankThatEndsInTheMidstOfACollectiveIsTheNodesMatter) {
+  FailureClass seen = FailureClass::kApp;
+  std::string message;
+  RunRanks(1, [&](Communicator&, Communicator&) {
+    InProcessGroup alone(1);
+    const Machine machine = Gpus(true)(0, alone);
+    at::Tensor values = at::ones({8}, at::TensorOptions().device(machine.device));
+    testing::SetNcclFails(true);
+    machine.gradients->AllReduce(BufferOfTensor(values), Reduction::kSum)->Wait();
+    values.sum().item<float>();  // the stream has been let go
+    testing::SetNcclFails(false);
+    try {
+      machine.gradients->CheckProgress();
+    } catch (const WorkerError& error) {
+      seen = error.failure;
+      message = error.what();
+    }
+  });
+  EXPECT_EQ(seen, FailureClass::kInfra);
+  EXPECT_THAT(message, ::testing::HasSubstr("or a rank has ended"));
 }
 
 // ---- The proof itself: who does not wait for NCCL must be seen.

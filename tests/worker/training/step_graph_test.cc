@@ -25,7 +25,8 @@ struct Fixture {
                     ++passes;
                     return batch.at("input").sum();
                   },
-                  [this] { return std::make_unique<Recording>(log); }, [this] { ++quiet; },
+                  [this] { return std::make_unique<Recording>(log); },
+                  [this] { return [this, then = passes] { passes = then; }; }, [this] { ++quiet; },
                   [this](const std::string& line) { said.push_back(line); }};
   int quiet = 0;
   double Run(const Batch& batch) { return graph.Run(batch).item<double>(); }
@@ -62,7 +63,16 @@ TEST(StepGraph, WhatCannotBeRecordedRunsAsItIsAndIsSaidOnce) {
   f.log.refuse = "operation not permitted when stream is capturing\nmore";
   for (int step = 1; step <= 8; ++step) EXPECT_EQ(f.Run(Of(step)), 8.0 * step);
   EXPECT_EQ(f.log.replayed, 0);
+  EXPECT_EQ(f.log.recorded, 0);
+  EXPECT_EQ(f.passes, 8) << "what the rehearsal did is undone";
   EXPECT_THAT(f.said, ElementsAre(HasSubstr("cannot be recorded as a CUDA graph (operation not permitted when stream is capturing); its")));
+}
+
+TEST(StepGraph, ARecordingThatBreaksEndsTheJob) {
+  Fixture f;
+  f.log.break_down = "operation not permitted";
+  for (int step = 1; step <= 3; ++step) f.Run(Of(step));
+  EXPECT_THAT([&] { f.Run(Of(4)); }, ::testing::ThrowsMessage<WorkerError>(HasSubstr("set train.gpu.graphs: false")));
 }
 
 TEST(StepGraph, TheUsersErrorsStayTheirs) {
@@ -73,7 +83,7 @@ TEST(StepGraph, TheUsersErrorsStayTheirs) {
         if (++steps > 3) throw UserError("the loss is none");
         return at::zeros({});
       },
-      [&] { return std::make_unique<Recording>(log); }, [] {}, [](const std::string&) { FAIL(); });
+      [&] { return std::make_unique<Recording>(log); }, [] { return [] {}; }, [] {}, [](const std::string&) { FAIL(); });
   log.run_when_recording = true;
   for (int step = 0; step < 3; ++step) graph.Run(Of(1));
   EXPECT_THROW(graph.Run(Of(1)), WorkerError);
