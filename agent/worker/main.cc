@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -124,7 +125,7 @@ Options ParseOptions(int argc, char** argv) {
 // The ranks' ways to talk. Alone when no launcher started us.
 struct World {
   // What each communicator is doing; they outlive these.
-  CollectiveLog gradients_log{"gradients"}, control_log{"control"}, saving_log{"saving"};
+  CollectiveLog gradients_log{"gradients"}, layers_log{"layers"}, control_log{"control"}, saving_log{"saving"};
   std::unique_ptr<MpiWorld> mpi;  // first in, last out
   std::unique_ptr<Communicator> control;
 
@@ -142,6 +143,11 @@ struct World {
   std::unique_ptr<Communicator> MakeSaving() {
     if (!mpi) return std::make_unique<SelfCommunicator>();
     return mpi->MakeDirect(&saving_log);
+  }
+  // For the activations of a model that is split.
+  std::unique_ptr<Communicator> MakeLayers() {
+    if (!mpi) return std::make_unique<SelfCommunicator>();
+    return mpi->MakeDirect(&layers_log);
   }
   std::unique_ptr<Communicator> MakeGradients(bool overlap) {
     if (!mpi) return std::make_unique<SelfCommunicator>();
@@ -171,8 +177,17 @@ struct World {
   }
   std::vector<std::string> DescribeCommunicators() const {
     if (!mpi) return {};
-    return {gradients_log.Describe(), control_log.Describe(), saving_log.Describe()};
+    std::vector<std::string> texts = {gradients_log.Describe(), control_log.Describe(), saving_log.Describe()};
+    if (layers_log.counts().started > 0) texts.push_back(layers_log.Describe());
+    return texts;
   }
+  // What every rank starts equally often. Stages of a model have layers and buckets of their own.
+  std::atomic<bool> has_stages = false;
+  int64_t started() const {
+    const int64_t of_all = control_log.counts().started;
+    return has_stages ? of_all : of_all + gradients_log.counts().started + layers_log.counts().started;
+  }
+  bool waits() const { return gradients_log.under_way() || layers_log.under_way() || control_log.under_way(); }
 };
 
 // Sums over the nodes; absent, with a reason, when a node could not tell.
@@ -258,8 +273,8 @@ WorkerError Translate(const std::exception_ptr& error) {
 }
 
 // Writes the failure as the job's result, unless another rank has. The ranks may all come here, or
-// only one.
-void ReportFailure(const RunState& state, const WorkerError& error) {
+// only one. `mine`: it is this rank's where it says of no other.
+void ReportFailure(const RunState& state, const WorkerError& error, bool mine = true) {
   // Who hangs writes nothing.
   const bool about_another = error.rank && *error.rank != state.rank &&
                              error.failure != FailureClass::kInfra;
@@ -283,7 +298,7 @@ void ReportFailure(const RunState& state, const WorkerError& error) {
   char host[256] = {};
   gethostname(host, sizeof(host) - 1);
   result.failure = Failure{.failure_class = error.failure,
-                           .rank = error.rank.value_or(state.rank),
+                           .rank = error.rank || !mine ? error.rank : state.rank,
                            .step = error.step,
                            .host = error.host.empty() ? host : error.host};
   if (error.step) result.steps = *error.step;
@@ -312,11 +327,12 @@ HangDetector::Options WatchFor(World& world, const RunState& state, const Machin
           .ranks = world.size(),
           .host = machine.host,
           .timeout_seconds = timeout_seconds,
-          .collectives = [&world] { return world.gradients_log.counts().started; },
+          .collectives = [&world] { return world.started(); },
+          .waits = [&world] { return world.waits(); },
           .communicators = [&world] { return world.DescribeCommunicators(); },
           .give_up =
               [&state](const WorkerError& error) {
-                ReportFailure(state, error);
+                ReportFailure(state, error, /*mine=*/false);
                 std::fflush(stdout);
                 MpiWorld::Abort(ExitCode(error.failure));
               }};
@@ -486,7 +502,14 @@ int Train(World& world, RunState& state) {
       device.is_cpu() ? world.MakeGradients(threaded) : world.MakeGpuGradients(device, &gradients_note);
   if (!gradients_note.empty()) print("note: " + gradients_note);
   std::optional<MeshGroups> mesh;
-  if (IsMesh(strategy)) mesh.emplace(MeshOf(spec, strategy, world.size()), *gradients, control, device);
+  std::unique_ptr<Communicator> layers;
+  if (IsMesh(strategy)) {
+    const MeshSpec shape = MeshOf(spec, strategy, world.size());
+    world.has_stages = shape.pipeline > 1;
+    if (device.is_cpu()) layers = world.MakeLayers();
+    mesh.emplace(shape, *gradients, layers ? *layers : *gradients, control, device,
+                 &world.layers_log);
+  }
   const std::unique_ptr<Model> model = mesh ? MakeMeshModel(spec, *on_host, contract.work, *mesh)
                                             : MakeModel(spec, *on_host, contract.work);
   if (!device.is_cpu()) {
@@ -501,13 +524,13 @@ int Train(World& world, RunState& state) {
     return code;
   }
 
-  Profiler profiler(world.mpi ? &world.gradients_log : nullptr);
+  Profiler profiler({&world.gradients_log, &world.layers_log});
   TraceSession trace({.request = contract.spool / "profile",
                       .outputs = contract.outputs,
                       .host = machine.host,
                       .steps = spec.profile.trace_steps,
                       .at_step = spec.profile.at_step,
-                      .logs = {&world.gradients_log, &world.control_log, &world.saving_log}},
+                      .logs = {&world.gradients_log, &world.layers_log, &world.control_log, &world.saving_log}},
                      profiler, control);
   TrainingOutcome outcome;
   nlohmann::json energy;

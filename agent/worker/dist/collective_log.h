@@ -14,21 +14,24 @@ class CollectiveLog {
   explicit CollectiveLog(std::string name) : name_(std::move(name)) {}
 
   // Around each operation that moves bytes, by the thread that blocks in it. `operation` is a
-  // literal.
-  void Begin(const char* operation, int64_t bytes);
+  // literal. A collective is every rank's and counts; a message is two ranks' and does not.
+  enum class Kind { kCollective, kMessage };
+  void Begin(const char* operation, int64_t bytes, Kind kind = Kind::kCollective);
   void End();
   // An operation that a device does on its own: it counts, its time is not known.
   void Launched();
 
   struct Counts {
     int64_t started = 0, finished = 0;
-    int64_t bytes = 0;    // of the finished ones, as the caller gave them
-    double seconds = 0;   // in the finished ones
+    int64_t bytes = 0;    // of the finished ones and of messages, as the caller gave them
+    double seconds = 0;   // in those
   };
   Counts counts() const;
 
   // "gradients: in all-reduce number 12 of 25.0 MB for 61.2 s", "control: nothing under way, 3 done"
   std::string Describe() const;
+  // Whether a thread is blocked in an operation.
+  bool under_way() const;
 
   // While recording, operations are kept, up to a bound.
   struct Event {
@@ -46,6 +49,7 @@ class CollectiveLog {
   mutable std::mutex mutex_;  // guards what follows; free but when somebody asks
   Counts counts_;
   Event current_;  // operation "": none
+  Kind current_kind_ = Kind::kCollective;
   bool recording_ = false;
   std::vector<Event> events_;
 };

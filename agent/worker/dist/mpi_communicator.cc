@@ -131,22 +131,16 @@ class Done : public Work {
   void Wait() override {}
 };
 
-// Messages that were started; they progress while any thread of this process is in MPI.
-class Messages : public Work {
- public:
-  std::vector<MPI_Request> requests;
-  void Wait() override {
-    CheckMpi(MPI_Waitall(static_cast<int>(requests.size()), requests.data(), MPI_STATUSES_IGNORE),
-             "MPI_Waitall");
-  }
-};
-
 // Tells the log, if there is one, what this thread is blocked in.
 class Logged {
  public:
-  Logged(CollectiveLog* log, const char* operation, const Buffer& buffer) : log_(log) {
-    if (log_ != nullptr) log_->Begin(operation, SizeInBytes(buffer));
+  Logged(CollectiveLog* log, const char* operation, int64_t bytes,
+         CollectiveLog::Kind kind = CollectiveLog::Kind::kCollective)
+      : log_(log) {
+    if (log_ != nullptr) log_->Begin(operation, bytes, kind);
   }
+  Logged(CollectiveLog* log, const char* operation, const Buffer& buffer)
+      : Logged(log, operation, SizeInBytes(buffer)) {}
   ~Logged() {
     if (log_ != nullptr) log_->End();
   }
@@ -156,10 +150,29 @@ class Logged {
   CollectiveLog* const log_;
 };
 
+// Messages that were started; they progress while any thread of this process is in MPI.
+class Messages : public Work {
+ public:
+  Messages(CollectiveLog* log, const char* what, int64_t bytes) : log_(log), what_(what), bytes_(bytes) {}
+  std::vector<MPI_Request> requests;
+  void Wait() override {
+    const Logged logged(log_, what_, bytes_, CollectiveLog::Kind::kMessage);
+    CheckMpi(MPI_Waitall(static_cast<int>(requests.size()), requests.data(), MPI_STATUSES_IGNORE),
+             "MPI_Waitall");
+  }
+
+ private:
+  CollectiveLog* const log_;
+  const char* const what_;
+  const int64_t bytes_;
+};
+
 // Shared by both kinds: owns an MPI communicator.
 class MpiBase : public Communicator {
  public:
-  MpiBase(MPI_Comm owned, CollectiveLog* log) : log_(log), comm_(owned), ring_(owned) {
+  // `message_log`: of messages, for which the thread that starts them waits.
+  MpiBase(MPI_Comm owned, CollectiveLog* log, CollectiveLog* message_log)
+      : log_(log), message_log_(message_log), comm_(owned), ring_(owned) {
     MPI_Comm_rank(comm_, &rank_);
     MPI_Comm_size(comm_, &size_);
   }
@@ -199,7 +212,7 @@ class MpiBase : public Communicator {
   }
   // Started at once by the caller, whatever collectives are queued.
   std::unique_ptr<Work> Send(Buffer buffer, int to) override {
-    auto work = std::make_unique<Messages>();
+    auto work = std::make_unique<Messages>(message_log_, "send", SizeInBytes(buffer));
     InPieces(buffer, [&](void* data, int count) {
       CheckMpi(MPI_Isend(data, count, TypeOf(buffer.type), to, 0, comm_,
                          &work->requests.emplace_back(MPI_REQUEST_NULL)),
@@ -208,7 +221,7 @@ class MpiBase : public Communicator {
     return work;
   }
   std::unique_ptr<Work> Recv(Buffer buffer, int from) override {
-    auto work = std::make_unique<Messages>();
+    auto work = std::make_unique<Messages>(message_log_, "receive", SizeInBytes(buffer));
     InPieces(buffer, [&](void* data, int count) {
       CheckMpi(MPI_Irecv(data, count, TypeOf(buffer.type), from, 0, comm_,
                          &work->requests.emplace_back(MPI_REQUEST_NULL)),
@@ -232,6 +245,7 @@ class MpiBase : public Communicator {
   CollectiveLog* const log_;  // may be null
 
  private:
+  CollectiveLog* const message_log_;  // may be null
   MPI_Comm comm_ = MPI_COMM_NULL;
   MpiRing ring_;  // used by whom the collectives are run by
   int rank_ = 0;
@@ -246,7 +260,7 @@ MPI_Comm DuplicateOfWorld() {
 
 class DirectMpiCommunicator : public MpiBase {
  public:
-  using MpiBase::MpiBase;
+  DirectMpiCommunicator(MPI_Comm owned, CollectiveLog* log) : MpiBase(owned, log, log) {}
 
  private:
   std::unique_ptr<Communicator> Wrap(MPI_Comm owned) const override {
@@ -260,7 +274,8 @@ class DirectMpiCommunicator : public MpiBase {
 
 class ThreadedMpiCommunicator : public MpiBase {
  public:
-  using MpiBase::MpiBase;
+  // Its thread writes the log, which is one thread's.
+  ThreadedMpiCommunicator(MPI_Comm owned, CollectiveLog* log) : MpiBase(owned, log, nullptr) {}
 
  private:
   std::unique_ptr<Communicator> Wrap(MPI_Comm owned) const override {

@@ -85,6 +85,15 @@ HangVerdict JudgeHang(const std::vector<RankSign>& signs, const std::vector<int>
                       std::to_string(most->collectives) + ")");
     return verdict;
   }
+  // Messages between two ranks count for no one: the stages of a pipeline have different numbers of them.
+  const auto computes =
+      std::find_if(signs.begin(), signs.end(), [](const RankSign& sign) { return !sign.waits; });
+  const auto waiting = std::count_if(signs.begin(), signs.end(), [](const RankSign& sign) { return sign.waits; });
+  if (computes != signs.end() && waiting > 0) {
+    blame(*computes, "waits for no other rank, and " + std::to_string(waiting) + " wait for it or one like it (step " +
+                         std::to_string(computes->step) + ")");
+    return verdict;
+  }
   verdict.message = begin + "all ranks run and none is behind the others, at step " +
                     std::to_string(least->step) + " with " + std::to_string(least->collectives) +
                     " collectives started; the stacks on stderr tell where they are";
@@ -119,6 +128,7 @@ void HangDetector::WriteSign() {
                      {"pid", getpid()},
                      {"step", step_.load(std::memory_order_relaxed)},
                      {"collectives", options_.collectives ? options_.collectives() : 0},
+                     {"waits", options_.waits && options_.waits()},
                      {"communicators", options_.communicators ? options_.communicators()
                                                               : std::vector<std::string>()}};
   // Renamed into place, so that a reader sees all of it. A full disk is no reason to end the job.
@@ -190,6 +200,7 @@ void HangDetector::GiveUp(double seconds) {
                        .host = sign.at("host").get<std::string>(),
                        .step = sign.at("step").get<int64_t>(),
                        .collectives = sign.at("collectives").get<int64_t>(),
+                       .waits = sign.at("waits").get<bool>(),
                        .age_seconds = mine - time,
                        .communicators = sign.at("communicators").get<std::vector<std::string>>()});
     } catch (const nlohmann::json::exception&) {

@@ -25,14 +25,16 @@ struct RankSign {
   int rank = 0;
   std::string host;
   int64_t step = 0;
-  int64_t collectives = 0;   // started on the gradients' communicator
+  int64_t collectives = 0;   // started, of those that every rank starts
+  bool waits = false;        // is blocked in an exchange with another rank
   double age_seconds = 0;    // of the file, against the file of the one who asks
   std::vector<std::string> communicators;  // CollectiveLog::Describe() of each
 };
 
 // The sentence about a hang and the rank it is about (-1: none lags behind). A rank lags whose sign
 // is older than `stale_seconds` (its process does not run), else the one with the fewest steps, then
-// the fewest collectives. `missing`: ranks without any sign.
+// the fewest collectives, then one that waits for no other while others wait. `missing`: ranks without
+// any sign.
 struct HangVerdict {
   int rank = -1;
   std::string host = {};
@@ -49,6 +51,7 @@ class HangDetector {
     std::string host;
     double timeout_seconds = 1800;
     std::function<int64_t()> collectives;                    // started by now; any thread
+    std::function<bool()> waits;                             // for another rank; any thread
     std::function<std::vector<std::string>()> communicators;  // for people; any thread
     // Called once, by the watching thread, after the stacks were written to stderr. Does not return
     // in production.

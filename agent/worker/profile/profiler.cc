@@ -113,13 +113,17 @@ MetricSink::Values Profiler::EpochValues(const StepSummary& epoch, Communicator&
   values.emplace_back("perf/step_longest_s", epoch.longest);
   values.emplace_back("perf/rss_bytes", highest[0]);
   values.emplace_back("perf/rss_peak_bytes", highest[1]);
-  if (gradients_ != nullptr) {
-    const CollectiveLog::Counts now = gradients_->counts();
-    const double seconds = now.seconds - counts_at_epoch_.seconds;
-    const auto bytes = static_cast<double>(now.bytes - counts_at_epoch_.bytes);
-    if (seconds > 0 && bytes > 0) values.emplace_back("perf/comm_bytes_per_second", bytes / seconds);
-    counts_at_epoch_ = now;
+  double seconds = 0, bytes = 0;
+  for (const CollectiveLog* log : exchanges_) {
+    const CollectiveLog::Counts counts = log->counts();
+    seconds += counts.seconds;
+    bytes += static_cast<double>(counts.bytes);
   }
+  if (seconds > exchange_seconds_ && bytes > exchange_bytes_) {
+    values.emplace_back("perf/comm_bytes_per_second", (bytes - exchange_bytes_) / (seconds - exchange_seconds_));
+  }
+  exchange_seconds_ = seconds;
+  exchange_bytes_ = bytes;
   return values;
 }
 

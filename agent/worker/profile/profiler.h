@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "agent/worker/dist/collective_log.h"
@@ -39,9 +40,9 @@ struct StepSummary {
 // Used by the training thread.
 class Profiler {
  public:
-  Profiler() : Profiler(nullptr) {}
-  // `gradients`: what the gradients' communicator does; may be null. Must outlive this.
-  explicit Profiler(CollectiveLog* gradients) : gradients_(gradients) {}
+  // `exchanges`: of the communicators that a step's gradients and activations travel over. Must outlive
+  // this.
+  explicit Profiler(std::vector<const CollectiveLog*> exchanges = {}) : exchanges_(std::move(exchanges)) {}
 
   // From now on the thread is at this. Returns the one before, to go back to.
   Activity Enter(Activity activity);
@@ -60,17 +61,16 @@ class Profiler {
 
   // Activities are also written here while it is active.
   Trace& trace() { return trace_; }
-  CollectiveLog* gradients() { return gradients_; }
 
  private:
-  CollectiveLog* const gradients_;
+  const std::vector<const CollectiveLog*> exchanges_;
   Trace trace_;
   Activity activity_ = Activity::kOther;
   double since_ = 0;  // in the activity; 0: not begun
   double step_start_ = 0;
   StepSummary epoch_, run_;
   std::vector<float> durations_, run_durations_;
-  CollectiveLog::Counts counts_at_epoch_;
+  double exchange_seconds_ = 0, exchange_bytes_ = 0;  // up to the epoch before
 };
 
 // Resident memory of this process now and at its peak.

@@ -72,7 +72,8 @@ std::string RenderResult(const Result& result) {
                {"outcome", Name(result.outcome)},
                {"message", result.message}};
   if (result.failure) {
-    Json failure = {{"class", Name(result.failure->failure_class)}, {"rank", result.failure->rank}};
+    Json failure = {{"class", Name(result.failure->failure_class)}};
+    if (result.failure->rank) failure["rank"] = *result.failure->rank;
     if (result.failure->step) failure["step"] = *result.failure->step;
     failure["host"] = result.failure->host;
     json["failure"] = failure;

@@ -24,7 +24,7 @@ struct OutputEntry {
 
 struct Failure {
   FailureClass failure_class = FailureClass::kApp;
-  int rank = 0;
+  std::optional<int> rank;  // none: no rank in particular
   std::optional<int64_t> step;
   std::string host;
 };

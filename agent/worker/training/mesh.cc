@@ -1,7 +1,6 @@
 #include "agent/worker/training/mesh.h"
 
 #include <algorithm>
-#include <chrono>
 #include <deque>
 #include <optional>
 
@@ -170,8 +169,9 @@ class MeshModel : public Model {
 
 }  // namespace
 
-MeshGroups::MeshGroups(const MeshSpec& shape, Communicator& gradients, Communicator& control, at::Device device)
-    : shape_(shape), device_(device) {
+MeshGroups::MeshGroups(const MeshSpec& shape, Communicator& gradients, Communicator& layers,
+                       Communicator& control, at::Device device, const CollectiveLog* layers_log)
+    : shape_(shape), device_(device), layers_log_(layers_log) {
   const int ranks = control.size();
   if (shape.data * shape.tensor * shape.pipeline != ranks) {
     throw UserError("train.mesh: " + std::to_string(shape.data) + " x " +
@@ -185,8 +185,6 @@ MeshGroups::MeshGroups(const MeshSpec& shape, Communicator& gradients, Communica
             stage = rank / (shape.tensor * shape.data);
   data_gradients_ = gradients.Split(stage * shape.tensor + part, replica);
   data_ = control.Split(stage * shape.tensor + part, replica);
-  // On the host without the thread that gradients travel in: whoever talks here waits at once.
-  Communicator& layers = device.is_cpu() ? control : gradients;
   tensor_ = layers.Split(stage * shape.data + replica, part);
   forward_ = layers.Split(replica * shape.tensor + part, stage);
   backward_ = layers.Split(replica * shape.tensor + part, stage);
@@ -281,7 +279,7 @@ struct Mesh::InFlight {
   at::Tensor input, output;  // the last stage's output is the loss
 };
 
-StepStatus Mesh::RunPasses(const BatchSource::Item& item, StepStatus status) {
+StepStatus Mesh::RunPasses(const BatchSource::Item& item, StepStatus status, const Enter& enter) {
   Communicator &forward_stages = groups_.pipeline(), &backward_stages = groups_.backward();
   const int stage = forward_stages.rank(), count = forward_stages.size();
   const bool last_stage = stage + 1 == count;
@@ -300,6 +298,7 @@ StepStatus Mesh::RunPasses(const BatchSource::Item& item, StepStatus status) {
   }
   Outbox activations(forward_stages), gradients(backward_stages);
   const auto forward = [&](int i) {
+    enter(Activity::kForward);
     InFlight& pass = in_flight[static_cast<size_t>(i)];
     const auto part = [&](const char* name) {
       return item.batch.at(name).narrow(0, pass.samples.first, pass.samples.size());
@@ -307,7 +306,7 @@ StepStatus Mesh::RunPasses(const BatchSource::Item& item, StepStatus status) {
     if (stage == 0) {
       pass.input = part("input");
     } else {
-      pass.input = TimedReceive(forward_stages, stage - 1);
+      pass.input = Receive(forward_stages, stage - 1, groups_.device());
       pass.input.requires_grad_(true);
     }
     const at::Tensor output = model_.staged()->ForwardStage(pass.input, pass.samples.size());
@@ -320,11 +319,12 @@ StepStatus Mesh::RunPasses(const BatchSource::Item& item, StepStatus status) {
     }
   };
   const auto backward = [&](int i) {
+    enter(Activity::kBackward);
     InFlight& pass = in_flight[static_cast<size_t>(i)];
     const at::Tensor gradient =
         last_stage
             ? at::scalar_tensor(pass.weight, pass.output.options().requires_grad(false))
-            : TimedReceive(backward_stages, stage + 1);
+            : Receive(backward_stages, stage + 1, groups_.device());
     ddp_.BeginBackward(status, i + 1 == passes);
     pass.output.backward(gradient);
     ddp_.EndBackward();
@@ -343,14 +343,6 @@ StepStatus Mesh::RunPasses(const BatchSource::Item& item, StepStatus status) {
   activations.WaitAll();
   gradients.WaitAll();
   return status;
-}
-
-at::Tensor Mesh::TimedReceive(Communicator& stages, int from) {
-  const auto start = std::chrono::steady_clock::now();
-  at::Tensor tensor = Receive(stages, from, groups_.device());
-  waited_seconds_ +=
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  return tensor;
 }
 
 // ---- state

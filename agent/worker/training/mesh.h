@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "agent/worker/dist/collective_log.h"
 #include "agent/worker/dist/communicator.h"
 #include "agent/worker/model/model.h"
 #include "agent/worker/model/network.h"
@@ -25,10 +26,11 @@ namespace itwin::worker {
 // share layers are neighbours, as they talk most.
 class MeshGroups {
  public:
-  // Every rank calls it; throws UserError when the mesh is not made of as many ranks. `gradients`
-  // (which takes the device's buffers) and `control` must outlive it.
-  MeshGroups(const MeshSpec& shape, Communicator& gradients, Communicator& control,
-             at::Device device = at::kCPU);
+  // Every rank calls it; throws UserError when the mesh is not made of as many ranks. `gradients` and
+  // `layers` (activations; who starts something there waits for it at once) take the device's buffers, and
+  // with `control` and the log of `layers`, which may be null, must outlive it.
+  MeshGroups(const MeshSpec& shape, Communicator& gradients, Communicator& layers, Communicator& control,
+             at::Device device = at::kCPU, const CollectiveLog* layers_log = nullptr);
 
   const MeshSpec& shape() const { return shape_; }
   at::Device device() const { return device_; }
@@ -40,10 +42,13 @@ class MeshGroups {
   // Activations go forward, their gradients backward; each has its own order.
   Communicator& pipeline() { return *forward_; }
   Communicator& backward() { return *backward_; }
+  // In exchanges of activations and their gradients, in total.
+  double waited_seconds() const { return layers_log_ == nullptr ? 0 : layers_log_->counts().seconds; }
 
  private:
   const MeshSpec shape_;
   const at::Device device_;
+  const CollectiveLog* const layers_log_;
   std::unique_ptr<Communicator> data_gradients_, data_, tensor_, forward_, backward_;
 };
 
@@ -68,18 +73,17 @@ class Mesh : public Strategy {
   double SquaresOfGradients() override;
   bool sharded() const override { return true; }
   bool RunsPasses() const override { return groups_.shape().pipeline > 1; }
-  StepStatus RunPasses(const BatchSource::Item& item, StepStatus status) override;
+  StepStatus RunPasses(const BatchSource::Item& item, StepStatus status, const Enter& enter) override;
   std::vector<StateSlice> InWhole(std::vector<StateSlice> held) const override;
   std::vector<StateSlice> Owned(std::vector<StateSlice> held) const override;
   std::vector<int> FindDifferingRanks(Communicator& control) override;
   std::vector<int64_t> Unused() const override { return ddp_.Unused(); }
-  double waited_seconds() const override { return ddp_.waited_seconds() + waited_seconds_; }
+  double waited_seconds() const override { return ddp_.waited_seconds() + groups_.waited_seconds(); }
   Memory memory() const override { return ddp_.memory(); }
   bool holds_model() const override { return false; }
 
  private:
   struct InFlight;
-  at::Tensor TimedReceive(Communicator& stages, int from);
   StepStatus SumOnDevice(const StepStatus& status);
   int RankOf(int stage, int replica, int part) const {
     return (stage * groups_.shape().data + replica) * groups_.shape().tensor + part;
@@ -91,7 +95,6 @@ class Mesh : public Strategy {
   Model& model_;
   Ddp ddp_;
   const std::map<std::string, ParameterPart> parts_;
-  double waited_seconds_ = 0;
 };
 
 }  // namespace itwin::worker

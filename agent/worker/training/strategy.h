@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -14,6 +15,7 @@
 
 #include "agent/worker/checkpoint/safetensors.h"
 #include "agent/worker/dist/communicator.h"
+#include "agent/worker/profile/profiler.h"
 #include "agent/worker/spec/train_spec.h"
 #include "agent/worker/training/batch_source.h"
 #include "agent/worker/training/flat_parameters.h"
@@ -67,9 +69,10 @@ class Strategy {
   virtual void BeginBackward(const StepStatus& status, bool last) = 0;
   virtual void EndBackward() = 0;
   // Whether forward and backward of a step are this strategy's to run, in place of all of the above
-  // but BeginStep. Takes and gives this rank's status.
+  // but BeginStep. Takes and gives this rank's status, and says what it is at.
+  using Enter = std::function<void(Activity)>;
   virtual bool RunsPasses() const { return false; }
-  virtual StepStatus RunPasses(const BatchSource::Item& /*item*/, StepStatus status) {
+  virtual StepStatus RunPasses(const BatchSource::Item& /*item*/, StepStatus status, const Enter& /*enter*/) {
     return status;
   }
   // Then range i's gradients are the sum over ranks.

@@ -31,6 +31,7 @@ namespace {
 
 constexpr double kProgressSeconds = 0.25;  // between progress lines
 constexpr double kPrintSeconds = 0.25;     // between lines for people
+constexpr double kPerformanceSeconds = 30;  // between points of speed within an epoch
 constexpr double kReserveSeconds = 5;      // kept before the deadline beside the measured save time
 // A save's assumed time before one was measured: a slow shared disk, and the time to create the files.
 constexpr double kFirstSaveBytesPerSecond = 50e6, kFirstSaveSeconds = 1;
@@ -155,8 +156,10 @@ struct TrainingLoop::Clock {
   double evaluation = 0;  // the longest evaluation
   double total_evaluation = 0;
   // Since the epoch's start.
-  double epoch_training = 0, epoch_data_wait = 0, epoch_communication_wait = 0;
+  double epoch_training = 0;
   int64_t epoch_samples = 0;
+  double data_wait_before = 0, communication_wait_before = 0;  // at the epoch's start, in total
+  double performance_at = Seconds();                           // the last points of speed
   // Since the last progress line.
   double progress_at = 0, progress_training = 0;
   int64_t progress_samples = 0;
@@ -331,6 +334,10 @@ TrainingOutcome TrainingLoop::Run() {
                     std::to_string(spec_.batch));
   }
   if (stopped) {
+    if (clock_->epoch_training > 0) {
+      ReportSpeed();
+      setup_.metrics.Write(position_.step, profiler_.EpochValues(profiler_.TakeEpoch(), setup_.control));
+    }
     Save();
     FinishSaving();
     outcome.saved = true;
@@ -355,10 +362,10 @@ TrainingOutcome TrainingLoop::Run() {
 bool TrainingLoop::RunEpoch() {
   order_.emplace(setup_.dataset.size(Split::kTrain), spec_.batch, spec_.seed, position_.epoch);
   batches_.Start(*order_, position_.next_batch);
-  clock_->epoch_training = clock_->epoch_data_wait = clock_->epoch_communication_wait = 0;
+  clock_->epoch_training = 0;
   clock_->epoch_samples = 0;
-  const double data_wait = batches_.waited_seconds();
-  const double communication_wait = strategy_->waited_seconds();
+  clock_->data_wait_before = batches_.waited_seconds();
+  clock_->communication_wait_before = strategy_->waited_seconds();
   model_.Train(true);
   while (position_.next_batch < order_->batches() &&
          !(spec_.steps > 0 && position_.step >= spec_.steps)) {
@@ -366,8 +373,6 @@ bool TrainingLoop::RunEpoch() {
     if (features_.stopped()) break;
   }
   if (!Settle()) return false;
-  clock_->epoch_data_wait = batches_.waited_seconds() - data_wait;
-  clock_->epoch_communication_wait = strategy_->waited_seconds() - communication_wait;
   FinishEpoch();
   return true;
 }
@@ -440,6 +445,9 @@ bool TrainingLoop::Step() {
     setup_.trace->AfterStep(position_.step);
   }
   ReportProgress(/*now=*/false);
+  // (At an epoch's end they come with the rest.)
+  const bool in_epoch = position_.next_batch < order_->batches() && !Done();
+  if (go_on && in_epoch && Seconds() - clock_->performance_at >= kPerformanceSeconds) ReportSpeed();
   if (!go_on) {
     Settle();
     return false;
@@ -493,7 +501,8 @@ void TrainingLoop::ForwardAndBackward(const BatchSource::Item& item) {
   if (setup_.trace != nullptr) status.trace = static_cast<double>(setup_.trace->Asked());
   if (late_) status.MoveTo(setup_.device);
   strategy_->BeginStep();
-  status = strategy_->RunsPasses() ? strategy_->RunPasses(item, status) : RunMicroBatches(item, status);
+  status = strategy_->RunsPasses() ? strategy_->RunPasses(item, status, [this](Activity a) { Enter(a); })
+                                   : RunMicroBatches(item, status);
   local_figures_ = status.on_device;
   local_not_finite_ = status.not_finite > 0;
 }
@@ -733,14 +742,7 @@ void TrainingLoop::FinishEpoch() {
     values.emplace_back("train/loss_epoch",
                         position_.epoch_loss_sum / static_cast<double>(position_.epoch_samples));
   }
-  if (clock_->epoch_training > 0) {
-    values.emplace_back("perf/samples_per_second",
-                        static_cast<double>(clock_->epoch_samples) / clock_->epoch_training);
-    values.emplace_back("perf/data_wait_s", clock_->epoch_data_wait);
-    values.emplace_back("perf/comm_wait_s", clock_->epoch_communication_wait);
-    if (clock_->check > 0) values.emplace_back("perf/check_s", clock_->check);
-    AppendMemory(&values);
-  }
+  AppendSpeed(&values);
   for (const Phase& phase : phases_) {
     values.emplace_back(phase.name.empty() ? "train/learning_rate" : "train/" + phase.name + "_learning_rate",
                         phase.optimizer.learning_rate());
@@ -752,6 +754,7 @@ void TrainingLoop::FinishEpoch() {
   for (auto& value : profiler_.EpochValues(profiler_.TakeEpoch(), setup_.control)) {
     values.push_back(std::move(value));
   }
+  clock_->performance_at = Seconds();
   setup_.metrics.Write(position_.step, values);
   for (const auto& [name, value] : values) epoch_metrics_[name] = last_metrics_[name] = value;
   if (whole) {
@@ -780,6 +783,24 @@ void TrainingLoop::FinishEpoch() {
     }
     setup_.print(line);
   }
+}
+
+// Of this rank, since the epoch's start.
+void TrainingLoop::AppendSpeed(MetricSink::Values* values) const {
+  if (clock_->epoch_training <= 0) return;
+  values->emplace_back("perf/samples_per_second", static_cast<double>(clock_->epoch_samples) / clock_->epoch_training);
+  values->emplace_back("perf/data_wait_s", batches_.waited_seconds() - clock_->data_wait_before);
+  values->emplace_back("perf/comm_wait_s", strategy_->waited_seconds() - clock_->communication_wait_before);
+  if (clock_->check > 0) values->emplace_back("perf/check_s", clock_->check);
+  AppendMemory(values);
+}
+
+// In the midst of an epoch, which may last for hours.
+void TrainingLoop::ReportSpeed() {
+  clock_->performance_at = Seconds();
+  MetricSink::Values values;
+  AppendSpeed(&values);
+  if (!values.empty()) setup_.metrics.Write(position_.step, values);
 }
 
 void TrainingLoop::AppendMemory(MetricSink::Values* values) const {

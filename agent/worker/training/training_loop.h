@@ -137,7 +137,9 @@ class TrainingLoop {
   [[noreturn]] void FailNotFinite(int64_t step);
   void ReportUnusedParameters();
   void ReportProgress(bool now);
+  void AppendSpeed(MetricSink::Values* values) const;
   void AppendMemory(MetricSink::Values* values) const;
+  void ReportSpeed();
 
   bool Done() const;
   int64_t TotalSteps() const;

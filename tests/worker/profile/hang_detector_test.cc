@@ -50,6 +50,16 @@ TEST(JudgeHang, NamesNobodyWithoutEvidence) {
   EXPECT_THAT(JudgeHang({Sign(0, 9, 30, 0)}, {1}, 60, 10).message, HasSubstr("no sign at all"));
 }
 
+TEST(JudgeHang, BlamesWhoComputesWhileTheOthersWait) {
+  RankSign waits = Sign(0, 9, 30, 0), computes = Sign(1, 9, 30, 1);
+  waits.waits = true;
+  HangVerdict verdict = JudgeHang({waits, computes, waits}, {}, 60, 10);
+  EXPECT_EQ(verdict.rank, 1);
+  EXPECT_THAT(verdict.message, HasSubstr("rank 1 on n1 waits for no other rank, and 2 wait for it"));
+  EXPECT_EQ(JudgeHang({waits, waits}, {}, 60, 10).rank, -1);
+  EXPECT_EQ(JudgeHang({computes, computes}, {}, 60, 10).rank, -1);
+}
+
 // Waits for `done`, spinning lightly.
 bool Eventually(const std::function<bool()>& done) {
   const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(30);

@@ -68,7 +68,7 @@ TEST(Profiler, EveryMomentOfAStepHasOneActivity) {
 TEST(Profiler, SeriesOfAnEpoch) {
   RunRanksOrThrow(2, [](Communicator&, Communicator& control) {
     CollectiveLog log("gradients");
-    Profiler profiler(&log);
+    Profiler profiler({&log});
     profiler.BeginStep();
     log.Begin("all-reduce", 1'000'000);
     Burn(0.001);
@@ -104,7 +104,7 @@ TEST(Trace, AllRanksOnOneClock) {
   RunRanksOrThrow(kRanks, [&](Communicator&, Communicator& control) {
     const int rank = control.rank();
     CollectiveLog log("gradients");
-    Profiler profiler(&log);
+    Profiler profiler({&log});
     log.Record(true);
     profiler.trace().Start(2);
     for (int step = 0; step < 3; ++step) {

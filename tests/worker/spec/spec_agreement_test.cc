@@ -65,7 +65,7 @@ std::string WorkerSays(const v1::JobSpec& job) {
       CheckGpuSettings(spec, strategy);
       const std::unique_ptr<Dataset> dataset = OpenDataset(spec.data, spec.seed, scratch.path());
       std::optional<MeshGroups> mesh;
-      if (IsMesh(strategy)) mesh.emplace(MeshOf(spec, strategy, ranks), gradients, control);
+      if (IsMesh(strategy)) mesh.emplace(MeshOf(spec, strategy, ranks), gradients, control, control);
       std::unique_ptr<Model> model;
       {
         const std::lock_guard lock(mutex);  // models draw their weights from one generator

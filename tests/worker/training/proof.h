@@ -259,7 +259,7 @@ torch.jit.script(Net64()).save('net64.pt')
       std::string note;
       const std::string strategy = ChooseStrategy(spec, ranks, &note);
       std::optional<MeshGroups> mesh;
-      if (IsMesh(strategy)) mesh.emplace(MeshOf(spec, strategy, ranks), whole, control, device);
+      if (IsMesh(strategy)) mesh.emplace(MeshOf(spec, strategy, ranks), whole, device.is_cpu() ? control : whole, control, device);
       const std::unique_ptr<Model> owned = MakeModelAlone(spec, *dataset, mesh ? &*mesh : nullptr);
       Model& model = *owned;
       // Ranks are threads here and share one generator, which the loop seeds: all draw their weights before.

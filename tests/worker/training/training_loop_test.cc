@@ -996,6 +996,8 @@ TEST(TrainingLoop, AsOnADeviceAStopIsActedUponAndTheNextAttemptEqualsTheWholeRun
   EXPECT_TRUE(first.outcomes[1].saved);
   EXPECT_LE(first.outcomes[0].steps, 2);  // asked in step 1, known when step 2 is under way
   EXPECT_EQ(first.sink.points["train/loss"].size(), static_cast<size_t>(first.outcomes[0].steps));
+  EXPECT_EQ(first.sink.points["perf/samples_per_second"].size(), 1u) << "in the midst of an epoch, too";
+  EXPECT_EQ(first.sink.points["perf/step_p50_s"].size(), 1u);
   std::filesystem::remove(scratch / "stop");
   Training second{.ranks = 2, .checkpoints = scratch / "c", .resume = scratch / "c", .as_on_device = true};
   second.GoOrThrow(dataset);
