@@ -1,11 +1,14 @@
 #include "agent/worker/model/torchscript_model.h"
 
+#include <caffe2/serialize/file_adapter.h>
+#include <caffe2/serialize/istream_adapter.h>
 #include <torch/csrc/jit/passes/inliner.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
 #include <torch/csrc/jit/serialization/export.h>
 #include <torch/script.h>
 #include <torch/version.h>
 
+#include <memory>
 #include <optional>
 #include <set>
 #include <sstream>
@@ -16,9 +19,13 @@
 #include "agent/worker/error.h"
 #include "agent/worker/model/loss.h"
 #include "agent/worker/model/operators.h"
+#include "agent/worker/model/torchscript_import.h"
 
 namespace itwin::worker {
 namespace {
+
+using caffe2::serialize::FileAdapter;
+using caffe2::serialize::IStreamAdapter;
 
 constexpr size_t kMaxReasonBytes = 1000;  // of a message of LibTorch that is handed on
 
@@ -36,10 +43,13 @@ std::string ReasonOf(const std::exception& error) {
   return reason;
 }
 
-template <typename Source>  // a path or a stream
-torch::jit::Module Load(Source&& source, const std::string& field, const std::string& file) {
+template <typename MakeReader>
+torch::jit::Module Load(const MakeReader& reader, const std::string& field,
+                        const std::string& file) {
   try {
-    return torch::jit::load(source, at::kCPU);
+    return ImportTorchScript(reader(), field);
+  } catch (const WorkerError&) {
+    throw;
   } catch (const std::exception& error) {
     const std::string reason = ReasonOf(error);
     constexpr std::string_view kUnknown = "Unknown builtin op: ";
@@ -368,7 +378,9 @@ std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset
   const std::filesystem::path path =
       ResolveFile(spec.model.torchscript, work_dir, "train.model.torchscript");
   const std::string file = path.filename().string(), field = "train.model.torchscript: " + file;
-  return FromModule(spec, dataset, Load(path.string(), field, file), file, field);
+  return FromModule(spec, dataset,
+                    Load([&] { return std::make_shared<FileAdapter>(path.string()); }, field, file),
+                    file, field);
 }
 
 std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset& dataset,
@@ -376,7 +388,10 @@ std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset
   torch::jit::getProfilingMode() = false;
   const std::string field = "train.model.archive: " + archive.file;
   std::istringstream bytes(archive.script);
-  return FromModule(spec, dataset, Load(bytes, field, archive.file), archive.file, field);
+  return FromModule(spec, dataset,
+                    Load([&] { return std::make_shared<IStreamAdapter>(&bytes); }, field,
+                         archive.file),
+                    archive.file, field);
 }
 
 }  // namespace itwin::worker

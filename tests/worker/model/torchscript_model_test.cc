@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "agent/worker/checkpoint/safetensors.h"
+#include "agent/worker/model/archive.h"
 #include "tests/worker/data/scratch.h"
 #include "tests/worker/model/fixed_dataset.h"
 
@@ -19,10 +20,17 @@ using testing::Scratch;
 using testing::UserErrorOf;
 
 constexpr char kModules[] = R"(
-import torch, zipfile
-from typing import Dict, Tuple
+import enum, torch, zipfile
+from typing import Dict, NamedTuple, Optional, Tuple
 from torch import nn, Tensor
 F = nn.functional
+
+class Color(enum.Enum):
+    RED = 1
+
+class Point(NamedTuple):
+    x: Tensor
+    scale: float = 1.5
 
 class Body(nn.Module):
     def __init__(self):
@@ -78,6 +86,69 @@ class NoRecurrentDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x.unsqueeze(1))[0][:, 0]
 
+@torch.jit.script
+class Remembers(object):
+    def __init__(self, n: Tensor):
+        self.n = n
+    def __getstate__(self) -> Tensor:
+        return self.n
+    def __setstate__(self, s: Tensor) -> None:
+        self.n = s
+        torch.save(s, 'written.pt')
+
+@torch.jit.script
+class Reads(object):
+    def __init__(self, n: Tensor):
+        self.n = n
+    def unused(self) -> Tensor:
+        return torch.from_file('/etc/hostname', False, 1)
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n = torch.zeros(1)
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+    @torch.jit.export
+    def __getstate__(self) -> Tuple[Tensor, bool]:
+        return self.n, self.training
+    @torch.jit.export
+    def __setstate__(self, s: Tuple[Tensor, bool]):
+        self.n, self.training = s
+        torch.save(s[0], 'written.pt')
+
+class Whole(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+        self.part = part
+    def forward(self, x: Tensor, more: int = 7) -> Tensor:
+        return self.a(x) * seven(more)
+
+def seven(n: int) -> int:
+    return n
+
+class ForeignClass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        foreign = torch.classes._nnapi.Compilation()
+        return self.a(x)
+
+class EveryValue(nn.Module):  # that may stand as a default or constant
+    limit: torch.jit.Final[float]
+    __constants__ = ['sizes', 'place', 'nothing', 'pair']
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+        self.limit, self.sizes, self.place = float('-inf'), [1, 2], torch.device('cpu')
+        self.nothing, self.pair = None, ('a', -1.5)
+    def forward(self, x: Tensor, n: int = 3, o: Optional[Tensor] = None, z: float = float('inf'), s: str = 'a',
+                color: Color = Color.RED, b: bool = False, p: Tuple[int, float] = (1, -2.),
+                point: Optional[Point] = None) -> Tensor:
+        return F.max_pool2d(self.a(x).unsqueeze(1).unsqueeze(1), 1).flatten(1) * float(self.sizes[0] + self.pair[1])
+
 torch.manual_seed(0)
 save = lambda m, name: torch.jit.script(m).save(name + '.pt')
 x = torch.randn(4, 3)
@@ -96,11 +167,23 @@ torch.save(Body().state_dict(), 'state.pt')
 for p in (m := Body()).parameters(): p.requires_grad_(False)
 save(m, 'fixed')
 save(nn.Linear(4, 2), 'four')
-with zipfile.ZipFile('plain.pt') as old, zipfile.ZipFile('newer.pt', 'w') as new:
-    for item in old.infolist():
-        data = old.read(item)
-        if item.filename.endswith('.py'): data = data.replace(b'torch.linear', b'torch.lineal_attention')
-        new.writestr(item, data)
+def altered(name, result, *changes):
+    with zipfile.ZipFile(name + '.pt') as old, zipfile.ZipFile(result + '.pt', 'w') as new:
+        for item in old.infolist():
+            data = old.read(item)
+            if item.filename.endswith('.py'):
+                for before, after in changes: data = data.replace(before, after)
+            new.writestr(item, data)
+altered('plain', 'newer', (b'torch.linear', b'torch.lineal_attention'))
+save(Whole(Part()), 'state_of_part'); save(Whole(Remembers(torch.zeros(1))), 'state_of_class')
+save(Whole(Reads(torch.zeros(1))), 'unused_method'); save(ForeignClass(), 'foreign'); save(EveryValue(), 'values')
+save(Whole(None), 'whole')
+writes = (b'  return n\n', b'  torch.save(n, "written.pt")\n  return n\n')
+altered('whole', 'default', writes, (b'more: int=7', b'more: int=__torch__.seven(7)'))
+altered('whole', 'constant', writes, (b'  a : __torch__', b'  c : Final[int] = __torch__.seven(7)\n  a : __torch__'))
+altered('values', 'named_tuple', (b'scale : float', b'scale : float = float(torch.dim(torch.from_file("/etc/hostname")))'))
+import glob, os
+for name in glob.glob('written.pt'): os.remove(name)
 )";
 
 class TorchScriptModelTest : public ::testing::Test {
@@ -233,6 +316,31 @@ TEST_F(TorchScriptModelTest, RefusesWithTheReasonWhatCannotBeTrained) {
               AllOf(HasSubstr("operator aten::lineal_attention"), HasSubstr("newer LibTorch")));
   EXPECT_THAT(ErrorOf("state", "mse"), HasSubstr("torch.jit.script(model).save"));
   EXPECT_THAT(ErrorOf("absent", "mse"), HasSubstr("absent.pt"));
+}
+
+// Code of the user's, which would run while LibTorch reads the file: before anything was checked.
+TEST_F(TorchScriptModelTest, NothingRunsWhileTheFileIsRead) {
+  const auto before = std::filesystem::current_path();
+  std::filesystem::current_path(scratch_->path());
+  EXPECT_THAT(ErrorOf("state_of_part", "mse"), HasSubstr("has a method __"));
+  EXPECT_THAT(ErrorOf("state_of_class", "mse"), HasSubstr("has a method __"));
+  EXPECT_THAT(ErrorOf("default", "mse"),
+              AllOf(HasSubstr("the default of the argument more (in code/"),
+                    HasSubstr("computed by code")));
+  EXPECT_THAT(ErrorOf("constant", "mse"), HasSubstr("a constant of a class"));
+  EXPECT_THAT(ErrorOf("named_tuple", "mse"), HasSubstr("a constant of a class"));
+  ModelArchive archive{.file = "net.itw", .script = scratch_->Read("state_of_part.pt")};
+  EXPECT_THAT(
+      UserErrorOf([&] { MakeTorchScriptModel(SpecOf("", "mse"), data_, archive); }),
+      AllOf(HasSubstr("train.model.archive: net.itw"), HasSubstr("has a method __")));
+  EXPECT_FALSE(std::filesystem::exists("written.pt"));
+  std::filesystem::current_path(before);
+  EXPECT_EQ(ErrorOf("values", "mse"), "");
+}
+
+TEST_F(TorchScriptModelTest, ChecksWhatIsNotCalledToo) {
+  EXPECT_THAT(ErrorOf("unused_method", "mse"), HasSubstr("uses aten::from_file"));
+  EXPECT_THAT(ErrorOf("foreign", "mse"), HasSubstr("uses torch.classes._nnapi.Compilation"));
 }
 
 TEST_F(TorchScriptModelTest, NamesWhatDoesNotFit) {
