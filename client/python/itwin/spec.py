@@ -7,7 +7,7 @@ import pathlib
 import re
 
 from itwin import archive, dataset, handover, losses, optimizer as optimizers, schedule
-from itwin.errors import ModelError, SpecError
+from itwin.errors import ModelError, OptimizerError, SpecError
 from itwin.v1 import spec_pb2
 
 MAX_DOCUMENT_BYTES = 1 << 20  # as the gateway has it
@@ -163,8 +163,10 @@ def train(directory, model=None, loss=None, data=None, target=None, split=None, 
         result["optimizer"] = optimizers.document(optimizer, module)
         rates = None
         if scheduler is not None and hasattr(scheduler, "optimizer"):
-            rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-            next(iter(result["optimizer"].values()))["lr"] = float(schedule.peak_rate(scheduler))
+            if scheduler.optimizer is not optimizer:
+                raise OptimizerError("the scheduler belongs to another optimizer; make it of the one that is passed as optimizer=.")
+            rates = schedule.rates(scheduler)
+            next(iter(result["optimizer"].values()))["lr"] = rates[0]
         groups = optimizers.groups(optimizer, module, rates)
         if groups:
             result["parameter_groups"] = [*groups, *result.get("parameter_groups", [])]
