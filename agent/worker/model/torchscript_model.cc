@@ -20,6 +20,7 @@
 #include "agent/worker/model/loss.h"
 #include "agent/worker/model/operators.h"
 #include "agent/worker/model/torchscript_import.h"
+#include "agent/worker/model/training_flags.h"
 
 namespace itwin::worker {
 namespace {
@@ -69,39 +70,38 @@ torch::jit::Module Load(const MakeReader& reader, const std::string& field,
   }
 }
 
-// The constant value of an operator's argument, if it has an argument of that name and the value is
-// fixed.
-std::optional<torch::jit::IValue> ConstantArgument(const torch::jit::Node* node, const char* name) {
-  const c10::FunctionSchema* schema = node->maybeSchema();
-  if (schema == nullptr) return std::nullopt;
-  const auto index = schema->argumentIndexWithName(name);
-  if (!index || static_cast<size_t>(*index) >= node->inputs().size()) return std::nullopt;
-  const auto value = torch::jit::toIValue(node->input(static_cast<size_t>(*index)));
+// The value of an operator's argument where it is fixed.
+std::optional<torch::jit::IValue> FixedArgument(const torch::jit::Node* node, size_t index) {
+  if (index >= node->inputs().size()) return std::nullopt;
+  const torch::jit::Value* input = node->input(index);
+  if (input->type()->kind() == c10::TypeKind::NoneType) return torch::jit::IValue();
+  const auto value = torch::jit::toIValue(input);
   if (!value)
     return std::nullopt;  // said outright: an IValue can be made of LibTorch's own empty optional
   return *value;
 }
 
-// The first operator whose training flag is a constant where it matters: it would not obey train()
-// and eval().
+// Whether an operator's training flag is a constant where it matters: it would not obey train() and
+// eval().
+bool HasFixedTrainingFlag(const torch::jit::Node* node) {
+  const c10::FunctionSchema* schema = node->maybeSchema();
+  if (schema == nullptr) return false;
+  const std::optional<TrainingFlag> flag = FindTrainingFlag(*schema);
+  if (!flag) return false;
+  const auto value = FixedArgument(node, flag->argument);
+  if (!value) return false;
+  if (value->isDouble()) return value->toDouble() != flag->off.toDouble();
+  if (flag->statistic) {
+    const auto statistic = FixedArgument(node, *flag->statistic);
+    return !statistic || !statistic->isNone();
+  }
+  const auto share = flag->share ? FixedArgument(node, *flag->share) : std::nullopt;
+  return !share || !share->isDouble() || share->toDouble() != 0;
+}
+
 const torch::jit::Node* FindFixedTrainingFlag(const torch::jit::Block* block) {
   for (const torch::jit::Node* node : block->nodes()) {
-    const std::string name = node->kind().toQualString();
-    const bool norm = name == "aten::batch_norm" || name == "aten::_batch_norm_impl_index" ||
-                      name == "aten::native_batch_norm" || name == "aten::cudnn_batch_norm";
-    const bool dropout = name.starts_with("aten::") && name.find("dropout") != std::string::npos;
-    const bool recurrent = name == "aten::lstm" || name == "aten::gru" ||
-                           name == "aten::rnn_tanh" || name == "aten::rnn_relu";
-    if (norm || dropout || recurrent) {
-      bool fixed = false;
-      for (const char* flag : {"train", "training"})
-        fixed = fixed || ConstantArgument(node, flag).has_value();
-      if (!norm) {  // without effect where nothing is dropped
-        const auto share = ConstantArgument(node, recurrent ? "dropout" : "p");
-        if (share && share->isDouble() && share->toDouble() == 0) fixed = false;
-      }
-      if (fixed) return node;
-    }
+    if (HasFixedTrainingFlag(node)) return node;
     for (const torch::jit::Block* inner : node->blocks()) {
       if (const torch::jit::Node* found = FindFixedTrainingFlag(inner)) return found;
     }

@@ -163,6 +163,19 @@ class L(nn.Module):
     def __init__(self): super().__init__(); self.a = lstm
     def forward(self, x): return self.a(x.unsqueeze(0))[0][0]
 torch.jit.trace(L(), x, check_trace=False).save('traced_lstm.pt')
+class Normed(nn.Module):  # of x as [samples, 1, 3]
+    def __init__(self, layer, after=nn.Identity()):
+        super().__init__()
+        self.a, self.layer, self.after = nn.Linear(3, 2), layer, after
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.a(self.layer(x.unsqueeze(1)).squeeze(1)))
+trace = lambda m, name: torch.jit.trace(m, x, check_trace=False).save(name + '.pt')
+trace(Normed(nn.Identity(), nn.RReLU()), 'traced_rrelu'); save(Normed(nn.Identity(), nn.RReLU()), 'rrelu')
+trace(Normed(nn.InstanceNorm1d(1, track_running_stats=True)), 'traced_instance')
+trace(Normed(nn.InstanceNorm1d(1)), 'traced_instance_plain'); save(Normed(nn.InstanceNorm1d(1)), 'instance_plain')
+save(Normed(nn.InstanceNorm1d(1, track_running_stats=True)), 'instance')
+save(Normed(nn.BatchNorm1d(1, track_running_stats=False)), 'norm_plain')
+trace(Normed(nn.BatchNorm1d(1, track_running_stats=False)), 'traced_norm_plain')
 torch.save(Body().state_dict(), 'state.pt')
 for p in (m := Body()).parameters(): p.requires_grad_(False)
 save(m, 'fixed')
@@ -300,6 +313,9 @@ TEST_F(TorchScriptModelTest, TiedParametersCountOnceAndFixedOnesAreNotTrained) {
 TEST_F(TorchScriptModelTest, AcceptsTracesWithoutTrainingFlags) {
   EXPECT_EQ(ErrorOf("traced_plain", "mse"), "");
   EXPECT_EQ(ErrorOf("recurrent", "mse"), "");
+  // Without running statistics training and evaluation are the same.
+  for (const char* name : {"traced_instance_plain", "traced_norm_plain", "instance_plain", "norm_plain", "instance", "rrelu"})
+    EXPECT_EQ(ErrorOf(name, "mse"), "") << name;
 }
 
 TEST_F(TorchScriptModelTest, RefusesWithTheReasonWhatCannotBeTrained) {
@@ -311,6 +327,10 @@ TEST_F(TorchScriptModelTest, RefusesWithTheReasonWhatCannotBeTrained) {
   EXPECT_THAT(ErrorOf("traced_norm", "mse"), HasSubstr("batch_norm"));
   EXPECT_THAT(ErrorOf("traced_lstm", "mse"),
               HasSubstr("lstm in \"forward\" has a fixed training flag"));
+  EXPECT_THAT(ErrorOf("traced_rrelu", "mse"),
+              HasSubstr("rrelu in \"forward\" has a fixed training flag"));
+  EXPECT_THAT(ErrorOf("traced_instance", "mse"),
+              HasSubstr("instance_norm in \"forward\" has a fixed training flag"));
   EXPECT_THAT(ErrorOf("careless", "mse"), HasSubstr("in \"forward\" has a fixed training flag"));
   EXPECT_THAT(ErrorOf("newer", "mse"),
               AllOf(HasSubstr("operator aten::lineal_attention"), HasSubstr("newer LibTorch")));
