@@ -505,6 +505,17 @@ std::set<std::string> Graph::OperatorsOf(const nlohmann::json& graph, const std:
   return names;
 }
 
+// What torch.nn.functional.batch_norm says; the operator itself would make running statistics NaN.
+void Graph::RefuseOneSample(const Node& node, const std::vector<IValue>& arguments) {
+  if (!node.name.ends_with("batch_norm") && node.name != "aten::_batch_norm_impl_index") return;
+  const IValue& flag = arguments[node.training_flag->argument];
+  if (!flag.isBool() || !flag.toBool() || !arguments[0].isTensor()) return;
+  const at::Tensor& input = arguments[0].toTensor();
+  TORCH_CHECK(input.dim() < 2 || input.numel() != input.size(1),
+              "Expected more than 1 value per channel when training, got input size ",
+              input.sizes());
+}
+
 void Graph::RunNode(const Node& node, std::vector<Value>& values) {
   const auto set = [&](size_t output, IValue value) {
     values[static_cast<size_t>(node.outputs[output])].value = std::move(value);
@@ -588,6 +599,7 @@ void Graph::RunNode(const Node& node, std::vector<Value>& values) {
     }
     stack.push_back(std::move(*value));
   }
+  if (training_ && node.training_flag && node.training_flag->statistic) RefuseOneSample(node, stack);
   node.op->callBoxed(&stack);
   if (node.outputs.size() == stack.size()) {
     for (size_t i = 0; i < stack.size(); ++i) set(i, std::move(stack[i]));
