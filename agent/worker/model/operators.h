@@ -17,7 +17,7 @@ struct Module;
 namespace itwin::worker {
 
 // Raised when the list changes.
-inline constexpr int kAllowListVersion = 1;
+inline constexpr int kAllowListVersion = 2;
 
 // Loads a shared object that registers operators; they are allowed from then on. Only whoever runs
 // the worker can name one, never a job. Throws UserError when it cannot be loaded.

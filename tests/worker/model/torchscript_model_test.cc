@@ -128,6 +128,33 @@ class Whole(nn.Module):
 def seven(n: int) -> int:
     return n
 
+@torch.jit.script
+class Entered(object):
+    def __init__(self):
+        self.n = 1
+    def __enter__(self):
+        torch.save(self.n, 'written.pt')
+    def __exit__(self, a: Optional[str], b: Optional[str], c: Optional[str]):
+        pass
+
+class Enters(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        with Entered():
+            x = x + 1
+        return self.a(x)
+
+class WithoutGradients(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = x + 1
+        return self.a(x)
+
 class ForeignClass(nn.Module):
     def __init__(self):
         super().__init__()
@@ -190,7 +217,7 @@ def altered(name, result, *changes):
 altered('plain', 'newer', (b'torch.linear', b'torch.lineal_attention'))
 save(Whole(Part()), 'state_of_part'); save(Whole(Remembers(torch.zeros(1))), 'state_of_class')
 save(Whole(Reads(torch.zeros(1))), 'unused_method'); save(ForeignClass(), 'foreign'); save(EveryValue(), 'values')
-save(Whole(None), 'whole')
+save(Enters(), 'enters'); save(WithoutGradients(), 'no_grad'); save(Whole(None), 'whole')
 writes = (b'  return n\n', b'  torch.save(n, "written.pt")\n  return n\n')
 altered('whole', 'default', writes, (b'more: int=7', b'more: int=__torch__.seven(7)'))
 altered('whole', 'constant', writes, (b'  a : __torch__', b'  c : Final[int] = __torch__.seven(7)\n  a : __torch__'))
@@ -360,6 +387,8 @@ TEST_F(TorchScriptModelTest, NothingRunsWhileTheFileIsRead) {
 
 TEST_F(TorchScriptModelTest, ChecksWhatIsNotCalledToo) {
   EXPECT_THAT(ErrorOf("unused_method", "mse"), HasSubstr("uses aten::from_file"));
+  EXPECT_THAT(ErrorOf("enters", "mse"), HasSubstr("uses aten::save"));
+  EXPECT_EQ(ErrorOf("no_grad", "mse"), "");
   EXPECT_THAT(ErrorOf("foreign", "mse"), HasSubstr("uses torch.classes._nnapi.Compilation"));
 }
 
