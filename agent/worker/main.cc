@@ -238,8 +238,19 @@ struct RunState {
   std::optional<Contract> contract;
 };
 
+WorkerError OneSample() {
+  return UserError(
+      "a rank's share of a batch was a single sample, of which batch norm cannot take statistics in "
+      "training; choose train.batch so that the last batch of an epoch is larger, use another number "
+      "of ranks, or use group norm");
+}
+
 // Whatever was thrown, as one of ours.
 WorkerError Translate(const std::exception_ptr& error) {
+  // Batch norm of one sample, in every version of LibTorch and in TorchScript.
+  const auto is_one_sample = [](const std::string& text) {
+    return text.find("Expected more than 1 value per channel when training") != std::string::npos;
+  };
   const auto is_memory = [](const std::string& text) {
     return text.find("can't allocate memory") != std::string::npos ||
            text.find("out of memory") != std::string::npos;
@@ -264,8 +275,10 @@ WorkerError Translate(const std::exception_ptr& error) {
           "out of memory; ask for more memory per node, use a smaller batch or more ranks (" +
           text + ")");
     }
+    if (is_one_sample(text)) return OneSample();
     return AppError(text);
   } catch (const std::exception& e) {
+    if (is_one_sample(e.what())) return OneSample();
     return is_memory(e.what()) ? ResourceError(e.what()) : AppError(e.what());
   } catch (...) {
     return AppError("an unknown error");

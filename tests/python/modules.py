@@ -291,3 +291,30 @@ class TwoSteps(nn.Module):
     @torch.jit.export
     def evaluation_step(self, batch: Dict[str, torch.Tensor]) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
         return F.mse_loss(self.forward(batch["input"]), batch["target"]), {}
+
+
+class State(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.ones(1)
+
+    def forward(self, x):
+        return x * self.scale
+
+    @torch.jit.export
+    def __getstate__(self) -> Tuple[torch.Tensor, bool]:
+        return self.scale, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: Tuple[torch.Tensor, bool]):
+        self.scale = state[0]
+        self.training = state[1]
+
+
+class WithState(Net):
+    def __init__(self):
+        super().__init__()
+        self.state = State()
+
+    def forward(self, x):
+        return self.last(self.state(self.first(x)))

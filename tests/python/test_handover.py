@@ -1,5 +1,7 @@
 """Handing over modules: what cannot work is said here, with the construct and what to do about it."""
 
+import pathlib
+import re
 import warnings
 
 import pytest
@@ -107,6 +109,25 @@ def test_fixed_training_flags_are_refused():
     with pytest.raises(ModelError, match="fixed training flag.*hand over the nn.Module"):
         handover.script(trace)
     handover.check_step(handover.script(plain), "mse", batch(X, Y))
+
+
+def test_every_fixed_flag_is_found():
+    trace = lambda net: torch.jit.trace(net, torch.randn(4, 2, 3), check_trace=False)  # noqa: E731
+    for layer in (torch.nn.RReLU(), torch.nn.InstanceNorm1d(2, track_running_stats=True)):
+        with pytest.raises(ModelError, match="(rrelu|instance_norm) in .* has a fixed training flag"):
+            handover.script(trace(torch.nn.Sequential(layer, torch.nn.Linear(3, 2))), "mse")
+    for layer in (torch.nn.InstanceNorm1d(2), torch.nn.BatchNorm1d(2, track_running_stats=False)):
+        handover.script(trace(torch.nn.Sequential(layer, torch.nn.Linear(3, 2))), "mse")  # the same in training and evaluation
+
+
+def test_training_arguments_are_those_of_the_worker():
+    source = pathlib.Path(__file__).resolve().parents[2] / "agent/worker/model/training_flags.cc"
+    assert dict(re.findall(r'{"aten::(\w+)", "(\w+)"', source.read_text())) == handover.TRAINING_ARGUMENTS
+
+
+def test_what_runs_while_a_file_is_read_is_refused():
+    with pytest.raises(ModelError, match="has a part with a method __setstate__"):
+        handover.script(modules.WithState(), "mse")
 
 
 def test_an_already_scripted_module_is_taken_as_it_is():

@@ -67,13 +67,62 @@ def test_schedulers(make, kind, values, unit):
 
 
 def test_one_cycle_counts_steps_from_its_peak():
-    scheduler = lr_scheduler.OneCycleLR(torch.optim.SGD(net().parameters(), 0.1), 0.4, total_steps=50, pct_start=0.4, div_factor=10)
+    scheduler = lr_scheduler.OneCycleLR(torch.optim.SGD(net().parameters(), 0.1), 0.4, total_steps=50, pct_start=0.4, div_factor=10,
+                                        cycle_momentum=False)
     document = schedule.document(scheduler)
-    assert document["unit"] == "step" and schedule.peak_rate(scheduler) == 0.4
+    assert document["unit"] == "step" and schedule.rates(scheduler) == [0.4]
     assert document["one_cycle"] == pytest.approx(
         {"length": 50, "rise": 0.4, "initial_divisor": 10, "final_divisor": 1e4, "linear": False})
     with pytest.raises(OptimizerError, match="CyclicLR cannot run at the site"):
         schedule.document(lr_scheduler.CyclicLR(torch.optim.SGD(net().parameters(), 0.1), 0.1, 0.4))
+
+
+def two_groups(kind=torch.optim.SGD, **options):
+    module = net()
+    rest = [*module.norm.parameters(), *module.last.parameters()]
+    return module, kind([{"params": module.first.parameters(), "lr": 0.1}, {"params": rest, "lr": 0.2}], **options)
+
+
+def test_each_group_has_the_peak_of_its_own(tmp_path):
+    module, sgd = two_groups(momentum=0.9)
+    scheduler = lr_scheduler.OneCycleLR(sgd, [0.4, 0.5], total_steps=50, cycle_momentum=False)
+    train = spec.train(str(tmp_path), module, "mse", optimizer=sgd, scheduler=scheduler)
+    assert train["optimizer"]["sgd"] == {"lr": 0.4, "momentum": 0.9, "weight_decay": 0.0, "nesterov": False, "dampening": 0.0}
+    assert [group["lr"] for group in train["parameter_groups"]] == [0.5]
+    module, sgd = two_groups()
+    train = spec.train(str(tmp_path), module, "mse", optimizer=sgd, scheduler=lr_scheduler.LinearLR(sgd, 0.1, total_iters=4))
+    assert train["optimizer"]["sgd"]["lr"] == 0.1 and [group["lr"] for group in train["parameter_groups"]] == [0.2]
+
+
+def stepped(scheduler):
+    scheduler.optimizer.step()
+    scheduler.step()
+    return scheduler
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda o: lr_scheduler.OneCycleLR(o, 0.4, total_steps=50), r"cycle_momentum=True.*pass cycle_momentum=False"),
+    (lambda o: stepped(lr_scheduler.StepLR(o, 3)), "has taken 1 steps.*make the scheduler afresh"),
+    (lambda o: lr_scheduler.CosineAnnealingLR(o, 40, 0.01), "eta_min.*share of each group's rate.*eta_min=0"),
+    (lambda o: lr_scheduler.ReduceLROnPlateau(o, min_lr=0.01), "min_lr.*share of each group's rate"),
+])
+def test_schedules_that_the_job_would_not_follow(make, message):
+    with pytest.raises(OptimizerError, match=message):
+        schedule.document(make(two_groups(momentum=0.9)[1]))
+
+
+def test_a_scheduler_of_another_optimizer(tmp_path):
+    module, sgd = two_groups()
+    with pytest.raises(OptimizerError, match="scheduler belongs to another optimizer"):
+        spec.train(str(tmp_path), module, "mse", optimizer=sgd, scheduler=lr_scheduler.StepLR(two_groups()[1], 3))
+
+
+def test_frozen_parameters_are_in_no_group():
+    module, sgd = two_groups()
+    module.norm.requires_grad_(False)
+    assert optimizer.groups(sgd, module) == [{"match": ["last.weight", "last.bias"], "lr": 0.2}]
+    module.last.requires_grad_(False)
+    assert optimizer.groups(sgd, module) == []
 
 
 @pytest.mark.parametrize("make, message", [

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import modules
-from itwin import archive, safetensors
+from itwin import archive, optimizer, safetensors
 from itwin.optimizer import trained_state
 
 WORKER = pathlib.Path(os.environ.get("ITWIN_BIN", "bin")) / "itwin-worker"
@@ -162,6 +162,29 @@ def test_a_model_may_not_read_files(tmp_path):
     x, y = torch.randn(SAMPLES, 3), torch.randn(SAMPLES, 2)
     result, _ = run(tmp_path, {"model": {"torchscript": "net.pt"}, "loss": "mse"}, {"input": x, "target": y}, expect=2)
     assert "aten::from_file" in result["message"] and "may not use" in result["message"]
+
+
+@pytest.mark.parametrize("form", ["graph", "script"])
+def test_batch_norm_of_one_sample_says_what_to_choose(form, tmp_path):
+    arrays = {"input": torch.randn(SAMPLES, 3), "target": torch.randn(SAMPLES, 2)}
+    archive.export(make(modules.Net), {name: array[:3] for name, array in arrays.items()}, tmp_path / "net.itw", "mse", form=form)
+    result, _ = run(tmp_path, {"model": {"archive": "net.itw"}, "batch": SAMPLES - 1}, arrays, expect=2)
+    assert "share of a batch was a single sample" in result["message"] and "group norm" in result["message"]
+
+
+def test_frozen_parameters_stay_as_they_are(tmp_path):
+    net = make(modules.Net)
+    net.first.requires_grad_(False)
+    arrays = {"input": torch.randn(SAMPLES, 3), "target": torch.randn(SAMPLES, 2)}
+    sgd = torch.optim.SGD([{"params": net.last.parameters()},
+                           {"params": [*net.first.parameters(), *net.norm.parameters()], "lr": 0.01}], 0.1)
+    groups = optimizer.groups(sgd, net)
+    for form in ("graph", "script"):
+        archive.export(net, {name: array[:3] for name, array in arrays.items()}, tmp_path / "net.itw", "mse", form=form)
+        run(tmp_path, {"model": {"archive": "net.itw"}, "optimizer": optimizer.document(sgd, net), "parameter_groups": groups}, arrays)
+        weights = safetensors.read(tmp_path / "spool" / "outputs" / "weights.safetensors")
+        assert torch.equal(weights["first.weight"], net.first.weight) and not torch.equal(weights["last.weight"], net.last.weight)
+        assert not torch.equal(weights["norm.weight"], net.norm.weight)
 
 
 def test_operators_are_listed(tmp_path):

@@ -16,6 +16,7 @@
 #include "agent/worker/data/nearest_name.h"
 #include "agent/worker/error.h"
 #include "agent/worker/model/operators.h"
+#include "agent/worker/model/training_flags.h"
 
 namespace itwin::worker {
 namespace {
@@ -212,7 +213,7 @@ struct Graph::Node {
   std::optional<c10::OperatorHandle> op{};
   std::vector<Argument> arguments{};
   std::vector<int> outputs{};
-  int training_flag = -1;       // argument that evaluation sets to false
+  std::optional<TrainingFlag> training_flag{};  // what evaluation sets
   bool changes_buffer = false;  // in place; left out in evaluation
   bool from_batch_size = false; // a number that follows from the number of samples alone
 };
@@ -349,26 +350,14 @@ class Graph::Reader {
                         " in LibTorch of this site; export the model with a torch nearer to the site's");
       }
     }
-    FindTrainingFlag(schema, node);
+    node->training_flag = FindTrainingFlag(schema);
+    if (node->training_flag && node->training_flag->statistic &&
+        node->arguments[*node->training_flag->statistic].slot == kUndefinedSlot) {
+      node->training_flag.reset();
+    }
     const auto& first = schema.arguments();
     if (!first.empty() && first[0].alias_info() != nullptr && first[0].alias_info()->isWrite()) {
       node->changes_buffer = buffer_slots_.contains(node->arguments[0].slot);
-    }
-  }
-
-  void FindTrainingFlag(const c10::FunctionSchema& schema, Node* node) {
-    const std::string& name = schema.name();
-    const bool norm = name == "aten::batch_norm" || name == "aten::_batch_norm_impl_index" ||
-                      name == "aten::native_batch_norm";
-    const bool dropout = name.find("dropout") != std::string::npos;
-    const bool recurrent = name == "aten::lstm" || name == "aten::gru" || name == "aten::rnn_tanh" ||
-                           name == "aten::rnn_relu";
-    if (!norm && !dropout && !recurrent) return;
-    for (size_t i = 0; i < schema.arguments().size(); ++i) {
-      const std::string& argument = schema.arguments()[i].name();
-      // Without running statistics the batch's own are used in evaluation, too.
-      if (norm && argument == "running_mean" && node->arguments[i].slot == kUndefinedSlot) return;
-      if (argument == "train" || argument == "training") node->training_flag = static_cast<int>(i);
     }
   }
 
@@ -516,6 +505,17 @@ std::set<std::string> Graph::OperatorsOf(const nlohmann::json& graph, const std:
   return names;
 }
 
+// What torch.nn.functional.batch_norm says; the operator itself would make running statistics NaN.
+void Graph::RefuseOneSample(const Node& node, const std::vector<IValue>& arguments) {
+  if (!node.name.ends_with("batch_norm") && node.name != "aten::_batch_norm_impl_index") return;
+  const IValue& flag = arguments[node.training_flag->argument];
+  if (!flag.isBool() || !flag.toBool() || !arguments[0].isTensor()) return;
+  const at::Tensor& input = arguments[0].toTensor();
+  TORCH_CHECK(input.dim() < 2 || input.numel() != input.size(1),
+              "Expected more than 1 value per channel when training, got input size ",
+              input.sizes());
+}
+
 void Graph::RunNode(const Node& node, std::vector<Value>& values) {
   const auto set = [&](size_t output, IValue value) {
     values[static_cast<size_t>(node.outputs[output])].value = std::move(value);
@@ -587,8 +587,8 @@ void Graph::RunNode(const Node& node, std::vector<Value>& values) {
   std::vector<IValue> stack;
   stack.reserve(node.arguments.size());
   for (size_t i = 0; i < node.arguments.size(); ++i) {
-    if (static_cast<int>(i) == node.training_flag && !training_) {
-      stack.emplace_back(false);
+    if (!training_ && node.training_flag && node.training_flag->argument == i) {
+      stack.push_back(node.training_flag->off);
       continue;
     }
     std::optional<IValue> value = node.arguments[i].Get(values);
@@ -599,6 +599,7 @@ void Graph::RunNode(const Node& node, std::vector<Value>& values) {
     }
     stack.push_back(std::move(*value));
   }
+  if (training_ && node.training_flag && node.training_flag->statistic) RefuseOneSample(node, stack);
   node.op->callBoxed(&stack);
   if (node.outputs.size() == stack.size()) {
     for (size_t i = 0; i < stack.size(); ++i) set(i, std::move(stack[i]));

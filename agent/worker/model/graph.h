@@ -69,6 +69,7 @@ class Graph {
   class Reader;
 
   void RunNode(const Node& node, std::vector<Value>& values);
+  static void RefuseOneSample(const Node& node, const std::vector<c10::IValue>& arguments);
 
   const std::string field_;
   std::vector<std::pair<std::string, at::Tensor>> parameters_, buffers_;

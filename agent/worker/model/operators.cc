@@ -3,12 +3,14 @@
 #include <dlfcn.h>
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/jit/passes/inliner.h>
+#include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/runtime/operator.h>
 #include <torch/script.h>
 #include <torch/version.h>
 
 #include <algorithm>
+#include <string_view>
+#include <utility>
 
 #include "agent/worker/data/nearest_name.h"
 #include "agent/worker/error.h"
@@ -72,20 +74,39 @@ std::set<std::string> AllOperators() {
   return names;
 }
 
-void Collect(const torch::jit::Block* block, std::set<std::string>* names) {
-  for (const torch::jit::Node* node : block->nodes()) {
-    const std::string kind = node->kind().toQualString();
-    if (const c10::FunctionSchema* schema = node->maybeSchema()) {
-      names->insert(Joined(schema->name(), schema->overload_name()));
-    } else {
-      names->insert(kind);
-    }
-    for (const torch::jit::Block* inner : node->blocks()) Collect(inner, names);
-    if (node->hasAttribute(torch::jit::attr::Subgraph)) {
-      Collect(node->g(torch::jit::attr::Subgraph)->block(), names);
+// What a block may run, and the functions that it calls.
+struct Uses {
+  std::set<std::string> names;
+  std::vector<torch::jit::Function*> called;
+
+  void Collect(const torch::jit::Block* block) {
+    for (const torch::jit::Node* node : block->nodes()) {
+      const std::string kind = node->kind().toQualString();
+      if (const c10::FunctionSchema* schema = node->maybeSchema()) {
+        names.insert(Joined(schema->name(), schema->overload_name()));
+      } else {
+        names.insert(kind);
+      }
+      for (const torch::jit::Value* input : node->inputs()) CollectType(*input->type());
+      for (const torch::jit::Value* output : node->outputs()) CollectType(*output->type());
+      for (const torch::jit::Block* inner : node->blocks()) Collect(inner);
+      if (node->hasAttribute(torch::jit::attr::Subgraph)) {
+        Collect(node->g(torch::jit::attr::Subgraph)->block());
+      }
     }
   }
-}
+
+  // Methods of a class written in C++ are no operators, yet a module may call them.
+  void CollectType(const c10::Type& type) {
+    constexpr std::string_view kCustom = "__torch__.torch.classes.";
+    if (const auto* function = type.castRaw<c10::FunctionType>()) {
+      called.push_back(function->function());
+    } else if (const auto* cls = type.castRaw<c10::ClassType>(); cls && cls->name()) {
+      const std::string name = cls->name()->qualifiedName();
+      if (name.starts_with(kCustom)) names.insert("torch.classes." + name.substr(kCustom.size()));
+    }
+  }
+};
 
 std::string Sentence(const std::vector<std::string>& names) {
   constexpr size_t kMost = 12;
@@ -162,15 +183,24 @@ void CheckOperators(const std::set<std::string>& names, const std::string& field
 }
 
 std::set<std::string> OperatorsOf(const torch::jit::Module& module) {
-  std::set<std::string> names;
-  for (const torch::jit::Module& part : module.modules()) {
-    for (const auto& method : part.get_methods()) {
-      const auto graph = method.graph()->copy();
-      torch::jit::Inline(*graph);  // functions and methods of other classes
-      Collect(graph->block(), &names);
+  Uses uses;
+  std::set<const torch::jit::Function*> seen;
+  const auto look = [&](torch::jit::Function* function) {
+    if (function == nullptr || !seen.insert(function).second) return;
+    function->ensure_defined();
+    if (function->isGraphFunction()) {
+      uses.Collect(torch::jit::toGraphFunction(*function).graph()->block());
+    } else {
+      uses.names.insert(function->qualname().qualifiedName());
     }
+  };
+  const auto unit = module._ivalue()->compilation_unit();
+  for (size_t before = 0;;) {  // until nothing new is called: looking may compile more
+    for (torch::jit::Function* function : unit->get_functions()) look(function);
+    for (torch::jit::Function* function : std::exchange(uses.called, {})) look(function);
+    if (seen.size() == before) return uses.names;
+    before = seen.size();
   }
-  return names;
 }
 
 nlohmann::json DescribeOperators() {

@@ -17,7 +17,7 @@ struct Module;
 namespace itwin::worker {
 
 // Raised when the list changes.
-inline constexpr int kAllowListVersion = 1;
+inline constexpr int kAllowListVersion = 2;
 
 // Loads a shared object that registers operators; they are allowed from then on. Only whoever runs
 // the worker can name one, never a job. Throws UserError when it cannot be loaded.
@@ -32,7 +32,8 @@ bool IsAvailable(const std::string& name);
 // one that is not there.
 void CheckOperators(const std::set<std::string>& names, const std::string& field);
 
-// Every operator that a method of the module or of a submodule of it may run, with its overload.
+// Every operator, with its overload, of every function and method that was compiled with the module:
+// its own, its submodules', those of classes and free functions, called or not.
 std::set<std::string> OperatorsOf(const torch::jit::Module& module);
 
 // {"libtorch": …, "allow_list": …, "libraries": […], "operators": […]}: what is both allowed and

@@ -1,11 +1,14 @@
 #include "agent/worker/model/torchscript_model.h"
 
+#include <caffe2/serialize/file_adapter.h>
+#include <caffe2/serialize/istream_adapter.h>
 #include <torch/csrc/jit/passes/inliner.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
 #include <torch/csrc/jit/serialization/export.h>
 #include <torch/script.h>
 #include <torch/version.h>
 
+#include <memory>
 #include <optional>
 #include <set>
 #include <sstream>
@@ -16,9 +19,14 @@
 #include "agent/worker/error.h"
 #include "agent/worker/model/loss.h"
 #include "agent/worker/model/operators.h"
+#include "agent/worker/model/torchscript_import.h"
+#include "agent/worker/model/training_flags.h"
 
 namespace itwin::worker {
 namespace {
+
+using caffe2::serialize::FileAdapter;
+using caffe2::serialize::IStreamAdapter;
 
 constexpr size_t kMaxReasonBytes = 1000;  // of a message of LibTorch that is handed on
 
@@ -36,10 +44,13 @@ std::string ReasonOf(const std::exception& error) {
   return reason;
 }
 
-template <typename Source>  // a path or a stream
-torch::jit::Module Load(Source&& source, const std::string& field, const std::string& file) {
+template <typename MakeReader>
+torch::jit::Module Load(const MakeReader& reader, const std::string& field,
+                        const std::string& file) {
   try {
-    return torch::jit::load(source, at::kCPU);
+    return ImportTorchScript(reader(), field);
+  } catch (const WorkerError&) {
+    throw;
   } catch (const std::exception& error) {
     const std::string reason = ReasonOf(error);
     constexpr std::string_view kUnknown = "Unknown builtin op: ";
@@ -59,39 +70,38 @@ torch::jit::Module Load(Source&& source, const std::string& field, const std::st
   }
 }
 
-// The constant value of an operator's argument, if it has an argument of that name and the value is
-// fixed.
-std::optional<torch::jit::IValue> ConstantArgument(const torch::jit::Node* node, const char* name) {
-  const c10::FunctionSchema* schema = node->maybeSchema();
-  if (schema == nullptr) return std::nullopt;
-  const auto index = schema->argumentIndexWithName(name);
-  if (!index || static_cast<size_t>(*index) >= node->inputs().size()) return std::nullopt;
-  const auto value = torch::jit::toIValue(node->input(static_cast<size_t>(*index)));
+// The value of an operator's argument where it is fixed.
+std::optional<torch::jit::IValue> FixedArgument(const torch::jit::Node* node, size_t index) {
+  if (index >= node->inputs().size()) return std::nullopt;
+  const torch::jit::Value* input = node->input(index);
+  if (input->type()->kind() == c10::TypeKind::NoneType) return torch::jit::IValue();
+  const auto value = torch::jit::toIValue(input);
   if (!value)
     return std::nullopt;  // said outright: an IValue can be made of LibTorch's own empty optional
   return *value;
 }
 
-// The first operator whose training flag is a constant where it matters: it would not obey train()
-// and eval().
+// Whether an operator's training flag is a constant where it matters: it would not obey train() and
+// eval().
+bool HasFixedTrainingFlag(const torch::jit::Node* node) {
+  const c10::FunctionSchema* schema = node->maybeSchema();
+  if (schema == nullptr) return false;
+  const std::optional<TrainingFlag> flag = FindTrainingFlag(*schema);
+  if (!flag) return false;
+  const auto value = FixedArgument(node, flag->argument);
+  if (!value) return false;
+  if (value->isDouble()) return value->toDouble() != flag->off.toDouble();
+  if (flag->statistic) {
+    const auto statistic = FixedArgument(node, *flag->statistic);
+    return !statistic || !statistic->isNone();
+  }
+  const auto share = flag->share ? FixedArgument(node, *flag->share) : std::nullopt;
+  return !share || !share->isDouble() || share->toDouble() != 0;
+}
+
 const torch::jit::Node* FindFixedTrainingFlag(const torch::jit::Block* block) {
   for (const torch::jit::Node* node : block->nodes()) {
-    const std::string name = node->kind().toQualString();
-    const bool norm = name == "aten::batch_norm" || name == "aten::_batch_norm_impl_index" ||
-                      name == "aten::native_batch_norm" || name == "aten::cudnn_batch_norm";
-    const bool dropout = name.starts_with("aten::") && name.find("dropout") != std::string::npos;
-    const bool recurrent = name == "aten::lstm" || name == "aten::gru" ||
-                           name == "aten::rnn_tanh" || name == "aten::rnn_relu";
-    if (norm || dropout || recurrent) {
-      bool fixed = false;
-      for (const char* flag : {"train", "training"})
-        fixed = fixed || ConstantArgument(node, flag).has_value();
-      if (!norm) {  // without effect where nothing is dropped
-        const auto share = ConstantArgument(node, recurrent ? "dropout" : "p");
-        if (share && share->isDouble() && share->toDouble() == 0) fixed = false;
-      }
-      if (fixed) return node;
-    }
+    if (HasFixedTrainingFlag(node)) return node;
     for (const torch::jit::Block* inner : node->blocks()) {
       if (const torch::jit::Node* found = FindFixedTrainingFlag(inner)) return found;
     }
@@ -368,7 +378,9 @@ std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset
   const std::filesystem::path path =
       ResolveFile(spec.model.torchscript, work_dir, "train.model.torchscript");
   const std::string file = path.filename().string(), field = "train.model.torchscript: " + file;
-  return FromModule(spec, dataset, Load(path.string(), field, file), file, field);
+  return FromModule(spec, dataset,
+                    Load([&] { return std::make_shared<FileAdapter>(path.string()); }, field, file),
+                    file, field);
 }
 
 std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset& dataset,
@@ -376,7 +388,10 @@ std::unique_ptr<Model> MakeTorchScriptModel(const TrainSpec& spec, const Dataset
   torch::jit::getProfilingMode() = false;
   const std::string field = "train.model.archive: " + archive.file;
   std::istringstream bytes(archive.script);
-  return FromModule(spec, dataset, Load(bytes, field, archive.file), archive.file, field);
+  return FromModule(spec, dataset,
+                    Load([&] { return std::make_shared<IStreamAdapter>(&bytes); }, field,
+                         archive.file),
+                    archive.file, field);
 }
 
 }  // namespace itwin::worker

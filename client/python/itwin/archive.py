@@ -17,7 +17,7 @@ MAX_SAMPLES = 4  # of the sample batch
 def export(module, sample, path, loss="", loss_options=None, train=None, form=None):
     """Writes `module` and what belongs to it into `path` and returns the manifest.
 
-    sample        arrays of two or more samples by name ("input", "target", …)
+    sample        arrays of two or more samples by name ("input", "target", …); without any, only a script, and no handshake
     loss          a named loss, or none when the module has its own training_step
     train         more of the job's `train` part that travels with the model: optimizer, schedule, parameter_groups
     form          "script", "graph", or None: script where TorchScript takes the module, else a graph; never a trace as a script
@@ -56,7 +56,7 @@ def export(module, sample, path, loss="", loss_options=None, train=None, form=No
     manifest["train"] = {key: value for key, value in {"loss": loss, "loss_options": loss_options, **(train or {})}.items() if value}
     manifest["data"] = {name: {"shape": list(array.shape[1:]), "dtype": str(array.dtype).split(".")[1]}
                         for name, array in sample.items()}
-    manifest["handshake"] = _handshake(torch, module, sample, loss, loss_options)
+    manifest["handshake"] = _handshake(torch, module, sample, loss, loss_options) if sample else {}
     tensors.update({f"sample/{name}": array for name, array in sample.items()})
     metadata["itwin.manifest"] = json.dumps(manifest, allow_nan=False)
     safetensors.write(path, tensors, metadata)

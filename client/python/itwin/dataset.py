@@ -1,5 +1,6 @@
 """Whatever a notebook calls data -> the spec's `data`, plus the file that is uploaded for it."""
 
+import math
 import os
 import pathlib
 import warnings
@@ -34,7 +35,7 @@ def document(data, directory, target=None, classes=False):
         for key in data:
             if key not in _KEYS and any(_is_array(value) for value in data.values()):
                 raise DataError(f"data['{key}'] is no array like the others; a dict of arrays holds nothing else.")
-        return dict(data), _peek(data)
+        return dict(data), _peek(data) or _made_up(data)
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(_is_array(part) for part in data):
         return _write_npz({"input": _array(data[0], "inputs"), "target": _array(data[1], "targets")}, directory)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (tuple, list, set)):
@@ -210,7 +211,7 @@ def _from_frame(frame, directory, target, classes):
 def _peek(data):
     """The first samples of an .npz that is here; None for what only the worker reads."""
     path = data.get("npz")
-    if not isinstance(path, (str, os.PathLike)) or str(path).startswith(("sha256:", "site:")) or data.get("transforms"):
+    if not isinstance(path, (str, os.PathLike)) or str(path).startswith(("sha256:", "site:")):
         return None
     try:
         numpy = require("numpy", "reading an .npz")
@@ -235,3 +236,103 @@ def _first_samples(arrays):
         return None
     from itwin.handover import CHECK_SAMPLES
     return {name: torch.from_numpy(array[:CHECK_SAMPLES].copy()) for name, array in arrays.items()}
+
+
+def transformed(batch, transforms):
+    """Samples of the shapes that the worker's transforms give, for trying a model and for its archive; statistics are those of these
+    few samples. None where the transforms do not fit, which the worker says."""
+    try:
+        for transform in transforms or ():
+            (kind, options), = transform.items()
+            batch = _TRANSFORMS[kind]({**batch}, options or {})
+        return batch
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError):
+        return None
+
+
+def _floats(batch, options):
+    return [(name, array) for name, array in batch.items()
+            if array.is_floating_point() and name in (options.get("arrays") or batch)]
+
+
+def _standardize(batch, options):
+    for name, array in _floats(batch, options):
+        dims = [dim for dim in range(array.dim()) if dim != 1]
+        deviation = array.std(dims, unbiased=False, keepdim=True)
+        batch[name] = (array - array.mean(dims, keepdim=True)) / deviation.masked_fill(deviation == 0, 1)
+    return batch
+
+
+def _of_cells(function):
+    def apply(batch, options):
+        return {**batch, **{name: function(array, options) for name, array in _floats(batch, options)}}
+    return apply
+
+
+def _crop(batch, options):
+    sizes = list(options["sizes"])
+    for name, array in batch.items():
+        if array.dim() > len(sizes):
+            for dim, size in enumerate(sizes, array.dim() - len(sizes)):
+                array = array.narrow(dim, 0, size)
+            batch[name] = array.contiguous()
+    return batch
+
+
+def _coarsen(batch, options):
+    import torch
+    whole = batch["input"]
+    return {**batch, "target": whole, "input": torch.nn.functional.avg_pool2d(whole, options["factor"])}
+
+
+def _window(batch, options):
+    length, samples = options["length"], len(batch["input"])
+    ahead = length - 1 + options.get("horizon", 1)
+    series, target = (array.repeat((samples + ahead) // samples + 1, *[1] * (array.dim() - 1))
+                      for array in (batch["input"], batch["target"]))
+    steps = series.unfold(0, length, 1).movedim(-1, 1)[:samples].contiguous()
+    return {**batch, "input": steps, "target": target[ahead:ahead + samples]}
+
+
+def _reshape(batch, options):
+    name = options.get("array") or "input"
+    return {**batch, name: batch[name].reshape(len(batch[name]), *options["shape"])}
+
+
+_TRANSFORMS = {
+    "standardize": _standardize, "crop": _crop, "coarsen": _coarsen, "window": _window, "reshape": _reshape,
+    "scale": _of_cells(lambda array, options: array * options.get("multiply", 0) + options.get("add", 0)),
+    "fill_missing": _of_cells(lambda array, options: array.nan_to_num(options.get("value") or 0.0)),
+    "log": _of_cells(lambda array, options: (array + options.get("add", 0)).clamp_min(1e-6).log()),
+    "clip": _of_cells(lambda array, options: array.clamp(options.get("min", -math.inf), options.get("max", math.inf))),
+}
+
+
+def _made_up(data):
+    """Samples of the shapes that the spec or a file's header names, where their values are not at hand; else None."""
+    try:
+        import torch
+
+        from itwin.handover import CHECK_SAMPLES as count
+        if "synthetic" in data:
+            shape = data["synthetic"]
+            inputs, targets, classes = shape["input_shape"], shape.get("target_shape") or [1], shape.get("classes")
+            if classes:
+                targets = []
+        elif "csv" in data:
+            inputs, targets, classes = ([len(data["csv"]["inputs"])], [len(data["csv"]["targets"])],
+                                        data["csv"].get("target_is_class"))
+            if classes:
+                targets = []
+        elif "idx" in data:
+            with open(os.path.expanduser(data["idx"]["train_images"]), "rb") as file:
+                head = file.read(16)
+            if head[:2] != b"\0\0" or head[3] != 3:
+                return None
+            inputs, targets, classes = [1, *(int.from_bytes(head[at:at + 4], "big") for at in (8, 12))], [], True
+        else:
+            return None
+        target = torch.zeros(count, *targets, dtype=torch.int64) if classes else torch.rand(count, *targets)
+        return {"input": torch.rand(count, *inputs), "target": target}
+    except (OSError, KeyError, ValueError, TypeError, ImportError, IndexError):
+        return None

@@ -54,6 +54,11 @@ def script(module, loss=""):
         if method is not None:
             _check_signature(kind, name, method.schema)
     _refuse_fixed_flags(torch, scripted, kind)
+    for part in scripted.modules():
+        if part._c._has_method("__setstate__"):
+            raise ModelError(f"{kind} has a part with a method __setstate__ ({part.original_name}), which would run while the site reads "
+                             "the file, before anything is checked: leave it out. Quantised and packed modules, which need it, "
+                             "cannot be trained.")
     return scripted
 
 
@@ -206,17 +211,35 @@ def _refuse_fixed_flags(torch, scripted, kind):
                              "function call pass training=self.training, or use the module form (nn.Dropout, nn.BatchNorm2d).")
 
 
+# Operators that do something else in training than in evaluation: the argument that says which. agent/worker/model/training_flags.cc has the same table.
+TRAINING_ARGUMENTS = {
+    "_batch_norm_impl_index": "training", "_flash_scaled_dot_product_attention": "dropout_p", "_fused_dropout": "p",
+    "_scaled_dot_product_attention": "dropout_p", "_scaled_dot_product_attention_forward": "dropout_p",
+    "_scaled_dot_product_attention_math": "dropout_p", "_scaled_dot_product_flash_attention_for_cpu": "dropout_p",
+    "_triton_scaled_dot_attention": "dropout_p", "alpha_dropout": "train", "alpha_dropout_": "train", "batch_norm": "training",
+    "dropout": "train", "dropout_": "train", "feature_alpha_dropout": "train", "feature_alpha_dropout_": "train",
+    "feature_dropout": "train", "feature_dropout_": "train", "gru": "train", "instance_norm": "use_input_stats", "lstm": "train",
+    "native_batch_norm": "training", "native_dropout": "train", "rnn_relu": "train", "rnn_tanh": "train", "rrelu": "training",
+    "rrelu_": "training", "rrelu_with_noise": "training", "rrelu_with_noise_": "training",
+    "scaled_dot_product_attention": "dropout_p",
+}
+
+
 def _fixed_flag(torch, block):
     for node in block.nodes():
         kind = node.kind()
-        norm = kind in ("aten::batch_norm", "aten::_batch_norm_impl_index", "aten::native_batch_norm", "aten::cudnn_batch_norm")
-        recurrent = kind in ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu")
-        if norm or recurrent or (kind.startswith("aten::") and "dropout" in kind):
+        flag = TRAINING_ARGUMENTS.get(kind[len("aten::"):]) if kind.startswith("aten::") else None
+        if flag:
             names = [argument.name for argument in torch._C.parse_schema(node.schema()).arguments]
-            constants = {name: value.toIValue() for name, value in zip(names, node.inputs())
-                         if value.node().kind() == "prim::Constant"}
-            share = constants.get("dropout" if recurrent else "p")
-            if ("train" in constants or "training" in constants) and (norm or share != 0):
+            values = dict(zip(names, node.inputs()))
+            constants = {name: value.toIValue() for name, value in values.items() if value.node().kind() == "prim::Constant"}
+            if flag in ("dropout_p", "p"):
+                fixed = flag in constants and constants[flag] != (1 if flag == "p" else 0)
+            elif "running_mean" in values:  # without them training and evaluation are the same
+                fixed = flag in constants and values["running_mean"].type().kind() != "NoneType"
+            else:
+                fixed = flag in constants and constants.get("dropout", constants.get("p")) != 0
+            if fixed:
                 return kind[len("aten::"):].rstrip("_")
         for inner in node.blocks():
             found = _fixed_flag(torch, inner)

@@ -58,11 +58,11 @@ def document(optimizer, module=None):
 
 
 def groups(optimizer, module, rates=None):
-    """The spec's `parameter_groups` of a torch optimizer with several: by name, with what differs from group 0. `rates`: the
-    groups' rates where a scheduler has changed those in the optimizer."""
+    """The spec's `parameter_groups` of a torch optimizer with several: by name, with what differs from group 0. Frozen parameters
+    are in none. `rates`: the groups' rates where a scheduler has changed those in the optimizer."""
     if module is None or not hasattr(optimizer, "param_groups") or len(optimizer.param_groups) < 2:
         return []
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {id(parameter): name for name, parameter in module.named_parameters() if parameter.requires_grad}  # what the job trains
     first, result = optimizer.param_groups[0], []
     for number, group in enumerate(optimizer.param_groups[1:], 1):
         values = {}
@@ -72,8 +72,9 @@ def groups(optimizer, module, rates=None):
                 value, base = rates[number], rates[0]
             if value != base:
                 values[key] = float(value)
-        if values:
-            result.append({"match": [names[id(p)] for p in group["params"] if id(p) in names], **values})
+        match = [names[id(p)] for p in group["params"] if id(p) in names]
+        if values and match:
+            result.append({"match": match, **values})
     return result
 
 

@@ -7,7 +7,7 @@ import pathlib
 import re
 
 from itwin import archive, dataset, handover, losses, optimizer as optimizers, schedule
-from itwin.errors import ModelError, SpecError
+from itwin.errors import ModelError, OptimizerError, SpecError
 from itwin.v1 import spec_pb2
 
 MAX_DOCUMENT_BYTES = 1 << 20  # as the gateway has it
@@ -163,8 +163,10 @@ def train(directory, model=None, loss=None, data=None, target=None, split=None, 
         result["optimizer"] = optimizers.document(optimizer, module)
         rates = None
         if scheduler is not None and hasattr(scheduler, "optimizer"):
-            rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-            next(iter(result["optimizer"].values()))["lr"] = float(schedule.peak_rate(scheduler))
+            if scheduler.optimizer is not optimizer:
+                raise OptimizerError("the scheduler belongs to another optimizer; make it of the one that is passed as optimizer=.")
+            rates = schedule.rates(scheduler)
+            next(iter(result["optimizer"].values()))["lr"] = rates[0]
         groups = optimizers.groups(optimizer, module, rates)
         if groups:
             result["parameter_groups"] = [*groups, *result.get("parameter_groups", [])]
@@ -173,26 +175,26 @@ def train(directory, model=None, loss=None, data=None, target=None, split=None, 
     if module is not None and not name and result.get("metrics"):
         raise SpecError("metrics= goes with a named loss; a module with its own training_step returns its metrics there.")
     if module is not None:
-        transformed = bool(result.get("data", {}).get("transforms"))  # then the model will not see the samples as they are
-        result["model"] = _hand_over(module, directory, name, options, None if transformed else batch, check)
+        batch = batch and dataset.transformed(batch, result.get("data", {}).get("transforms"))
+        result["model"] = _hand_over(module, directory, name, options, batch, check)
     elif model is not None:
         result["model"] = _model(model)
     return result
 
 
 def _hand_over(module, directory, loss, options, batch, check):
-    """A module of the user's: scripted where TorchScript takes it, else exported as a graph, for which samples are needed."""
+    """A module of the user's in an archive, which lists its operators: scripted where TorchScript takes it, else exported as a graph,
+    for which samples are needed."""
+    path = os.path.join(directory, "model.itw")
     if batch is None or not check or (loss and loss not in losses.NAMES):
-        path = os.path.join(directory, "model.pt")
         try:
-            handover.save(handover.script(module, loss), path)
+            archive.export(module, {}, path, loss, options, form="script")
         except ModelError as error:
             if batch is None and "cannot be scripted" in str(error):
-                raise ModelError(f"{error} Or give the data as arrays and without transforms: with samples at hand the module can be "
-                                 "exported as a graph instead.") from None
+                raise ModelError(f"{error} Or give the data as arrays: with samples at hand the module can be exported as a graph "
+                                 "instead.") from None
             raise
-        return {"torchscript": path}
-    path = os.path.join(directory, "model.itw")
+        return {"archive": path}
     handover.check_step(_checked(module, loss), loss, batch, options)
     archive.export(module, batch, path, loss, options)
     return {"archive": path}

@@ -1,11 +1,13 @@
 #include "agent/worker/model/graph.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "agent/worker/model/operators.h"
+#include "agent/worker/model/training_flags.h"
 #include "tests/worker/data/scratch.h"
 
 namespace itwin::worker {
@@ -123,6 +125,49 @@ TEST(Graph, EvaluationOverridesTheFlagsAndLeavesBuffersAlone) {
   EXPECT_FALSE(graph.Run({{"input", x}})[0].equal(ByHand(x, graph, false)));
 }
 
+// One operator on x, with its flag as it was recorded in training; weights m and v are buffers.
+at::Tensor InEvaluation(const char* op, Json arguments, const at::Tensor& x, const char* overload = "") {
+  arguments.emplace(c10::Dispatcher::singleton().findSchema({op, overload})->schema().arguments()[0].name(),
+                    Json{{"v", "x"}});
+  const Json json = {
+      {"format", 1},
+      {"inputs", {{{"value", "x"}, {"name", "input"}}}},
+      {"weights", {{{"value", "m"}, {"name", "mean"}, {"kind", "buffer"}}, {{"value", "v"}, {"name", "var"}, {"kind", "buffer"}}}},
+      {"nodes", {{{"op", op}, {"overload", overload}, {"args", arguments}, {"out", {"y"}}}}},
+      {"outputs", {{{"value", "y"}, {"name", "prediction"}}}}};
+  Graph graph(json, {{"mean", Wave({4}, 0.2)}, {"var", at::ones({4})}}, "model");
+  graph.Train(false);
+  return graph.Run({{"input", x}})[0];
+}
+
+TEST(Graph, NothingIsDrawnOrMeasuredInEvaluation) {
+  const at::Tensor x = Wave({2, 4, 3, 3}, 0.7), mean = Wave({4}, 0.2), var = at::ones({4});
+  EXPECT_TRUE(InEvaluation("aten::rrelu", {{"training", true}}, x).equal(at::leaky_relu(x, (0.125 + 1.0 / 3) / 2)));
+  Json norm = {{"running_mean", {{"v", "m"}}}, {"running_var", {{"v", "v"}}}, {"use_input_stats", true},
+               {"momentum", 0.1}, {"eps", 1e-5}, {"cudnn_enabled", true}};
+  EXPECT_TRUE(InEvaluation("aten::instance_norm", norm, x)
+                  .allclose((x - mean.view({4, 1, 1})) / std::sqrt(1 + 1e-5), 1e-5, 1e-6));
+  norm["running_mean"] = norm["running_var"] = nullptr;  // then the sample's own are used
+  EXPECT_TRUE(InEvaluation("aten::instance_norm", norm, x).allclose(at::instance_norm(x, {}, {}, {}, {}, true, 0.1, 1e-5, true)));
+  for (const char* op : {"aten::feature_dropout", "aten::alpha_dropout", "aten::feature_alpha_dropout"})
+    EXPECT_TRUE(InEvaluation(op, {{"p", 0.5}, {"train", true}}, x).equal(x)) << op;
+  const char* attention = IsAvailable("aten::scaled_dot_product_attention")
+                              ? "aten::scaled_dot_product_attention"
+                              : "aten::_scaled_dot_product_attention";
+  const Json heads = {{"key", {{"v", "x"}}}, {"value", {{"v", "x"}}}, {"dropout_p", 0.9}};
+  if (IsAvailable("aten::scaled_dot_product_attention")) {
+    EXPECT_TRUE(InEvaluation(attention, heads, x).equal(InEvaluation(attention, heads, x)));
+  } else {  // gives a pair
+    const Json json = {{"format", 1}, {"inputs", {{{"value", "x"}, {"name", "input"}}}}, {"weights", Json::array()},
+        {"nodes", {{{"op", attention}, {"args", {{"query", {{"v", "x"}}}, {"key", {{"v", "x"}}}, {"value", {{"v", "x"}}},
+                    {"dropout_p", 0.9}}}, {"out", {"y", "w"}}}}},
+        {"outputs", {{{"value", "y"}, {"name", "prediction"}}}}};
+    Graph graph(json, {}, "model");
+    graph.Train(false);
+    EXPECT_TRUE(graph.Run({{"input", x}})[0].equal(graph.Run({{"input", x}})[0]));
+  }
+}
+
 TEST(Graph, ValuesAreFreedAfterTheirLastUse) {
   // A chain of products: without gradients no more than two of the values may live at a time.
   Json json = Json::parse(R"({"format": 1, "inputs": [{"value": "v0", "name": "input"}],
@@ -231,6 +276,30 @@ TEST(Operators, TheAllowListKeepsToTensors) {
                            "prim::rpc_sync", "aten::wait", "quantized::linear", "linear"})
     EXPECT_FALSE(IsAllowed(name)) << name;
   EXPECT_FALSE(IsAvailable("aten::add.Tensr"));
+}
+
+TEST(Operators, TrainingArgumentsAreThoseOfTheSchemas) {
+  // Operators that this LibTorch need not have: others have them.
+  const std::set<std::string> of_some = {
+      "aten::_flash_scaled_dot_product_attention", "aten::_scaled_dot_product_attention",
+      "aten::_scaled_dot_product_attention_forward", "aten::_scaled_dot_product_flash_attention_for_cpu",
+      "aten::scaled_dot_product_attention"};
+  std::set<std::string> known, found;
+  for (const TrainingArgument& entry : TrainingArguments()) {
+    EXPECT_TRUE(IsAllowed(entry.op)) << entry.op;
+    EXPECT_TRUE(known.insert(entry.op).second) << entry.op;
+  }
+  for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    const auto op = c10::Dispatcher::singleton().findSchema(name);
+    if (!op || !name.name.starts_with("aten::") || !IsAllowed(name.name)) continue;
+    const c10::FunctionSchema& schema = op->schema();
+    bool trains = name.name == "aten::_fused_dropout";
+    for (const char* argument : {"train", "training", "use_input_stats", "dropout_p"})
+      trains = trains || schema.argumentIndexWithName(argument);
+    EXPECT_EQ(FindTrainingFlag(schema).has_value(), trains) << name;
+    if (trains) found.insert(name.name);
+  }
+  for (const std::string& op : known) EXPECT_TRUE(found.contains(op) || of_some.contains(op)) << op;
 }
 
 TEST(Graph, TensorsThatItMakesAreWhereItWasMovedTo) {

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "agent/worker/checkpoint/safetensors.h"
+#include "agent/worker/model/archive.h"
 #include "tests/worker/data/scratch.h"
 #include "tests/worker/model/fixed_dataset.h"
 
@@ -19,10 +20,17 @@ using testing::Scratch;
 using testing::UserErrorOf;
 
 constexpr char kModules[] = R"(
-import torch, zipfile
-from typing import Dict, Tuple
+import enum, torch, zipfile
+from typing import Dict, NamedTuple, Optional, Tuple
 from torch import nn, Tensor
 F = nn.functional
+
+class Color(enum.Enum):
+    RED = 1
+
+class Point(NamedTuple):
+    x: Tensor
+    scale: float = 1.5
 
 class Body(nn.Module):
     def __init__(self):
@@ -78,6 +86,96 @@ class NoRecurrentDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x.unsqueeze(1))[0][:, 0]
 
+@torch.jit.script
+class Remembers(object):
+    def __init__(self, n: Tensor):
+        self.n = n
+    def __getstate__(self) -> Tensor:
+        return self.n
+    def __setstate__(self, s: Tensor) -> None:
+        self.n = s
+        torch.save(s, 'written.pt')
+
+@torch.jit.script
+class Reads(object):
+    def __init__(self, n: Tensor):
+        self.n = n
+    def unused(self) -> Tensor:
+        return torch.from_file('/etc/hostname', False, 1)
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n = torch.zeros(1)
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+    @torch.jit.export
+    def __getstate__(self) -> Tuple[Tensor, bool]:
+        return self.n, self.training
+    @torch.jit.export
+    def __setstate__(self, s: Tuple[Tensor, bool]):
+        self.n, self.training = s
+        torch.save(s[0], 'written.pt')
+
+class Whole(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+        self.part = part
+    def forward(self, x: Tensor, more: int = 7) -> Tensor:
+        return self.a(x) * seven(more)
+
+def seven(n: int) -> int:
+    return n
+
+@torch.jit.script
+class Entered(object):
+    def __init__(self):
+        self.n = 1
+    def __enter__(self):
+        torch.save(self.n, 'written.pt')
+    def __exit__(self, a: Optional[str], b: Optional[str], c: Optional[str]):
+        pass
+
+class Enters(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        with Entered():
+            x = x + 1
+        return self.a(x)
+
+class WithoutGradients(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = x + 1
+        return self.a(x)
+
+class ForeignClass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        foreign = torch.classes._nnapi.Compilation()
+        return self.a(x)
+
+class EveryValue(nn.Module):  # that may stand as a default or constant
+    limit: torch.jit.Final[float]
+    __constants__ = ['sizes', 'place', 'nothing', 'pair']
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+        self.limit, self.sizes, self.place = float('-inf'), [1, 2], torch.device('cpu')
+        self.nothing, self.pair = None, ('a', -1.5)
+    def forward(self, x: Tensor, n: int = 3, o: Optional[Tensor] = None, z: float = float('inf'), s: str = 'a',
+                color: Color = Color.RED, b: bool = False, p: Tuple[int, float] = (1, -2.),
+                point: Optional[Point] = None) -> Tensor:
+        return F.max_pool2d(self.a(x).unsqueeze(1).unsqueeze(1), 1).flatten(1) * float(self.sizes[0] + self.pair[1])
+
 torch.manual_seed(0)
 save = lambda m, name: torch.jit.script(m).save(name + '.pt')
 x = torch.randn(4, 3)
@@ -92,15 +190,40 @@ class L(nn.Module):
     def __init__(self): super().__init__(); self.a = lstm
     def forward(self, x): return self.a(x.unsqueeze(0))[0][0]
 torch.jit.trace(L(), x, check_trace=False).save('traced_lstm.pt')
+class Normed(nn.Module):  # of x as [samples, 1, 3]
+    def __init__(self, layer, after=nn.Identity()):
+        super().__init__()
+        self.a, self.layer, self.after = nn.Linear(3, 2), layer, after
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.a(self.layer(x.unsqueeze(1)).squeeze(1)))
+trace = lambda m, name: torch.jit.trace(m, x, check_trace=False).save(name + '.pt')
+trace(Normed(nn.Identity(), nn.RReLU()), 'traced_rrelu'); save(Normed(nn.Identity(), nn.RReLU()), 'rrelu')
+trace(Normed(nn.InstanceNorm1d(1, track_running_stats=True)), 'traced_instance')
+trace(Normed(nn.InstanceNorm1d(1)), 'traced_instance_plain'); save(Normed(nn.InstanceNorm1d(1)), 'instance_plain')
+save(Normed(nn.InstanceNorm1d(1, track_running_stats=True)), 'instance')
+save(Normed(nn.BatchNorm1d(1, track_running_stats=False)), 'norm_plain')
+trace(Normed(nn.BatchNorm1d(1, track_running_stats=False)), 'traced_norm_plain')
 torch.save(Body().state_dict(), 'state.pt')
 for p in (m := Body()).parameters(): p.requires_grad_(False)
 save(m, 'fixed')
 save(nn.Linear(4, 2), 'four')
-with zipfile.ZipFile('plain.pt') as old, zipfile.ZipFile('newer.pt', 'w') as new:
-    for item in old.infolist():
-        data = old.read(item)
-        if item.filename.endswith('.py'): data = data.replace(b'torch.linear', b'torch.lineal_attention')
-        new.writestr(item, data)
+def altered(name, result, *changes):
+    with zipfile.ZipFile(name + '.pt') as old, zipfile.ZipFile(result + '.pt', 'w') as new:
+        for item in old.infolist():
+            data = old.read(item)
+            if item.filename.endswith('.py'):
+                for before, after in changes: data = data.replace(before, after)
+            new.writestr(item, data)
+altered('plain', 'newer', (b'torch.linear', b'torch.lineal_attention'))
+save(Whole(Part()), 'state_of_part'); save(Whole(Remembers(torch.zeros(1))), 'state_of_class')
+save(Whole(Reads(torch.zeros(1))), 'unused_method'); save(ForeignClass(), 'foreign'); save(EveryValue(), 'values')
+save(Enters(), 'enters'); save(WithoutGradients(), 'no_grad'); save(Whole(None), 'whole')
+writes = (b'  return n\n', b'  torch.save(n, "written.pt")\n  return n\n')
+altered('whole', 'default', writes, (b'more: int=7', b'more: int=__torch__.seven(7)'))
+altered('whole', 'constant', writes, (b'  a : __torch__', b'  c : Final[int] = __torch__.seven(7)\n  a : __torch__'))
+altered('values', 'named_tuple', (b'scale : float', b'scale : float = float(torch.dim(torch.from_file("/etc/hostname")))'))
+import glob, os
+for name in glob.glob('written.pt'): os.remove(name)
 )";
 
 class TorchScriptModelTest : public ::testing::Test {
@@ -217,6 +340,9 @@ TEST_F(TorchScriptModelTest, TiedParametersCountOnceAndFixedOnesAreNotTrained) {
 TEST_F(TorchScriptModelTest, AcceptsTracesWithoutTrainingFlags) {
   EXPECT_EQ(ErrorOf("traced_plain", "mse"), "");
   EXPECT_EQ(ErrorOf("recurrent", "mse"), "");
+  // Without running statistics training and evaluation are the same.
+  for (const char* name : {"traced_instance_plain", "traced_norm_plain", "instance_plain", "norm_plain", "instance", "rrelu"})
+    EXPECT_EQ(ErrorOf(name, "mse"), "") << name;
 }
 
 TEST_F(TorchScriptModelTest, RefusesWithTheReasonWhatCannotBeTrained) {
@@ -228,11 +354,42 @@ TEST_F(TorchScriptModelTest, RefusesWithTheReasonWhatCannotBeTrained) {
   EXPECT_THAT(ErrorOf("traced_norm", "mse"), HasSubstr("batch_norm"));
   EXPECT_THAT(ErrorOf("traced_lstm", "mse"),
               HasSubstr("lstm in \"forward\" has a fixed training flag"));
+  EXPECT_THAT(ErrorOf("traced_rrelu", "mse"),
+              HasSubstr("rrelu in \"forward\" has a fixed training flag"));
+  EXPECT_THAT(ErrorOf("traced_instance", "mse"),
+              HasSubstr("instance_norm in \"forward\" has a fixed training flag"));
   EXPECT_THAT(ErrorOf("careless", "mse"), HasSubstr("in \"forward\" has a fixed training flag"));
   EXPECT_THAT(ErrorOf("newer", "mse"),
               AllOf(HasSubstr("operator aten::lineal_attention"), HasSubstr("newer LibTorch")));
   EXPECT_THAT(ErrorOf("state", "mse"), HasSubstr("torch.jit.script(model).save"));
   EXPECT_THAT(ErrorOf("absent", "mse"), HasSubstr("absent.pt"));
+}
+
+// Code of the user's, which would run while LibTorch reads the file: before anything was checked.
+TEST_F(TorchScriptModelTest, NothingRunsWhileTheFileIsRead) {
+  const auto before = std::filesystem::current_path();
+  std::filesystem::current_path(scratch_->path());
+  EXPECT_THAT(ErrorOf("state_of_part", "mse"), HasSubstr("has a method __"));
+  EXPECT_THAT(ErrorOf("state_of_class", "mse"), HasSubstr("has a method __"));
+  EXPECT_THAT(ErrorOf("default", "mse"),
+              AllOf(HasSubstr("the default of the argument more (in code/"),
+                    HasSubstr("computed by code")));
+  EXPECT_THAT(ErrorOf("constant", "mse"), HasSubstr("a constant of a class"));
+  EXPECT_THAT(ErrorOf("named_tuple", "mse"), HasSubstr("a constant of a class"));
+  ModelArchive archive{.file = "net.itw", .script = scratch_->Read("state_of_part.pt")};
+  EXPECT_THAT(
+      UserErrorOf([&] { MakeTorchScriptModel(SpecOf("", "mse"), data_, archive); }),
+      AllOf(HasSubstr("train.model.archive: net.itw"), HasSubstr("has a method __")));
+  EXPECT_FALSE(std::filesystem::exists("written.pt"));
+  std::filesystem::current_path(before);
+  EXPECT_EQ(ErrorOf("values", "mse"), "");
+}
+
+TEST_F(TorchScriptModelTest, ChecksWhatIsNotCalledToo) {
+  EXPECT_THAT(ErrorOf("unused_method", "mse"), HasSubstr("uses aten::from_file"));
+  EXPECT_THAT(ErrorOf("enters", "mse"), HasSubstr("uses aten::save"));
+  EXPECT_EQ(ErrorOf("no_grad", "mse"), "");
+  EXPECT_THAT(ErrorOf("foreign", "mse"), HasSubstr("uses torch.classes._nnapi.Compilation"));
 }
 
 TEST_F(TorchScriptModelTest, NamesWhatDoesNotFit) {
