@@ -538,6 +538,7 @@ int Train(World& world, RunState& state) {
             print("warning: " + problem + "; trying the checkpoint before it");
           });
       loop.Resume(checkpoint);
+      checkpoints.GoesOnFrom(checkpoint.position.step);
       print("going on from step " + std::to_string(checkpoint.position.step) + ", epoch " +
             std::to_string(checkpoint.position.epoch));
     }

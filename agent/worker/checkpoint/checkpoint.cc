@@ -257,7 +257,9 @@ CheckpointStore::CheckpointStore(fs::path directory, int keep, Communicator& com
     : directory_(std::move(directory)),
       keep_(keep),
       communicator_(communicator),
-      background_(background) {}
+      background_(background) {
+  if (communicator_.rank() == 0) RemovePartial();
+}
 
 CheckpointStore::~CheckpointStore() {
   if (thread_.joinable()) thread_.join();
@@ -355,6 +357,16 @@ void CheckpointStore::Poll() {
 }
 
 void CheckpointStore::Write(const Writing& writing, Communicator& communicator) {
+  try {
+    WriteAll(writing, communicator);
+  } catch (...) {
+    // All ranks have met it, so none writes any more. The next attempt may need the room.
+    if (communicator.rank() == 0) RemovePartial();
+    throw;
+  }
+}
+
+void CheckpointStore::WriteAll(const Writing& writing, Communicator& communicator) {
   const bool first = communicator.rank() == 0;
   std::error_code ignored;
   std::exception_ptr error;
@@ -428,7 +440,7 @@ void CheckpointStore::Write(const Writing& writing, Communicator& communicator) 
       }
       SyncDirectory(directory_);
       Step("retention");
-      DeleteOld();
+      DeleteOld(writing.head.position.step);
     });
   }
   agree(Json::object());
@@ -472,23 +484,28 @@ void CheckpointStore::WriteManifest(const Writing& writing,
   WriteFileDurably(writing.partial / kManifest, manifest.dump(1) + "\n");
 }
 
-void CheckpointStore::DeleteOld() {
-  std::vector<fs::path> steps = ListSteps(directory_);
-  std::error_code ignored;
-  const int64_t best = protected_step_;
-  for (size_t i = static_cast<size_t>(keep_); i < steps.size(); ++i) {
-    if (StepOf(steps[i]) == best) continue;
-    // The manifest goes first: a half-deleted checkpoint must not look like one.
-    fs::remove(steps[i] / kManifest, ignored);
-    fs::remove_all(steps[i], ignored);
-  }
-  // Saves that an earlier attempt did not finish.
-  for (fs::directory_iterator it(directory_, ignored), end; !ignored && it != end;
-       it.increment(ignored)) {
-    std::error_code not_removed;
+void CheckpointStore::RemovePartial() {
+  std::error_code error, not_removed;
+  for (fs::directory_iterator it(directory_, error), end; !error && it != end;
+       it.increment(error)) {
     if (it->path().extension() == ".partial" && StepOf(it->path().stem())) {
       fs::remove_all(it->path(), not_removed);
     }
+  }
+}
+
+// The one just saved stays in any case: who goes on from an older checkpoint than the newest has a
+// reason not to want that.
+void CheckpointStore::DeleteOld(int64_t saved) {
+  std::error_code ignored;
+  const int64_t sound = std::min(saved, std::exchange(went_on_from_, std::nullopt).value_or(saved));
+  int kept = 0;
+  for (const fs::path& path : ListSteps(directory_)) {
+    const int64_t step = *StepOf(path);
+    if ((step == saved || step <= sound) && ++kept <= keep_) continue;
+    // The manifest goes first: a half-deleted checkpoint must not look like one.
+    fs::remove(path / kManifest, ignored);
+    fs::remove_all(path, ignored);
   }
 }
 
