@@ -137,6 +137,7 @@ std::vector<fs::path> Candidates(const fs::path& directory) {
 CheckpointContents Read(const fs::path& directory, int rank, int world_size) {
   const Json manifest = ReadManifest(directory);
   CheckpointContents c;
+  c.directory = directory;
   try {
     c.position.step = manifest.at("step").get<int64_t>();
     c.position.epoch = manifest.at("epoch").get<int64_t>();
@@ -148,6 +149,8 @@ CheckpointContents Read(const fs::path& directory, int rank, int world_size) {
     c.seed = manifest.at("seed").get<uint64_t>();
     c.spec_sha256 = manifest.at("spec_sha256").get<std::string>();
     c.weights_sha256 = manifest.at("weights_sha256").get<std::string>();
+    if (manifest.contains("spec")) c.spec_document = manifest["spec"].dump();
+    if (manifest.contains("data")) c.data_document = manifest["data"].dump();
   } catch (const nlohmann::json::exception&) {
     throw AppError((directory / kManifest).string() + " is malformed");
   }
@@ -479,6 +482,9 @@ void CheckpointStore::WriteManifest(const Writing& writing,
                    {"spec_sha256", head.spec_sha256},
                    {"weights_sha256", head.weights_sha256},
                    {"files", files}};
+  // A worker of the version before passes over these.
+  if (!head.spec_document.empty()) manifest["spec"] = Json::parse(head.spec_document);
+  if (!head.data_document.empty()) manifest["data"] = Json::parse(head.data_document);
   manifest["manifest_sha256"] = Sha256Hex(manifest.dump());
   Step("manifest");
   WriteFileDurably(writing.partial / kManifest, manifest.dump(1) + "\n");
@@ -509,20 +515,27 @@ void CheckpointStore::DeleteOld(int64_t saved) {
   }
 }
 
-CheckpointContents LoadNewestCheckpoint(const fs::path& directory, Communicator& communicator,
+CheckpointContents LoadNewestCheckpoint(const std::vector<fs::path>& directories,
+                                        Communicator& communicator,
                                         const std::function<void(const std::string&)>& warn) {
   const bool first = communicator.rank() == 0;
+  std::string names;
   std::vector<fs::path> candidates;
-  if (first) candidates = Candidates(directory);
+  for (const fs::path& directory : directories) {
+    names += (names.empty() ? "" : ", ") + directory.string();
+    if (!first) continue;
+    const std::vector<fs::path> here = Candidates(directory);
+    if (here.empty() && directories.size() > 1)
+      warn("there is no checkpoint in " + directory.string());
+    candidates.insert(candidates.end(), here.begin(), here.end());
+  }
   std::string newest_problem;
   for (size_t i = 0;; ++i) {
     const fs::path candidate = BroadcastText(
         communicator, first && i < candidates.size() ? candidates[i].string() : "", 0);
     if (candidate.empty()) {
-      if (i == 0) {
-        throw UserError("there is no checkpoint in " + directory.string() + " to go on from");
-      }
-      throw AppError("none of the " + std::to_string(i) + " checkpoints in " + directory.string() +
+      if (i == 0) throw UserError("there is no checkpoint in " + names + " to go on from");
+      throw AppError("none of the " + std::to_string(i) + " checkpoints in " + names +
                      " is sound; the newest: " + newest_problem);
     }
     std::string problem;

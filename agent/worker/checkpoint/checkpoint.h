@@ -44,10 +44,13 @@ struct CheckpointHead {
   uint64_t seed = 0;
   std::string spec_sha256;     // of what must not change between attempts
   std::string weights_sha256;  // of the parameters, as the end of each epoch compares it
+  // JSON objects, see run_identity.h; empty in checkpoints of workers that did not have them yet.
+  std::string spec_document{}, data_document{};
 };
 
 // As it is read back: whole tensors.
 struct CheckpointContents : CheckpointHead {
+  std::filesystem::path directory;  // that it was read from
   NamedTensors weights;  // parameters, then buffers (of rank 0)
   NamedTensors optimizer;
   NamedTensors of_rank;  // this rank's own; empty when it was saved with another world size
@@ -135,11 +138,12 @@ class CheckpointStore {
   std::atomic<bool> done_ = false;
 };
 
-// Finds the newest checkpoint under `directory` (or `directory` itself, if it is one) whose files
-// all verify, and reads it; every rank calls it and gets the same one, and verifies a part. `warn`
-// is told, on rank 0, of each newer one that does not verify. Throws AppError when there are some
-// but none is sound, and UserError when there are none at all.
-CheckpointContents LoadNewestCheckpoint(const std::filesystem::path& directory,
+// Finds the newest checkpoint whose files all verify under the first of `directories` (each may be
+// a checkpoint itself) that has one, and reads it; every rank calls it and gets the same one, and
+// verifies a part. `warn` is told, on rank 0, of each one before it that does not verify, and of
+// directories without any. Throws AppError when there are some but none is sound, and UserError when
+// there are none at all.
+CheckpointContents LoadNewestCheckpoint(const std::vector<std::filesystem::path>& directories,
                                         Communicator& communicator,
                                         const std::function<void(const std::string&)>& warn);
 

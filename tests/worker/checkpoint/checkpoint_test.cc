@@ -52,7 +52,7 @@ class CheckpointFiles : public ::testing::Test {
   }
   CheckpointContents Load() {
     warnings_.clear();
-    return LoadNewestCheckpoint(scratch_.path(), self_,
+    return LoadNewestCheckpoint({scratch_.path()}, self_,
                                 [&](const std::string& w) { warnings_.push_back(w); });
   }
   Scratch scratch_;
@@ -124,7 +124,7 @@ TEST_F(CheckpointFiles, NoneAndNoneSoundAreDifferentErrors) {
 TEST_F(CheckpointFiles, OneStepDirectoryMayBeNamedItself) {
   SaveSteps({1, 2});
   EXPECT_EQ(
-      LoadNewestCheckpoint(scratch_ / "step-1", self_, [](const std::string&) {}).position.step, 1);
+      LoadNewestCheckpoint({scratch_ / "step-1"}, self_, [](const std::string&) {}).position.step, 1);
 }
 
 TEST_F(CheckpointFiles, KeepsTheNewest) {
@@ -194,7 +194,7 @@ TEST_F(CheckpointFiles, EachRankGetsItsOwnFileAtTheSameWorldSizeOnly) {
     CheckpointStore store(scratch_.path(), 2, control);
     store.Save(Contents(5, control.rank(), 3));
     const CheckpointContents c =
-        LoadNewestCheckpoint(scratch_.path(), control, [](const std::string&) {});
+        LoadNewestCheckpoint({scratch_.path()}, control, [](const std::string&) {});
     EXPECT_EQ(c.of_rank[0].second[0].item<float>(), static_cast<float>(control.rank()));
   });
   EXPECT_EQ(Load().world_size, 3);
@@ -383,7 +383,7 @@ TEST_F(CheckpointFiles, DeathAtAnyStepLeavesOneThatLoads) {
         died = DieAt(directory, n, in_background, again);
         warnings_.clear();
         const CheckpointContents c = LoadNewestCheckpoint(
-            directory, self_, [&](const std::string& w) { warnings_.push_back(w); });
+            {directory}, self_, [&](const std::string& w) { warnings_.push_back(w); });
         EXPECT_TRUE(warnings_.empty()) << warnings_.front();
         const int64_t step = c.position.step;
         EXPECT_TRUE(step == 1 || step == 2);

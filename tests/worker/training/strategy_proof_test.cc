@@ -220,7 +220,7 @@ torch.jit.script(Net()).save('net.pt')
                          .spec_sha256 = "proof",
                          .mesh = mesh ? &*mesh : nullptr});
       if (!resume.empty())
-        loop.Resume(LoadNewestCheckpoint(resume, control, [](const std::string&) {}));
+        loop.Resume(LoadNewestCheckpoint({resume}, control, [](const std::string&) {}));
       const TrainingOutcome result = loop.Run();
       outcome.hashes[static_cast<size_t>(rank)] =
           mesh ? result.weights_sha256 : HashWeights(model);
