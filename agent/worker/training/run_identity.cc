@@ -1,11 +1,8 @@
 #include "agent/worker/training/run_identity.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
-#include <cstdlib>
 #include <functional>
-#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -30,30 +27,19 @@ std::string TextOf(const Json& value) {
   return text;
 }
 
-// A number for what may be another spelling of it, else the value itself.
+// A number for what may be another spelling of it, else the value itself. Integers from 0 are
+// unsigned, as the parser of JSON has them.
 Json AsNumber(const Json& value) {
   if (value.is_number_float()) {
     const double number = value.get<double>();
     if (number != std::floor(number) || std::abs(number) > kWholeNumbers) return value;
+    if (number >= 0) return static_cast<uint64_t>(number);
     return static_cast<int64_t>(number);
   }
   if (!value.is_string()) return value;
   const std::string& text = value.get_ref<const std::string&>();
-  const char* end = text.data() + text.size();
-  int64_t whole = 0;
-  if (const auto read = std::from_chars(text.data(), end, whole);
-      read.ec == std::errc() && read.ptr == end) {
-    return whole;
-  }
-  uint64_t large = 0;
-  if (const auto read = std::from_chars(text.data(), end, large);
-      read.ec == std::errc() && read.ptr == end) {
-    return large;
-  }
-  char* stop = nullptr;
-  const double number = std::strtod(text.c_str(), &stop);
-  if (text.empty() || stop != end || !std::isfinite(number)) return value;
-  return AsNumber(number);
+  const Json number = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  return number.is_number() ? AsNumber(number) : value;
 }
 
 Json WithNumbers(const Json& value) {
