@@ -72,7 +72,8 @@ TEST(LaunchEnvironment, TrainingMayGoOnFromOlderAttemptsOfTheJobWhereTheNewestIs
   for (const char* attempt : {"1", "3", "4", "5"}) {  // 4 has no checkpoint, 5 is newer than the one asked for
     const std::string step = job + attempt + "/checkpoints/step-7";
     ASSERT_OK(MakeDirectories(step));
-    if (attempt[0] != '4') ASSERT_OK(WriteFileAtomically(step + "/manifest.json", "{}"));
+    if (attempt[0] == '4') continue;
+    ASSERT_OK(WriteFileAtomically(step + "/manifest.json", "{}"));
   }
   v1::StartAttemptRequest request;
   request.set_resume_attempt("00000000000000aa-3");
