@@ -279,7 +279,7 @@ void TrainingLoop::RequireSameRun(const CheckpointHead& checkpoint) const {
   if (setup_.data_document.empty()) return;
   if (checkpoint.data_document.empty()) {
     setup_.print(
-        "note: the checkpoint is of a worker before this version and does not say which data it "
+        "note: the checkpoint is of an older worker and does not say which data it "
         "was trained on; they are not compared");
     return;
   }
