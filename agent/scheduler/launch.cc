@@ -12,6 +12,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 #include "common/files.h"
@@ -132,6 +133,26 @@ absl::StatusOr<std::vector<std::string>> LaunchCommand(const AttemptDirectory& d
   return command;
 }
 
+namespace {
+
+constexpr int kMaxResumeDirectories = 8;
+
+// The checkpoints that the request names; for the worker also those of the attempts before that one, newest first,
+// separated by ':', in case they do not verify. Other programs know of one directory.
+std::string ResumeDirectories(const AttemptDirectory& directory, const v1::StartAttemptRequest& request) {
+  const absl::StatusOr<AttemptKey> from = AttemptKey::Parse(request.resume_attempt());
+  if (!from.ok()) return "";
+  std::vector<std::string> paths = {AttemptDirectory(directory.root(), *from).checkpoints_path()};
+  if (!request.train() || absl::StrContains(directory.root(), ':')) return paths.front();
+  for (int number = from->number() - 1; number > 0 && paths.size() < kMaxResumeDirectories; --number) {
+    const AttemptDirectory older(directory.root(), AttemptKey(from->job(), number));
+    if (older.HasCheckpoint()) paths.push_back(older.checkpoints_path());
+  }
+  return absl::StrJoin(paths, ":");
+}
+
+}  // namespace
+
 std::map<std::string, std::string> LaunchEnvironment(const AttemptDirectory& directory,
                                                      const v1::StartAttemptRequest& request,
                                                      const std::string& lease_nonce, absl::Time deadline) {
@@ -169,10 +190,7 @@ std::map<std::string, std::string> LaunchEnvironment(const AttemptDirectory& dir
   env["ITWIN_ATTEMPT"] = directory.key().text();
   env["ITWIN_LEASE"] = lease_nonce;
   env["ITWIN_DEADLINE"] = deadline == absl::InfiniteFuture() ? "" : absl::StrCat(absl::ToUnixSeconds(deadline));
-  env["ITWIN_RESUME"] = "";
-  if (const absl::StatusOr<AttemptKey> from = AttemptKey::Parse(request.resume_attempt()); from.ok()) {
-    env["ITWIN_RESUME"] = AttemptDirectory(directory.root(), *from).checkpoints_path();
-  }
+  env["ITWIN_RESUME"] = ResumeDirectories(directory, request);
   return env;
 }
 

@@ -51,6 +51,7 @@
 #include "agent/worker/startup.h"
 #include "agent/worker/training/mesh.h"
 #include "agent/worker/training/precision.h"
+#include "agent/worker/training/run_identity.h"
 #include "agent/worker/training/stop_request.h"
 #include "agent/worker/training/strategy.h"
 #include "agent/worker/training/training_loop.h"
@@ -81,6 +82,7 @@ constexpr char kUsage[] =
 
 constexpr auto kOthersWriteFirst =
     std::chrono::milliseconds(300);  // before a rank beyond 0 reports a failure
+constexpr double kPredictionReserveSeconds = 5;  // before the deadline: to end and to say so
 constexpr auto kOwnerWrites =
     std::chrono::seconds(3);  // for the rank that an agreed failure is about
 
@@ -403,6 +405,24 @@ void WriteReport(const std::filesystem::path& path, World& world, const Profiler
   WriteFileDurably(path, head.dump(1) + "\n");
 }
 
+// A prediction keeps nothing between attempts, so to be asked to stop is to fail: as a request that
+// needs more time where the wall limit is near, for another attempt to be decided upon where somebody
+// asked. Every rank calls it.
+[[noreturn]] void FailStoppedPrediction(Communicator& control, const StopRequest& stop) {
+  std::string reason;
+  for (const std::string& of_rank : GatherTexts(control, stop.reason())) {
+    if (reason.empty()) reason = of_rank;
+  }
+  int64_t late = stop.near_deadline() ? 1 : 0;
+  control.AllReduce(BufferOf(std::span(&late, 1)), Reduction::kMax)->Wait();
+  const std::string message =
+      reason + ": the prediction was not finished, and cannot be continued; nothing of it is kept" +
+      (late != 0 ? ". Ask for more time with resources.time, or for more ranks" : "");
+  WorkerError error = late != 0 ? UserError(message) : AppError(message);
+  error.rank = 0;
+  throw error;
+}
+
 // A job that applies a model instead of training it.
 int RunPrediction(World& world, const RunState& state, const TrainSpec& spec, const Dataset& dataset,
                   Model& model, const std::function<void(const std::string&)>& print,
@@ -415,10 +435,16 @@ int RunPrediction(World& world, const RunState& state, const TrainSpec& spec, co
   const Split split = name == "train"        ? Split::kTrain
                       : name == "validation" ? Split::kValidation
                                              : Split::kTest;  // or all, see OpenDataset
+  StopRequest stop(world.rank() == 0 ? contract.stop : "", contract.deadline);
   int64_t batches = 0;
-  const Prediction prediction =
+  const std::optional<Prediction> predicted =
       PredictSplit(model, dataset, split, spec.batch, spec.predict->format, contract.outputs,
-                   *world.control, [&] { beat(++batches); });
+                   *world.control, [&] {
+                     beat(++batches);
+                     return !stop.Poll(kPredictionReserveSeconds);
+                   });
+  if (!predicted) FailStoppedPrediction(*world.control, stop);
+  const Prediction& prediction = *predicted;
   print("predictions: " + prediction.file.filename().string() + ", " +
         std::to_string(prediction.shape.front()) + " samples");
   if (world.rank() != 0) return 0;
@@ -460,7 +486,14 @@ int Train(World& world, RunState& state) {
     }
   }
   std::string strategy_note;
-  const std::string strategy = ChooseStrategy(spec, world.size(), &strategy_note);
+  if (spec.predict && !spec.strategy.empty()) {
+    strategy_note =
+        "a prediction has the whole model on each rank, not strategy " + spec.strategy;
+    spec.strategy.clear();
+  }
+  std::string choice_note;
+  const std::string strategy = ChooseStrategy(spec, world.size(), &choice_note);
+  if (strategy_note.empty()) strategy_note = choice_note;
 
   const Machine machine =
       SetUpMachine(control, spec.deterministic ? std::max(1, spec.resources.cpus_per_rank)
@@ -567,13 +600,19 @@ int Train(World& world, RunState& state) {
                        .trace = &trace,
                        .beat = [&hang](int64_t step) { hang.Beat(step); },
                        .device = device,
-                       .make_graph = spec.gpu.graphs ? StepGraph::Make(gpu::MakeGraph) : nullptr});
+                       .make_graph = spec.gpu.graphs ? StepGraph::Make(gpu::MakeGraph) : nullptr,
+                       .spec_document = SpecDocument(job),
+                       .data_document = BroadcastText(
+                           control, first ? DescribeTrainingData(*on_host).dump() : "", 0)});
+    std::filesystem::path went_on_from;
     if (!contract.resume.empty()) {
       const CheckpointContents checkpoint =
           LoadNewestCheckpoint(contract.resume, control, [&](const std::string& problem) {
             print("warning: " + problem + "; trying the checkpoint before it");
           });
+      went_on_from = checkpoint.directory.parent_path();
       loop.Resume(checkpoint);
+      checkpoints.GoesOnFrom(checkpoint.position.step);
       print("going on from step " + std::to_string(checkpoint.position.step) + ", epoch " +
             std::to_string(checkpoint.position.epoch));
     }
@@ -586,7 +625,7 @@ int Train(World& world, RunState& state) {
     }
     if (first && !outcome.saved && spec.checkpoint.export_optimizer) {
       // A run that only had its last evaluation left has saved nothing itself.
-      ExportOptimizer({contract.checkpoints, contract.resume}, outcome.steps,
+      ExportOptimizer({contract.checkpoints, went_on_from}, outcome.steps,
                       contract.outputs / "optimizer.safetensors");
     }
     if (!device.is_cpu()) model->MoveTo(at::kCPU);  // for all that is written from here on

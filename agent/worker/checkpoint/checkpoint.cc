@@ -137,6 +137,7 @@ std::vector<fs::path> Candidates(const fs::path& directory) {
 CheckpointContents Read(const fs::path& directory, int rank, int world_size) {
   const Json manifest = ReadManifest(directory);
   CheckpointContents c;
+  c.directory = directory;
   try {
     c.position.step = manifest.at("step").get<int64_t>();
     c.position.epoch = manifest.at("epoch").get<int64_t>();
@@ -148,6 +149,8 @@ CheckpointContents Read(const fs::path& directory, int rank, int world_size) {
     c.seed = manifest.at("seed").get<uint64_t>();
     c.spec_sha256 = manifest.at("spec_sha256").get<std::string>();
     c.weights_sha256 = manifest.at("weights_sha256").get<std::string>();
+    if (manifest.contains("spec")) c.spec_document = manifest["spec"].dump();
+    if (manifest.contains("data")) c.data_document = manifest["data"].dump();
   } catch (const nlohmann::json::exception&) {
     throw AppError((directory / kManifest).string() + " is malformed");
   }
@@ -257,7 +260,9 @@ CheckpointStore::CheckpointStore(fs::path directory, int keep, Communicator& com
     : directory_(std::move(directory)),
       keep_(keep),
       communicator_(communicator),
-      background_(background) {}
+      background_(background) {
+  if (communicator_.rank() == 0) RemovePartial();
+}
 
 CheckpointStore::~CheckpointStore() {
   if (thread_.joinable()) thread_.join();
@@ -355,6 +360,16 @@ void CheckpointStore::Poll() {
 }
 
 void CheckpointStore::Write(const Writing& writing, Communicator& communicator) {
+  try {
+    WriteAll(writing, communicator);
+  } catch (...) {
+    // All ranks have met it, so none writes any more. The next attempt may need the room.
+    if (communicator.rank() == 0) RemovePartial();
+    throw;
+  }
+}
+
+void CheckpointStore::WriteAll(const Writing& writing, Communicator& communicator) {
   const bool first = communicator.rank() == 0;
   std::error_code ignored;
   std::exception_ptr error;
@@ -428,7 +443,7 @@ void CheckpointStore::Write(const Writing& writing, Communicator& communicator) 
       }
       SyncDirectory(directory_);
       Step("retention");
-      DeleteOld();
+      DeleteOld(writing.head.position.step);
     });
   }
   agree(Json::object());
@@ -467,45 +482,60 @@ void CheckpointStore::WriteManifest(const Writing& writing,
                    {"spec_sha256", head.spec_sha256},
                    {"weights_sha256", head.weights_sha256},
                    {"files", files}};
+  // A worker of the version before passes over these.
+  if (!head.spec_document.empty()) manifest["spec"] = Json::parse(head.spec_document);
+  if (!head.data_document.empty()) manifest["data"] = Json::parse(head.data_document);
   manifest["manifest_sha256"] = Sha256Hex(manifest.dump());
   Step("manifest");
   WriteFileDurably(writing.partial / kManifest, manifest.dump(1) + "\n");
 }
 
-void CheckpointStore::DeleteOld() {
-  std::vector<fs::path> steps = ListSteps(directory_);
-  std::error_code ignored;
-  const int64_t best = protected_step_;
-  for (size_t i = static_cast<size_t>(keep_); i < steps.size(); ++i) {
-    if (StepOf(steps[i]) == best) continue;
-    // The manifest goes first: a half-deleted checkpoint must not look like one.
-    fs::remove(steps[i] / kManifest, ignored);
-    fs::remove_all(steps[i], ignored);
-  }
-  // Saves that an earlier attempt did not finish.
-  for (fs::directory_iterator it(directory_, ignored), end; !ignored && it != end;
-       it.increment(ignored)) {
-    std::error_code not_removed;
+void CheckpointStore::RemovePartial() {
+  std::error_code error, not_removed;
+  for (fs::directory_iterator it(directory_, error), end; !error && it != end;
+       it.increment(error)) {
     if (it->path().extension() == ".partial" && StepOf(it->path().stem())) {
       fs::remove_all(it->path(), not_removed);
     }
   }
 }
 
-CheckpointContents LoadNewestCheckpoint(const fs::path& directory, Communicator& communicator,
+// The one just saved stays in any case: who goes on from an older checkpoint than the newest has a
+// reason not to want that.
+void CheckpointStore::DeleteOld(int64_t saved) {
+  std::error_code ignored;
+  const int64_t sound = std::min(saved, std::exchange(went_on_from_, std::nullopt).value_or(saved));
+  int kept = 0;
+  for (const fs::path& path : ListSteps(directory_)) {
+    const int64_t step = *StepOf(path);
+    if ((step == saved || step <= sound) && ++kept <= keep_) continue;
+    // The manifest goes first: a half-deleted checkpoint must not look like one.
+    fs::remove(path / kManifest, ignored);
+    fs::remove_all(path, ignored);
+  }
+}
+
+CheckpointContents LoadNewestCheckpoint(const std::vector<fs::path>& directories,
+                                        Communicator& communicator,
                                         const std::function<void(const std::string&)>& warn) {
   const bool first = communicator.rank() == 0;
+  std::string names;
   std::vector<fs::path> candidates;
-  if (first) candidates = Candidates(directory);
+  for (const fs::path& directory : directories) {
+    names += (names.empty() ? "" : ", ") + directory.string();
+    if (!first) continue;
+    const std::vector<fs::path> here = Candidates(directory);
+    if (here.empty() && directories.size() > 1)
+      warn("there is no checkpoint in " + directory.string());
+    candidates.insert(candidates.end(), here.begin(), here.end());
+  }
   std::string newest_problem;
   for (size_t i = 0;; ++i) {
     const fs::path candidate = BroadcastText(
         communicator, first && i < candidates.size() ? candidates[i].string() : "", 0);
     if (candidate.empty()) {
-      if (i == 0) {
-        throw UserError("there is no checkpoint in " + directory.string() + " to go on from");
-      }
-      throw AppError("none of the " + std::to_string(i) + " checkpoints in " + directory.string() +
+      if (i == 0) throw UserError("there is no checkpoint in " + names + " to go on from");
+      throw AppError("none of the " + std::to_string(i) + " checkpoints in " + names +
                      " is sound; the newest: " + newest_problem);
     }
     std::string problem;

@@ -44,10 +44,13 @@ struct CheckpointHead {
   uint64_t seed = 0;
   std::string spec_sha256;     // of what must not change between attempts
   std::string weights_sha256;  // of the parameters, as the end of each epoch compares it
+  // JSON objects, see run_identity.h; empty in checkpoints of workers that did not have them yet.
+  std::string spec_document{}, data_document{};
 };
 
 // As it is read back: whole tensors.
 struct CheckpointContents : CheckpointHead {
+  std::filesystem::path directory;  // that it was read from
   NamedTensors weights;  // parameters, then buffers (of rank 0)
   NamedTensors optimizer;
   NamedTensors of_rank;  // this rank's own; empty when it was saved with another world size
@@ -62,16 +65,18 @@ struct CheckpointParts : CheckpointHead {
 
 class CheckpointStore {
  public:
-  // `directory` is made when first needed. Rank 0 of `communicator` deletes what is beyond the
-  // newest `keep`. With `background`, a communicator that nobody else uses, Save() returns once the
-  // state is copied, and a thread writes; without, when it is on the disk.
+  // `directory` is made when first needed, and nobody else writes to it meanwhile: rank 0 of
+  // `communicator` removes at once what interrupted saves have left there, and after each save what
+  // is beyond the newest `keep` and what is newer than the one just saved. With `background`, a
+  // communicator that nobody else uses, Save() returns once the state is copied, and a thread
+  // writes; without, when it is on the disk.
   CheckpointStore(std::filesystem::path directory, int keep, Communicator& communicator,
                   Communicator* background = nullptr);
   ~CheckpointStore();  // waits for the save in flight
 
   // Every rank calls it with the same head. Waits for the save before it, if that is in flight, and
   // throws what that one met. Throws ResourceError when the disk is full, here or in the next call;
-  // older checkpoints are then untouched.
+  // older checkpoints are then untouched, and nothing stays of this one.
   void Save(const CheckpointParts& parts);
   // The same for a state that all ranks hold alike: rank 0's is written.
   void Save(const CheckpointContents& contents);
@@ -81,9 +86,9 @@ class CheckpointStore {
   // Throws what the last save met, once that has ended. Costs nothing.
   void Poll();
 
-  // The checkpoint of this step is kept whatever comes later; of several calls the last counts. For
-  // the best one so far.
-  void Protect(int64_t step) { protected_step_ = step; }
+  // The run goes on from this step: what `directory` has beyond it is not sound, or given up, and the
+  // first save deletes it. Before that save, on every rank.
+  void GoesOnFrom(int64_t step) { went_on_from_ = step; }
 
   // For how long the callers of Save() and Finish() have waited, in all and the last time.
   double stall_seconds() const { return stall_seconds_; }
@@ -101,7 +106,9 @@ class CheckpointStore {
 
   void Write(const Writing& writing, Communicator& communicator);
   void WriteManifest(const Writing& writing, const std::vector<std::string>& written);
-  void DeleteOld();
+  void WriteAll(const Writing& writing, Communicator& communicator);
+  void RemovePartial();
+  void DeleteOld(int64_t saved);
   void Wait();
   void Step(const char* what) const {
     if (hook_) hook_(what);
@@ -122,7 +129,7 @@ class CheckpointStore {
   std::unique_ptr<Writing> writing_;  // kept: its memory serves the next save
   double stall_seconds_ = 0, last_stall_seconds_ = 0, longest_save_seconds_ = -1;
   int64_t bytes_written_ = 0;
-  std::atomic<int64_t> protected_step_ = -1;
+  std::optional<int64_t> went_on_from_;  // until the first save; then the thread's that saves
 
   // The thread's until `done_`.
   std::thread thread_;
@@ -131,11 +138,12 @@ class CheckpointStore {
   std::atomic<bool> done_ = false;
 };
 
-// Finds the newest checkpoint under `directory` (or `directory` itself, if it is one) whose files
-// all verify, and reads it; every rank calls it and gets the same one, and verifies a part. `warn`
-// is told, on rank 0, of each newer one that does not verify. Throws AppError when there are some
-// but none is sound, and UserError when there are none at all.
-CheckpointContents LoadNewestCheckpoint(const std::filesystem::path& directory,
+// Finds the newest checkpoint whose files all verify under the first of `directories` (each may be
+// a checkpoint itself) that has one, and reads it; every rank calls it and gets the same one, and
+// verifies a part. `warn` is told, on rank 0, of each one before it that does not verify, and of
+// directories without any. Throws AppError when there are some but none is sound, and UserError when
+// there are none at all.
+CheckpointContents LoadNewestCheckpoint(const std::vector<std::filesystem::path>& directories,
                                         Communicator& communicator,
                                         const std::function<void(const std::string&)>& warn);
 

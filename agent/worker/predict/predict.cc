@@ -105,15 +105,22 @@ void CopyToNetcdf(const fs::path& npy, size_t header, const fs::path& netcdf,
 
 }  // namespace
 
-Prediction PredictSplit(Model& model, const Dataset& dataset, Split split, int64_t batch,
-                        const std::string& format, const fs::path& outputs, Communicator& control,
-                        const std::function<void()>& each_batch) {
+std::optional<Prediction> PredictSplit(Model& model, const Dataset& dataset, Split split,
+                                       int64_t batch, const std::string& format,
+                                       const fs::path& outputs, Communicator& control,
+                                       const std::function<bool()>& go_on) {
   const int64_t samples = dataset.size(split);
   if (samples == 0) throw UserError("train.predict.split: there are no samples in it");
   const int64_t batches = (samples + batch - 1) / batch;
   const Slice mine = SliceOf(batches, control.rank(), control.size());
+  const int64_t rounds = (batches + control.size() - 1) / control.size();  // of the busiest rank
+  // The ranks answer alike.
+  const auto asked_to_stop = [&] {
+    int64_t stop = go_on() ? 0 : 1;
+    control.AllReduce(BufferOf(std::span(&stop, 1)), Reduction::kMax)->Wait();
+    return stop != 0;
+  };
   const auto predict = [&](int64_t b) {
-    if (each_batch) each_batch();
     const int64_t first = b * batch;
     std::vector<int64_t> indices(static_cast<size_t>(std::min(batch, samples - first)));
     std::iota(indices.begin(), indices.end(), first);
@@ -124,6 +131,7 @@ Prediction PredictSplit(Model& model, const Dataset& dataset, Split split, int64
     return values.to(at::kCPU, at::kFloat).contiguous();
   };
   model.Train(false);
+  if (asked_to_stop()) return std::nullopt;
   at::Tensor next;  // the first batch tells the shape
   if (mine.size() > 0) next = predict(mine.first);
   const std::vector<int64_t> of_sample = AgreeOnShape(next, control);
@@ -140,10 +148,14 @@ Prediction PredictSplit(Model& model, const Dataset& dataset, Split split, int64
     RowFile(partial).WriteAt(0, header.data(), header.size());
   }
   control.Barrier()->Wait();
+  bool stopped = false;
   {
     RowFile file(partial);
-    for (int64_t b = mine.first; b < mine.last; ++b) {
-      if (b > mine.first) next = predict(b);
+    for (int64_t round = 0; round < rounds; ++round) {
+      if (round > 0 && (stopped = asked_to_stop())) break;
+      const int64_t b = mine.first + round;
+      if (b >= mine.last) continue;
+      if (round > 0) next = predict(b);
       if (!std::equal(of_sample.begin(), of_sample.end(), next.sizes().begin() + 1,
                       next.sizes().end())) {
         throw UserError("the model's predictions differ in shape from batch to batch");
@@ -151,9 +163,13 @@ Prediction PredictSplit(Model& model, const Dataset& dataset, Split split, int64
       file.WriteAt(static_cast<int64_t>(header.size()) + b * batch * row_bytes, next.data_ptr(),
                    next.nbytes());
     }
-    file.Sync();
+    if (!stopped) file.Sync();
   }
   control.Barrier()->Wait();
+  if (stopped) {
+    if (control.rank() == 0) fs::remove(partial, error);
+    return std::nullopt;
+  }
   if (format == "netcdf") {
     const fs::path netcdf = outputs / "predictions.nc";
     if (control.rank() == 0) {

@@ -1,5 +1,6 @@
 #include "agent/worker/report/contract.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 
@@ -7,6 +8,23 @@
 
 namespace itwin::worker {
 namespace fs = std::filesystem;
+
+namespace {
+
+// Directories as PATH has them. One that is there by the whole text is meant, whatever its name.
+std::vector<fs::path> SplitDirectories(const std::string& text) {
+  std::error_code ignored;
+  if (!text.empty() && fs::is_directory(text, ignored)) return {text};
+  std::vector<fs::path> directories;
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = std::min(text.find(':', begin), text.size());
+    if (end > begin) directories.emplace_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return directories;
+}
+
+}  // namespace
 
 Contract ReadContract(const std::string& spec, const std::string& spool,
                       const std::function<const char*(const char*)>& environment) {
@@ -33,7 +51,7 @@ Contract ReadContract(const std::string& spec, const std::string& spool,
   c.metrics = path("ITWIN_METRICS", c.spool / "metrics.jsonl");
   c.outputs = path("ITWIN_OUTPUTS", c.spool / "outputs");
   c.checkpoints = path("ITWIN_CHECKPOINTS", c.spool / "checkpoints");
-  c.resume = path("ITWIN_RESUME", {});
+  c.resume = SplitDirectories(from("ITWIN_RESUME"));
   c.stop = path("ITWIN_STOP", c.spool / "stop");
   c.result = path("ITWIN_RESULT", c.spool / "result.json");
   c.attempt = from("ITWIN_ATTEMPT");

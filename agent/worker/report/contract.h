@@ -5,6 +5,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace itwin::worker {
 
@@ -15,7 +16,7 @@ struct Contract {
   std::filesystem::path metrics;
   std::filesystem::path outputs;
   std::filesystem::path checkpoints;
-  std::filesystem::path resume;  // empty: a fresh start
+  std::vector<std::filesystem::path> resume;  // newest first; empty: a fresh start
   std::filesystem::path stop;
   std::filesystem::path result;
   std::optional<double> deadline;  // seconds since 1970

@@ -1,6 +1,6 @@
 // The job spec as the worker needs it: plain structs with every default filled in. They mirror
 // itwin.v1.TrainSpec (proto/itwin/v1/spec.proto says what each field means) without needing
-// protobuf here.
+// protobuf here. Two are equal when they mean the same; run_identity.h builds on that.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,7 @@
 namespace itwin::worker {
 
 struct Resources {
+  bool operator==(const Resources&) const = default;
   int nodes = 1;
   int ranks_per_node = 1;
   int cpus_per_rank = 0;  // 0: the node's share
@@ -24,6 +25,7 @@ struct Resources {
 };
 
 struct ModelSpec {  // exactly one of the first three is not empty
+  bool operator==(const ModelSpec&) const = default;
   std::string torchscript;
   std::string archive;
   std::string builtin;
@@ -31,55 +33,68 @@ struct ModelSpec {  // exactly one of the first three is not empty
 };
 
 struct NetcdfFile {
+  bool operator==(const NetcdfFile&) const = default;
   std::string path;
 };
 struct IdxFiles {
+  bool operator==(const IdxFiles&) const = default;
   std::string train_images, train_labels;
   std::string test_images, test_labels;  // both or neither
 };
 struct NpzFile {
+  bool operator==(const NpzFile&) const = default;
   std::string path;
 };
 struct NpyFiles {
+  bool operator==(const NpyFiles&) const = default;
   std::string input, target;
 };
 struct CsvFile {
+  bool operator==(const CsvFile&) const = default;
   std::string path;
   std::vector<std::string> inputs, targets;
   bool target_is_class = false;
 };
 struct SyntheticData {
+  bool operator==(const SyntheticData&) const = default;
   int64_t samples = 0;
   std::vector<int64_t> input_shape, target_shape;
   int64_t classes = 0;
 };
 
 struct Hdf5File {
+  bool operator==(const Hdf5File&) const = default;
   std::string path;
   std::string input = "input", target = "target";
   bool target_named = false;  // it must be there
 };
 struct ZarrStore {
+  bool operator==(const ZarrStore&) const = default;
   std::string path;  // a directory
   std::string input = "input", target = "target";
   bool target_named = false;  // it must be there
 };
 struct SafetensorsFile {
+  bool operator==(const SafetensorsFile&) const = default;
   std::string path;
 };
 struct RawArray {
+  bool operator==(const RawArray&) const = default;
   std::string path, type;
   std::vector<int64_t> shape;  // of one sample
 };
 struct RawFiles {
+  bool operator==(const RawFiles&) const = default;
   RawArray input, target;
 };
 
 struct IndexRange {  // half-open
+  bool operator==(const IndexRange&) const = default;
   int64_t first = 0;
   int64_t last = 0;
 };
 struct SplitSpec {
+  bool operator==(const SplitSpec&) const = default;
   std::optional<IndexRange> train = {}, validation = {}, test = {};
   double validation_fraction = 0;
   double test_fraction = 0;
@@ -90,36 +105,45 @@ struct SplitSpec {
 };
 
 struct Standardize {
+  bool operator==(const Standardize&) const = default;
   std::vector<std::string> arrays;
 };  // empty: every float array
 struct Scale {
+  bool operator==(const Scale&) const = default;
   std::vector<std::string> arrays;
   double multiply = 1;  // a spec that leaves `multiply` out means 1
   double add = 0;
 };
 struct Crop {
+  bool operator==(const Crop&) const = default;
   std::vector<int64_t> sizes;
 };
 struct Coarsen {
+  bool operator==(const Coarsen&) const = default;
   int factor = 0;
   std::vector<std::string> baselines;
 };
 struct FillMissing {
+  bool operator==(const FillMissing&) const = default;
   std::optional<double> value;
 };
 struct Window {
+  bool operator==(const Window&) const = default;
   int length = 0;
   int horizon = 0;
 };
 struct Reshape {
+  bool operator==(const Reshape&) const = default;
   std::string array;
   std::vector<int64_t> shape;
 };
 struct Log {
+  bool operator==(const Log&) const = default;
   std::vector<std::string> arrays;
   double add = 0;
 };
 struct Clip {
+  bool operator==(const Clip&) const = default;
   std::vector<std::string> arrays;
   std::optional<double> min, max;
 };
@@ -127,6 +151,7 @@ using Transform = std::variant<Standardize, Scale, Crop, Coarsen, FillMissing, W
                                Clip>;
 
 struct DataSpec {
+  bool operator==(const DataSpec&) const = default;
   std::variant<NetcdfFile, IdxFiles, NpzFile, NpyFiles, CsvFile, SyntheticData, Hdf5File,
                SafetensorsFile, RawFiles, ZarrStore>
       source;
@@ -144,31 +169,39 @@ struct DataSpec {
 };
 
 struct Sgd {
+  bool operator==(const Sgd&) const = default;
   double lr = 1e-2;
   double momentum = 0, weight_decay = 0;
   bool nesterov = false;
   double dampening = 0;
 };
 struct Adam {
+  bool operator==(const Adam&) const = default;
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0;
 };
 struct AdamW {
+  bool operator==(const AdamW&) const = default;
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 1e-2;
 };
 struct RmsProp {
+  bool operator==(const RmsProp&) const = default;
   double lr = 1e-2, alpha = 0.99, eps = 1e-8, weight_decay = 0, momentum = 0;
 };
 struct Adagrad {
+  bool operator==(const Adagrad&) const = default;
   double lr = 1e-2, lr_decay = 0, weight_decay = 0, initial_accumulator = 0, eps = 1e-10;
 };
 struct Lamb {
+  bool operator==(const Lamb&) const = default;
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-6, weight_decay = 1e-2;
 };
 struct Lars {
+  bool operator==(const Lars&) const = default;
   double lr = 0.1, momentum = 0.9, weight_decay = 1e-4, trust = 1e-3;
   bool nesterov = false;
 };
 struct Lbfgs {
+  bool operator==(const Lbfgs&) const = default;
   double lr = 1;
   int max_iter = 20, max_eval = 25;
   double tolerance_grad = 1e-7, tolerance_change = 1e-9;
@@ -179,41 +212,52 @@ using OptimizerSpec = std::variant<Sgd, Adam, AdamW, RmsProp, Adagrad, Lamb, Lar
 
 // What differs for the parameters whose names match; see ParameterGroup in spec.proto.
 struct ParameterGroupSpec {
+  bool operator==(const ParameterGroupSpec&) const = default;
   std::vector<std::string> match;
   std::optional<double> lr = {}, weight_decay = {};
   bool freeze = false;
 };
 
-struct ConstantSchedule {};
+struct ConstantSchedule {
+  bool operator==(const ConstantSchedule&) const = default;
+};
 struct LinearSchedule {
+  bool operator==(const LinearSchedule&) const = default;
   double start = 1.0 / 3, end = 1;
   int64_t length = 0;  // here and below: 0 is the whole run
 };
 struct StepSchedule {
+  bool operator==(const StepSchedule&) const = default;
   int64_t every = 1;
   double gamma = 0.1;
 };
 struct MultiStepSchedule {
+  bool operator==(const MultiStepSchedule&) const = default;
   std::vector<int64_t> milestones;
   double gamma = 0.1;
 };
 struct ExponentialSchedule {
+  bool operator==(const ExponentialSchedule&) const = default;
   double gamma = 1;
 };
 struct CosineSchedule {
+  bool operator==(const CosineSchedule&) const = default;
   int64_t length = 0;
   double min_factor = 0;
 };
 struct OneCycleSchedule {
+  bool operator==(const OneCycleSchedule&) const = default;
   int64_t length = 0;
   double rise = 0.3, initial_divisor = 25, final_divisor = 1e4;
   bool linear = false;
 };
 struct PolynomialSchedule {
+  bool operator==(const PolynomialSchedule&) const = default;
   int64_t length = 0;
   double power = 1, min_factor = 0;
 };
 struct PlateauSchedule {
+  bool operator==(const PlateauSchedule&) const = default;
   double factor = 0.1;
   int patience = 10;
   double threshold = 1e-4;
@@ -223,6 +267,7 @@ struct PlateauSchedule {
   bool maximize = false;
 };
 struct ScheduleSpec {
+  bool operator==(const ScheduleSpec&) const = default;
   std::variant<ConstantSchedule, LinearSchedule, StepSchedule, MultiStepSchedule,
                ExponentialSchedule, CosineSchedule, OneCycleSchedule, PolynomialSchedule,
                PlateauSchedule>
@@ -234,6 +279,7 @@ struct ScheduleSpec {
 
 // One of several optimisers; see Phase in spec.proto.
 struct PhaseSpec {
+  bool operator==(const PhaseSpec&) const = default;
   std::string name;
   std::vector<std::string> match;
   std::string method;
@@ -245,6 +291,7 @@ enum class Precision { kFloat32, kBfloat16, kFloat16 };
 
 // DeepSpeed's constants.
 struct LossScaleSpec {
+  bool operator==(const LossScaleSpec&) const = default;
   double initial = 65536;
   int64_t window = 1000;
   int64_t hysteresis = 2;
@@ -252,18 +299,21 @@ struct LossScaleSpec {
 };
 
 struct EarlyStoppingSpec {
+  bool operator==(const EarlyStoppingSpec&) const = default;
   std::string metric = "validation/loss";
   bool maximize = false;
   int patience = 10;
   double min_delta = 0;
 };
 struct BestSpec {
+  bool operator==(const BestSpec&) const = default;
   std::string metric = "validation/loss";
   bool maximize = false;
   bool export_best = true;
 };
 
 struct GpuSpec {
+  bool operator==(const GpuSpec&) const = default;
   bool given = false;
   bool tf32 = true;
   bool channels_last = false;
@@ -271,6 +321,7 @@ struct GpuSpec {
 };
 
 struct LossOptions {
+  bool operator==(const LossOptions&) const = default;
   double label_smoothing = 0;
   std::vector<double> class_weights{};
   double delta = 1;                // huber
@@ -282,30 +333,36 @@ struct LossOptions {
 };
 
 struct DdpSpec {
+  bool operator==(const DdpSpec&) const = default;
   double bucket_mb = 25;
   double first_bucket_mb = 1;
   bool overlap = true;
   std::string compression = "none";  // none, fp16, bf16
 };
 struct LocalSgdSpec {
+  bool operator==(const LocalSgdSpec&) const = default;
   int every = 0;  // steps between averages; 0: off
 };
 struct HorovodSpec {
+  bool operator==(const HorovodSpec&) const = default;
   double fusion_mb = 64, cycle_ms = 1;
   bool adasum = false;
 };
 struct ZeroSpec {
+  bool operator==(const ZeroSpec&) const = default;
   double bucket_mb = 16;
   bool overlap = true;
 };
 
 struct MeshSpec {
+  bool operator==(const MeshSpec&) const = default;
   int data = 0, tensor = 0, pipeline = 0;  // 0: what is left
   std::string schedule = "1f1b";           // or "gpipe"
   int micro_batches = 4;                   // a rank's samples of a step pass the stages in so many parts
 };
 
 struct CheckpointSpec {
+  bool operator==(const CheckpointSpec&) const = default;
   int every_epochs = 0;  // 0: only at the end, on request and before the deadline
   int keep = 2;
   bool background = true;  // training goes on while the bytes reach the disk
@@ -313,6 +370,7 @@ struct CheckpointSpec {
 };
 
 struct PredictSpec {
+  bool operator==(const PredictSpec&) const = default;
   std::string weights;         // empty: the model's own
   std::string preprocessing;   // empty: statistics are this data's own
   std::string split = "all";   // train, validation, test, all
@@ -320,12 +378,14 @@ struct PredictSpec {
 };
 
 struct ProfileSpec {
+  bool operator==(const ProfileSpec&) const = default;
   int trace_steps = 0;  // 0: only when asked for while it runs
   int64_t at_step = 10;
   double hang_timeout_seconds = 1800;
 };
 
 struct TrainSpec {
+  bool operator==(const TrainSpec&) const = default;
   std::string name = "unnamed";  // of the job
   Resources resources;
 

@@ -38,6 +38,7 @@ bool StopRequest::Poll(double reserve_seconds) {
     reason_ = "the stop file appeared";
   } else if (deadline_ && Now(std::chrono::system_clock()) + reserve_seconds >= *deadline_) {
     reason_ = "the wall-time limit is near";
+    near_deadline_ = true;
   }
   return !reason_.empty();
 }

@@ -20,6 +20,9 @@ class StopRequest {
   // Why, as a sentence's beginning: "the stop file appeared". Empty when not asked.
   const std::string& reason() const { return reason_; }
 
+  // The reason is the deadline.
+  bool near_deadline() const { return near_deadline_; }
+
   // SIGTERM, SIGUSR1 and SIGUSR2 ask every StopRequest of the process.
   static void InstallSignalHandlers();
 
@@ -27,6 +30,7 @@ class StopRequest {
   const std::filesystem::path file_;
   const std::optional<double> deadline_;
   double next_look_ = 0;
+  bool near_deadline_ = false;
   std::string reason_;
 };
 

@@ -23,6 +23,7 @@
 #include "agent/worker/training/optimizer_kernels.h"
 #include "agent/worker/training/parameter_groups.h"
 #include "agent/worker/training/precision.h"
+#include "agent/worker/training/run_identity.h"
 #include "agent/worker/training/summed_metrics.h"
 #include "agent/worker/training/weights.h"
 
@@ -167,7 +168,10 @@ struct TrainingLoop::Clock {
   double printed_at = 0;
 };
 
-std::string HashSpec(const nlohmann::json& job) {
+namespace {
+
+// What a checkpoint's run and the one that goes on from it must have alike.
+nlohmann::json WhatMustStay(const nlohmann::json& job) {
   nlohmann::json train = job.value("train", nlohmann::json::object());
   const nlohmann::json every = train.value("validate_every", nlohmann::json());
   for (const char* key :
@@ -182,7 +186,19 @@ std::string HashSpec(const nlohmann::json& job) {
   if (train.contains("data") && train["data"].is_object()) {  // how they are read is no matter
     for (const char* key : {"load", "cache"}) train["data"].erase(key);
   }
-  return Sha256Hex(train.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+  return train;
+}
+
+std::string DumpText(const nlohmann::json& json) {
+  return json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+}  // namespace
+
+std::string HashSpec(const nlohmann::json& job) { return Sha256Hex(DumpText(WhatMustStay(job))); }
+
+std::string SpecDocument(const nlohmann::json& job) {
+  return DumpText(CanonicalTrain(WhatMustStay(job)));
 }
 
 TrainingLoop::TrainingLoop(const TrainingSetup& setup)
@@ -278,12 +294,38 @@ std::vector<at::Tensor> TrainingLoop::OptimizerState() const {
   return flat;
 }
 
-void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
+void TrainingLoop::RequireSameRun(const CheckpointHead& checkpoint) const {
+  const auto parse = [](const std::string& text) { return nlohmann::json::parse(text); };
   if (checkpoint.spec_sha256 != setup_.spec_sha256) {
-    throw UserError(
-        "the checkpoint belongs to another job: model, data, optimizer, batch and seed must be the "
-        "same to go on");
+    if (checkpoint.spec_document.empty() || setup_.spec_document.empty()) {
+      throw UserError(
+          "the checkpoint belongs to another job: model, data, optimizer, batch and seed must be "
+          "the same to go on");
+    }
+    const std::string differs =
+        SpecDifference(parse(checkpoint.spec_document), parse(setup_.spec_document));
+    if (!differs.empty()) {
+      throw UserError("the checkpoint belongs to another job: " + differs +
+                      "; these must be the same to go on");
+    }
   }
+  if (setup_.data_document.empty()) return;
+  if (checkpoint.data_document.empty()) {
+    setup_.print(
+        "note: the checkpoint is of an older worker and does not say which data it "
+        "was trained on; they are not compared");
+    return;
+  }
+  const std::string differs =
+      DataDifference(parse(checkpoint.data_document), parse(setup_.data_document));
+  if (!differs.empty()) {
+    throw UserError("the data are not those that the checkpoint was trained on: " + differs +
+                    "; give the same data to go on, or start anew");
+  }
+}
+
+void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
+  RequireSameRun(checkpoint);
   {
     const FullParameters full(*strategy_);
     if (strategy_->holds_model()) {
@@ -947,6 +989,8 @@ void TrainingLoop::Save() {
   parts.world_size = ranks_;
   parts.seed = spec_.seed;
   parts.spec_sha256 = setup_.spec_sha256;
+  parts.spec_document = setup_.spec_document;
+  parts.data_document = setup_.data_document;
   if (hashed_step_ != position_.step) HashNow();
   parts.weights_sha256 = weights_sha256_;
   parts.of_rank.emplace_back(GeneratorName(setup_.device), Generator(setup_.device).get_state());

@@ -52,6 +52,8 @@ struct TrainingSetup {
   StepGraph::Make make_graph = {};  // empty: steps are not recorded
   // For tests: all is done on the host as it would be on a device.
   bool as_on_device = false;
+  // See CheckpointHead; empty: not compared.
+  std::string spec_document = {}, data_document = {};
 };
 
 struct TrainingOutcome {
@@ -71,6 +73,8 @@ struct TrainingOutcome {
 // without epochs, steps, evaluation, checkpointing and strategy, and without what only watches the training (`best`,
 // `early_stopping`). With a plateau, which is asked after evaluations, `validate_every` counts.
 std::string HashSpec(const nlohmann::json& job);
+// The same part as a document, for CheckpointHead: specs that mean the same have the same one.
+std::string SpecDocument(const nlohmann::json& job);
 
 // Used by one thread.
 class TrainingLoop {
@@ -78,8 +82,8 @@ class TrainingLoop {
   explicit TrainingLoop(const TrainingSetup& setup);
   ~TrainingLoop();
 
-  // Goes on from a checkpoint instead of the start. Throws UserError when it is of another spec,
-  // AppError when it does not fit the model.
+  // Goes on from a checkpoint instead of the start. Throws UserError when it is of another spec or of
+  // other data (saying what differs), AppError when it does not fit the model.
   void Resume(const CheckpointContents& checkpoint);
 
   // Every rank calls it. Errors that all ranks agree on (a loss that is not finite, weights that
@@ -90,6 +94,7 @@ class TrainingLoop {
  private:
   struct Clock;
 
+  void RequireSameRun(const CheckpointHead& checkpoint) const;
   bool RunEpoch();  // false: stopped on request
   bool Step();      // false: asked to stop; the step is done
   void MakePhases();

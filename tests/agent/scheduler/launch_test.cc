@@ -1,5 +1,7 @@
 #include "agent/scheduler/launch.h"
 
+#include <unistd.h>
+
 #include <gtest/gtest.h>
 
 #include "common/files.h"
@@ -62,6 +64,33 @@ TEST(LaunchEnvironment, TheContractWinsOverTheUser) {
   EXPECT_EQ(env.at("ITWIN_RESUME"), "/r/00000000000000aa/1/checkpoints");
   EXPECT_EQ(env.at("OMP_NUM_THREADS"), "3");
   EXPECT_FALSE(env.contains("PRTE_ALLOW_RUN_AS_ROOT"));  // no ranks
+}
+
+TEST(LaunchEnvironment, TrainingMayGoOnFromOlderAttemptsOfTheJobWhereTheNewestIsDamaged) {
+  const testing::TempDirectory root;
+  const std::string job = root.path() + "/00000000000000aa/";
+  for (const char* attempt : {"1", "3", "4", "5"}) {  // 4 has no checkpoint, 5 is newer than the one asked for
+    const std::string step = job + attempt + "/checkpoints/step-7";
+    ASSERT_OK(MakeDirectories(step));
+    if (attempt[0] == '4') continue;
+    ASSERT_OK(WriteFileAtomically(step + "/manifest.json", "{}"));
+  }
+  v1::StartAttemptRequest request;
+  request.set_resume_attempt("00000000000000aa-3");
+  const auto resume = [&](const std::string& at) {
+    const AttemptDirectory directory(at, *AttemptKey::Parse("00000000000000bb-1"));
+    return LaunchEnvironment(directory, request, "nonce", absl::InfiniteFuture()).at("ITWIN_RESUME");
+  };
+  EXPECT_EQ(resume(root.path()), job + "3/checkpoints") << "a command knows of one directory";
+  request.set_train(true);
+  EXPECT_EQ(resume(root.path()), job + "3/checkpoints:" + job + "1/checkpoints");
+  request.set_resume_attempt("00000000000000aa-1");
+  EXPECT_EQ(resume(root.path()), job + "1/checkpoints");
+  request.set_resume_attempt("00000000000000aa-5");
+  EXPECT_EQ(resume(root.path()), job + "5/checkpoints:" + job + "3/checkpoints:" + job + "1/checkpoints");
+  // A path with a colon cannot be part of a list.
+  ASSERT_EQ(symlink(root.path().c_str(), (root.path() + "/a:b").c_str()), 0);
+  EXPECT_EQ(resume(root.path() + "/a:b"), root.path() + "/a:b/00000000000000aa/5/checkpoints");
 }
 
 TEST(LaunchEnvironment, RanksAreStartedByOpenMpi4AndBy5) {

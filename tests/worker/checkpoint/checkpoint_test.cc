@@ -52,7 +52,7 @@ class CheckpointFiles : public ::testing::Test {
   }
   CheckpointContents Load() {
     warnings_.clear();
-    return LoadNewestCheckpoint(scratch_.path(), self_,
+    return LoadNewestCheckpoint({scratch_.path()}, self_,
                                 [&](const std::string& w) { warnings_.push_back(w); });
   }
   Scratch scratch_;
@@ -61,7 +61,7 @@ class CheckpointFiles : public ::testing::Test {
 };
 
 TEST_F(CheckpointFiles, NewestIsReadBackExactly) {
-  SaveSteps({9, 10, 2});
+  SaveSteps({2, 9, 10});
   const CheckpointContents c = Load();
   EXPECT_EQ(c.position.step, 10);
   EXPECT_EQ(c.position.epoch, 3);
@@ -124,7 +124,7 @@ TEST_F(CheckpointFiles, NoneAndNoneSoundAreDifferentErrors) {
 TEST_F(CheckpointFiles, OneStepDirectoryMayBeNamedItself) {
   SaveSteps({1, 2});
   EXPECT_EQ(
-      LoadNewestCheckpoint(scratch_ / "step-1", self_, [](const std::string&) {}).position.step, 1);
+      LoadNewestCheckpoint({scratch_ / "step-1"}, self_, [](const std::string&) {}).position.step, 1);
 }
 
 TEST_F(CheckpointFiles, KeepsTheNewest) {
@@ -134,12 +134,67 @@ TEST_F(CheckpointFiles, KeepsTheNewest) {
   EXPECT_TRUE(fs::exists(scratch_ / "step-11"));
 }
 
+TEST_F(CheckpointFiles, TheOneJustSavedStaysAndNewerOnesThatDidNotVerifyGo) {
+  SaveSteps({90, 108});
+  fs::resize_file(scratch_ / "step-108" / "weights.safetensors", 10);
+  ASSERT_EQ(Load().position.step, 90);
+  SaveSteps({91}, /*keep=*/1);
+  EXPECT_FALSE(fs::exists(scratch_ / "step-108"));
+  EXPECT_EQ(Load().position.step, 91);
+  EXPECT_TRUE(warnings_.empty());
+}
+
+TEST_F(CheckpointFiles, WhatIsBeyondTheOneGoneOnFromDoesNotCountAsKept) {
+  SaveSteps({80, 90});
+  CheckpointStore store(scratch_.path(), 2, self_);
+  store.GoesOnFrom(80);  // 90 did not verify
+  store.Save(Contents(95, 0, 1));
+  EXPECT_TRUE(fs::exists(scratch_ / "step-80"));
+  EXPECT_FALSE(fs::exists(scratch_ / "step-90"));
+  store.Save(Contents(99, 0, 1));
+  EXPECT_FALSE(fs::exists(scratch_ / "step-80"));
+  EXPECT_TRUE(fs::exists(scratch_ / "step-95"));
+}
+
+TEST_F(CheckpointFiles, PartsOfAnInterruptedSaveAreGoneBeforeTheFirstSave) {
+  SaveSteps({1});
+  fs::create_directories(scratch_ / "step-2.partial");
+  WriteFileDurably(scratch_ / "step-2.partial" / "weights.safetensors", "half");
+  fs::create_directories(scratch_ / "mine.partial");  // not ours
+  const CheckpointStore store(scratch_.path(), 2, self_);
+  EXPECT_FALSE(fs::exists(scratch_ / "step-2.partial"));
+  EXPECT_TRUE(fs::exists(scratch_ / "mine.partial"));
+  EXPECT_TRUE(fs::exists(scratch_ / "step-1"));
+}
+
+TEST_F(CheckpointFiles, ASaveThatFailsGivesItsSpaceBack) {
+  for (const bool in_background : {false, true}) {
+    for (const std::string at : {"weights.safetensors", "manifest", "rename"}) {
+      SelfCommunicator background;
+      CheckpointStore store(scratch_.path(), 2, self_, in_background ? &background : nullptr);
+      store.Save(Contents(1, 0, 1));
+      store.Finish();
+      store.OnStep([&](const char* what) {
+        if (what == at) throw ResourceError("the disk is full");
+      });
+      EXPECT_THROW(
+          {
+            store.Save(Contents(2, 0, 1));
+            store.Finish();
+          },
+          WorkerError);
+      EXPECT_FALSE(fs::exists(scratch_ / "step-2.partial")) << at;
+      EXPECT_EQ(Load().position.step, 1);
+    }
+  }
+}
+
 TEST_F(CheckpointFiles, EachRankGetsItsOwnFileAtTheSameWorldSizeOnly) {
   RunRanksOrThrow(3, [&](Communicator&, Communicator& control) {
     CheckpointStore store(scratch_.path(), 2, control);
     store.Save(Contents(5, control.rank(), 3));
     const CheckpointContents c =
-        LoadNewestCheckpoint(scratch_.path(), control, [](const std::string&) {});
+        LoadNewestCheckpoint({scratch_.path()}, control, [](const std::string&) {});
     EXPECT_EQ(c.of_rank[0].second[0].item<float>(), static_cast<float>(control.rank()));
   });
   EXPECT_EQ(Load().world_size, 3);
@@ -328,7 +383,7 @@ TEST_F(CheckpointFiles, DeathAtAnyStepLeavesOneThatLoads) {
         died = DieAt(directory, n, in_background, again);
         warnings_.clear();
         const CheckpointContents c = LoadNewestCheckpoint(
-            directory, self_, [&](const std::string& w) { warnings_.push_back(w); });
+            {directory}, self_, [&](const std::string& w) { warnings_.push_back(w); });
         EXPECT_TRUE(warnings_.empty()) << warnings_.front();
         const int64_t step = c.position.step;
         EXPECT_TRUE(step == 1 || step == 2);
@@ -345,19 +400,6 @@ TEST_F(CheckpointFiles, DeathAtAnyStepLeavesOneThatLoads) {
       EXPECT_GT(n, 6) << "too few steps were tried";
     }
   }
-}
-
-TEST_F(CheckpointFiles, TheProtectedOneStays) {
-  CheckpointStore store(scratch_.path(), 1, self_);
-  store.Save(Contents(1, 0, 1));
-  store.Save(Contents(2, 0, 1));
-  store.Protect(2);
-  store.Save(Contents(3, 0, 1));
-  store.Save(Contents(4, 0, 1));
-  EXPECT_FALSE(fs::exists(scratch_ / "step-1"));
-  EXPECT_TRUE(fs::exists(scratch_ / "step-2"));
-  EXPECT_FALSE(fs::exists(scratch_ / "step-3"));
-  EXPECT_TRUE(fs::exists(scratch_ / "step-4"));
 }
 
 TEST_F(CheckpointFiles, ACheckpointOfTheFormatBeforeIsRead) {

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "agent/worker/checkpoint/durable_file.h"
+#include "agent/worker/checkpoint/sha256.h"
 #include "agent/worker/report/metric_sink.h"
 #include "tests/testing/program.h"
 #include "tests/worker/data/scratch.h"
@@ -20,6 +21,7 @@ using ::testing::AllOf;
 using ::testing::AnyOf;
 using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using testing::Scratch;
 using Json = nlohmann::json;
 namespace fs = std::filesystem;
@@ -383,6 +385,114 @@ TEST_F(WorkerProgram, PredictsInTheOrderOfTheSamplesWhateverTheRanks) {
   netcdf["train"]["predict"]["weights"] = outputs + "/preprocessing.json";
   EXPECT_EQ(Run(2, netcdf, "bad"), 2) << log_;
   EXPECT_THAT(Result("bad")["message"].get<std::string>(), HasSubstr("train.predict.weights"));
+}
+
+TEST_F(WorkerProgram, ADamagedAttemptFallsBackToTheAttemptBefore) {
+  Json job = Job();
+  ASSERT_EQ(Run(2, job, "one:first"), 0) << log_;  // a single directory may have any name
+  const std::string first = (Spool("one:first") / "checkpoints").string();
+  job["train"]["epochs"] = 4;
+  ASSERT_EQ(Run(0, job, "second", {{"ITWIN_RESUME", first}}), 0) << log_;
+  const fs::path second = Spool("second") / "checkpoints";
+  fs::resize_file(second / "step-72/weights.safetensors", 100);
+  const fs::path plain = scratch_ / "first";
+  fs::create_directory_symlink(Spool("one:first"), plain);
+  const std::string both = (scratch_ / "none").string() + ":" + second.string() + ":" + (plain / "checkpoints").string();
+  job["train"]["checkpoint"] = {{"export_optimizer", true}};
+  ASSERT_EQ(Run(2, job, "third", {{"ITWIN_RESUME", both}}), 0) << log_;
+  EXPECT_THAT(log_, HasSubstr("there is no checkpoint in " + (scratch_ / "none").string()));
+  EXPECT_THAT(log_, HasSubstr("has 100 bytes instead of"));
+  EXPECT_THAT(log_, HasSubstr("going on from step 54"));
+  EXPECT_EQ(Result("third")["steps"], 72);
+  fs::remove_all(plain / "checkpoints" / "step-54");
+  EXPECT_EQ(Run(0, job, "fourth", {{"ITWIN_RESUME", both}}), 3) << log_;
+}
+
+TEST_F(WorkerProgram, AnEqualSpecGoesOnAndAnotherOneIsRefusedByTheKeysThatDiffer) {
+  Json job = Job();
+  ASSERT_EQ(Run(0, job, "first"), 0) << log_;
+  const std::map<std::string, std::string> resume = {{"ITWIN_RESUME", Spool("first") / "checkpoints"}};
+  Json equal = job;
+  equal["train"].merge_patch(Json::parse(R"({"clip_norm": 0, "stop_on_nan": true, "top_k": 5, "seed": 5, "epochs": 4,
+      "batch": 16.0, "optimizer": {"adam": {"beta1": 0.9, "lr": 3e-3}}, "parameter_groups": [],
+      "data": {"split": {"by_hash": false}, "synthetic": {"classes": 4}}})"));
+  EXPECT_EQ(Run(0, equal, "equal", resume), 0) << log_;
+  EXPECT_EQ(Result("equal")["steps"], 72);
+  Json other = equal;
+  other["train"].merge_patch(Json::parse(R"({"batch": 8, "clip_norm": 1, "optimizer": {"adam": {"lr": 0.01}}})"));
+  EXPECT_EQ(Run(2, other, "other", resume), 2) << log_;
+  EXPECT_THAT(Result("other")["message"].get<std::string>(),
+              AllOf(HasSubstr("train.batch is 8, was 16"), HasSubstr("train.clip_norm is 1, was not given"),
+                    HasSubstr("train.optimizer.adam.lr is 0.01, was 0.003"), Not(HasSubstr("seed"))));
+}
+
+TEST_F(WorkerProgram, OtherDataThanTheCheckpointsAreRefused) {
+  const auto write = [&](int samples, double add) {
+    scratch_.Python("import numpy as np\nr = np.random.default_rng(1)\nn = " + std::to_string(samples) +
+                    "\nnp.save('x.npy', r.normal(size=(n, 6)).astype('f4') + np.float32(" + std::to_string(add) +
+                    "))\nnp.save('y.npy', r.normal(size=(n, 1)).astype('f4'))\n");
+  };
+  Json job = Json::parse(R"({"name": "data", "train": {"model": {"builtin": "mlp"}, "loss": "mse", "batch": 8,
+      "data": {"npy": {"input": "x.npy", "target": "y.npy"}}}})");
+  const std::map<std::string, std::string> resume = {{"ITWIN_RESUME", Spool("first") / "checkpoints"}};
+  write(43, 0);
+  ASSERT_EQ(Run(2, job, "first"), 0) << log_;
+  job["train"]["epochs"] = 2;
+  ASSERT_EQ(Run(0, job, "same", resume), 0) << log_;
+  write(60, 0);
+  EXPECT_EQ(Run(2, job, "more", resume), 2) << log_;
+  EXPECT_THAT(Result("more")["message"].get<std::string>(), AllOf(HasSubstr("60 training samples"), HasSubstr("43")));
+  write(43, 0.01);
+  EXPECT_EQ(Run(2, job, "changed", resume), 2) << log_;
+  EXPECT_THAT(Result("changed")["message"].get<std::string>(), HasSubstr("the first training sample"));
+
+  // A checkpoint of the version before knows neither data nor spec, only the hash of the latter.
+  const fs::path manifest = Spool("first") / "checkpoints" / "step-6" / "manifest.json";
+  auto old = nlohmann::ordered_json::parse(ReadWholeFile(manifest));
+  for (const char* key : {"spec", "data", "manifest_sha256"}) old.erase(key);
+  old["manifest_sha256"] = Sha256Hex(old.dump());
+  WriteFileDurably(manifest, old.dump());
+  EXPECT_EQ(Run(2, job, "old", resume), 0) << log_;
+  EXPECT_THAT(log_, HasSubstr("does not say which data it was trained on"));
+  job["train"]["batch"] = 4;
+  EXPECT_EQ(Run(0, job, "old other", resume), 2) << log_;
+  EXPECT_THAT(Result("old other")["message"].get<std::string>(), HasSubstr("belongs to another job"));
+}
+
+TEST_F(WorkerProgram, APredictionThatIsAskedToStopEndsAtOnceAndLeavesNothing) {
+  Json job = Job();
+  ASSERT_EQ(Run(0, job, "training"), 0) << log_;
+  job["train"]["predict"] = {{"weights", Spool("training") / "outputs" / "weights.safetensors"}};
+  fs::create_directories(Spool("before"));
+  scratch_.Write("before/stop", "");
+  EXPECT_EQ(Run(2, job, "before"), 3) << log_;
+  EXPECT_THAT(Result("before")["message"].get<std::string>(),
+              AllOf(HasSubstr("the stop file appeared"), HasSubstr("cannot be continued")));
+  EXPECT_EQ(Run(2, job, "late", {{"ITWIN_DEADLINE", std::to_string(Now() + 1)}}), 2) << log_;
+  EXPECT_THAT(Result("late")["message"].get<std::string>(),
+              AllOf(HasSubstr("the wall-time limit is near"), HasSubstr("resources.time")));
+  job["train"]["data"]["synthetic"]["samples"] = 3000000;
+  job["train"]["batch"] = 1;
+  auto program = Start(2, job, "signal");
+  ASSERT_TRUE(PollUntil([&] { return fs::exists(Spool("signal") / "outputs" / "predictions.npy.tmp"); }));
+  program->Signal(SIGUSR1);
+  EXPECT_EQ(program->Wait(), 3) << program->Output();
+  EXPECT_THAT(Result("signal")["message"].get<std::string>(), HasSubstr("SIGUSR1"));
+  for (const char* spool : {"before", "late", "signal"}) EXPECT_TRUE(fs::is_empty(Spool(spool) / "outputs")) << spool;
+}
+
+TEST_F(WorkerProgram, PredictionHasTheWholeModelOnEachRankWhateverTheTrainingsStrategy) {
+  Json job = Job();
+  ASSERT_EQ(Run(0, job, "training"), 0) << log_;
+  job["train"]["predict"] = {{"weights", Spool("training") / "outputs" / "weights.safetensors"}};
+  ASSERT_EQ(Run(0, job, "alone"), 0) << log_;
+  for (const char* strategy : {"single", "tensor", "pipeline", "zero3"}) {
+    job["train"]["strategy"] = strategy;
+    ASSERT_EQ(Run(2, job, strategy), 0) << log_;
+    EXPECT_THAT(log_, HasSubstr(std::string("note: a prediction has the whole model on each rank, not strategy ") + strategy));
+    EXPECT_EQ(ReadWholeFile(Spool(strategy) / "outputs" / "predictions.npy"),
+              ReadWholeFile(Spool("alone") / "outputs" / "predictions.npy"));
+  }
 }
 
 TEST_F(WorkerProgram, TracesTheStepsOfAllRanksOnOneClock) {

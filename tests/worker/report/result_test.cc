@@ -12,6 +12,7 @@
 namespace itwin::worker {
 namespace {
 
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using testing::Scratch;
 using testing::UserErrorOf;
@@ -86,8 +87,16 @@ TEST(Contract, EnvironmentWinsOverOptions) {
   EXPECT_EQ(c.spec, "/e/spec.json");
   EXPECT_EQ(c.metrics, "/e/m.jsonl");
   EXPECT_EQ(c.outputs, "/s/outputs");
-  EXPECT_EQ(c.resume, "/old");
+  EXPECT_THAT(c.resume, ElementsAre("/old"));
   EXPECT_EQ(c.deadline, 1732370000.5);
+  environment["ITWIN_RESUME"] = "/newest::/older:";
+  EXPECT_THAT(ReadContract("/d/j.json", "/s", get).resume, ElementsAre("/newest", "/older"));
+  const Scratch scratch;
+  std::filesystem::create_directory(scratch / "a:b");
+  environment["ITWIN_RESUME"] = (scratch / "a:b").string();
+  EXPECT_THAT(ReadContract("/d/j.json", "/s", get).resume, ElementsAre(scratch / "a:b"));
+  environment["ITWIN_RESUME"] = "";
+  EXPECT_TRUE(ReadContract("/d/j.json", "/s", get).resume.empty());
   environment["ITWIN_DEADLINE"] = "soon";
   EXPECT_THAT(UserErrorOf([&] { ReadContract("/d/j.json", "/s", get); }),
               HasSubstr("ITWIN_DEADLINE"));

@@ -282,7 +282,7 @@ torch.jit.script(Net64()).save('net64.pt')
                          .mesh = mesh ? &*mesh : nullptr,
                          .device = device});
       if (!resume.empty())
-        loop.Resume(LoadNewestCheckpoint(resume, control, [](const std::string&) {}));
+        loop.Resume(LoadNewestCheckpoint({resume}, control, [](const std::string&) {}));
       const TrainingOutcome result = loop.Run();
       if (!device.is_cpu()) model.MoveTo(at::kCPU);
       outcome.hashes[static_cast<size_t>(rank)] =

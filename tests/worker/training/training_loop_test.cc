@@ -105,7 +105,7 @@ struct Training {
                                                     : nullptr,
                          .as_on_device = as_on_device});
       if (!resume.empty())
-        loop.Resume(LoadNewestCheckpoint(resume, control, [](const std::string&) {}));
+        loop.Resume(LoadNewestCheckpoint({resume}, control, [](const std::string&) {}));
       outcomes[rank] = loop.Run();
       for (const auto& [name, tensor] : tiny.parameters())
         parameters[rank].emplace_back(name, tensor.detach().clone());
@@ -425,7 +425,7 @@ TEST(TrainingLoop, RefusesACheckpointOfAnotherSpec) {
   first.GoOrThrow(dataset);
   SelfCommunicator self;
   CheckpointContents contents =
-      LoadNewestCheckpoint(scratch / "c", self, [](const std::string&) {});
+      LoadNewestCheckpoint({scratch / "c"}, self, [](const std::string&) {});
   TinyModel model;
   RecordingSink sink;
   CheckpointStore store(scratch / "c", 2, self);
