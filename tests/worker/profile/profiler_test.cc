@@ -96,6 +96,15 @@ TEST(CollectiveLog, SaysWhatIsUnderWay) {
   log.Begin("barrier", 0);
   log.End();
   EXPECT_EQ(log.TakeEvents().size(), 1u);
+  // A message is two ranks' own: it takes time and is seen, and does not count.
+  EXPECT_FALSE(log.under_way());
+  log.Begin("receive", 3000, CollectiveLog::Kind::kMessage);
+  EXPECT_TRUE(log.under_way());
+  EXPECT_THAT(log.Describe(), HasSubstr("gradients: in receive of 3.0 kB for 0.0 s"));
+  log.End();
+  EXPECT_EQ(log.counts().started, 2);
+  EXPECT_EQ(log.counts().finished, 2);
+  EXPECT_EQ(log.counts().bytes, 25'000'000 + 3000);
 }
 
 TEST(Trace, AllRanksOnOneClock) {
