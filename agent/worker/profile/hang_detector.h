@@ -51,7 +51,7 @@ class HangDetector {
     std::string host;
     double timeout_seconds = 1800;
     std::function<int64_t()> collectives;                    // started by now; any thread
-    std::function<bool()> waits;                             // for another rank; any thread
+    std::function<bool()> waits = {};                        // for another rank; any thread
     std::function<std::vector<std::string>()> communicators;  // for people; any thread
     // Called once, by the watching thread, after the stacks were written to stderr. Does not return
     // in production.

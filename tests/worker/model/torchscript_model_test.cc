@@ -21,7 +21,7 @@ using testing::UserErrorOf;
 
 constexpr char kModules[] = R"(
 import enum, torch, zipfile
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 from torch import nn, Tensor
 F = nn.functional
 
@@ -134,7 +134,7 @@ class Entered(object):
         self.n = 1
     def __enter__(self):
         torch.save(self.n, 'written.pt')
-    def __exit__(self, a: Optional[str], b: Optional[str], c: Optional[str]):
+    def __exit__(self, a: Any, b: Any, c: Any):
         pass
 
 class Enters(nn.Module):
