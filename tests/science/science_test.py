@@ -37,8 +37,8 @@ def run(folder, example, ranks=2, job="job.yaml", **train):
 def test_signals_are_found_in_the_strain(tmp_path):
     prepare(tmp_path, "gravitational-waves", "make_strain.py", 700)
     prepare(tmp_path, "gravitational-waves", "denoise_model.py")
-    metrics = run(tmp_path, "gravitational-waves", epochs=6)
-    assert metrics["test/rmse"] < 0.45 * metrics["test/signal_rmse"]  # the job's aim, 0.4, takes its 20 epochs
+    metrics = run(tmp_path, "gravitational-waves", epochs=4)
+    assert metrics["test/rmse"] < 0.42 * metrics["test/signal_rmse"]  # reached: 0.37; the job's aim, on all of its data, is 0.4
 
 
 @pytest.mark.skipif(not WINDS.exists(), reason="Debian's ferret-datasets is not installed")
@@ -55,7 +55,7 @@ def test_winds_are_forecast(tmp_path, monkeypatch):
 @pytest.mark.skipif(not WINDS.exists(), reason="Debian's ferret-datasets is not installed")
 def test_winds_are_downscaled(tmp_path):
     (tmp_path / WINDS.name).symlink_to(WINDS)
-    metrics = run(tmp_path, "wind-downscaling", epochs=6, strategy="zero2")
+    metrics = run(tmp_path, "wind-downscaling", epochs=5, strategy="zero2")
     # The job's aims, 0.70 and 0.82, take its 60 epochs. What reaches 0.763 and 0.894 without learning stands in the job.
     assert metrics["test/ratio_to_bilinear"] < 0.75
     assert metrics["test/ratio_to_bicubic"] < 0.875
