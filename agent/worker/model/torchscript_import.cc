@@ -101,7 +101,7 @@ class SourceCheck {
   void Look(const jit::TreeRef& tree) const {
     if (tree->kind() == jit::TK_CLASS_DEF) LookAtConstants(tree);
     if (tree->kind() == jit::TK_DEF) {
-      const std::string& name = jit::Def(tree).name().name();
+      const std::string name = jit::Def(tree).name().name();
       if (name == "__setstate__" || name == "__getstate__") throw RunsWhileRead(name);
     }
     if (tree->kind() == jit::TK_PARAM) {
