@@ -16,6 +16,7 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include "tests/testing/simulated_streams.h"
 
@@ -293,6 +294,42 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ConvolutionBackward(
   return {back(std::get<0>(results)), back(std::get<1>(results)), back(std::get<2>(results))};
 }
 
+// An LSTM's cell in one, which newer versions of LibTorch use here and the processor does not have. The
+// workspace holds the gates: input, forget, cell, output.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> LstmCell(const at::Tensor& input, const at::Tensor& hidden,
+                                                        const at::Tensor& cx,
+                                                        const c10::optional<at::Tensor>& input_bias,
+                                                        const c10::optional<at::Tensor>& hidden_bias) {
+  Queue(Current(input.device())).Drain();
+  at::Tensor sum = OnHost(input, "LSTM") + OnHost(hidden, "LSTM");
+  for (const auto* bias : {&input_bias, &hidden_bias}) {
+    if (*bias && (*bias)->defined()) sum += OnHost(**bias, "LSTM");
+  }
+  const auto gates = sum.chunk(4, 1);
+  const at::Tensor i = gates[0].sigmoid(), f = gates[1].sigmoid(), g = gates[2].tanh(), o = gates[3].sigmoid();
+  const at::Tensor cy = f * OnHost(cx, "LSTM") + i * g;
+  return {ToDevice(o * cy.tanh(), input.device()), ToDevice(cy, input.device()),
+          ToDevice(at::cat({i, f, g, o}, 1), input.device())};
+}
+std::tuple<at::Tensor, at::Tensor, at::Tensor> LstmCellBackward(const c10::optional<at::Tensor>& of_hy,
+                                                                const c10::optional<at::Tensor>& of_cy,
+                                                                const at::Tensor& cx, const at::Tensor& cy,
+                                                                const at::Tensor& workspace, bool has_bias) {
+  Queue(Current(cx.device())).Drain();
+  const auto given = [&](const c10::optional<at::Tensor>& gradient) {
+    return gradient && gradient->defined() ? OnHost(*gradient, "LSTM") : at::zeros_like(OnHost(cx, "LSTM"));
+  };
+  const auto gates = OnHost(workspace, "LSTM").chunk(4, 1);
+  const at::Tensor &i = gates[0], &f = gates[1], &g = gates[2], &o = gates[3];
+  const at::Tensor t = OnHost(cy, "LSTM").tanh(), hy = given(of_hy);
+  const at::Tensor c = hy * o * (1 - t * t) + given(of_cy);
+  const at::Tensor of_gates = at::cat({c * g * i * (1 - i), c * OnHost(cx, "LSTM") * f * (1 - f),
+                                       c * i * (1 - g * g), hy * t * o * (1 - o)},
+                                      1);
+  return {ToDevice(of_gates, cx.device()), ToDevice(c * f, cx.device()),
+          has_bias ? ToDevice(of_gates.sum(0), cx.device()) : at::Tensor()};
+}
+
 TORCH_LIBRARY_IMPL(_, XPU, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&RunOnHost>()); }
 
 TORCH_LIBRARY_IMPL(aten, XPU, m) {
@@ -303,6 +340,8 @@ TORCH_LIBRARY_IMPL(aten, XPU, m) {
   m.impl("_reshape_alias", &at::native::_reshape_alias);
   m.impl("copy_", &Copy);
   m.impl("record_stream", &RecordStream);
+  m.impl("_thnn_fused_lstm_cell", &LstmCell);
+  m.impl("_thnn_fused_lstm_cell_backward_impl", &LstmCellBackward);
   m.impl("convolution_overrideable", &Convolution);
   m.impl("convolution_backward_overrideable", &ConvolutionBackward);
 }
