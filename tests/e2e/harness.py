@@ -265,5 +265,6 @@ class World:
         self.signal_all(self.agents(), signal.SIGCONT)
         subprocess.run([BIN / "itwin-agent", "stop", "--root", self.site_root, "--kill-jobs"],
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
-        self.signal_all(processes(str(self.directory)), signal.SIGKILL)
+        # Of a site in the test cluster an agent is elsewhere, and stopping it from here has started another one.
+        self.signal_all(self.agents() + processes(str(self.directory)), signal.SIGKILL)
         shutil.rmtree(self.directory, ignore_errors=True)
