@@ -260,11 +260,12 @@ StepStatus Mesh::SumOnDevice(const StepStatus& status) {
 
 double Mesh::SquaresOfGradients() {
   // Parameters that a tensor group holds alike count once.
-  double sum = 0;
+  std::vector<FlatRange> gradients;
   for (const FlatParameters::Parameter& p : parameters_.parameters()) {
     if (!parts_.contains(p.name) && groups_.tensor().rank() > 0) continue;
-    sum += SumOfSquares({{.gradients = p.tensor.grad()}});
+    gradients.push_back({.gradients = p.tensor.grad()});
   }
+  double sum = SumOfSquares(gradients);
   for (Communicator* group : {&groups_.tensor(), &groups_.pipeline()})
     group->AllReduce(BufferOf(std::span(&sum, 1)), Reduction::kSum)->Wait();
   return sum;

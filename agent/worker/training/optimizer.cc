@@ -384,9 +384,11 @@ std::string Optimizer::name() const {
 
 double SumOfSquares(const std::vector<FlatRange>& ranges) {
   double sum = 0;
+  at::Tensor on_device;  // waited for once
   for (const FlatRange& range : ranges) {
     if (!range.gradients.is_cpu()) {
-      sum += range.gradients.norm().to(at::kDouble).square().item<double>();
+      const at::Tensor squares = range.gradients.norm().to(at::kDouble).square();
+      on_device = on_device.defined() ? on_device.add(squares) : squares;
       continue;
     }
     const int64_t n = range.gradients.numel();
@@ -394,7 +396,7 @@ double SumOfSquares(const std::vector<FlatRange>& ranges) {
                ? kernels::SumOfSquares(range.gradients.data_ptr<float>(), n)
                : kernels::SumOfSquares(range.gradients.data_ptr<double>(), n);
   }
-  return sum;
+  return on_device.defined() ? sum + on_device.item<double>() : sum;
 }
 
 bool AllFinite(const std::vector<FlatRange>& ranges) {

@@ -6,12 +6,23 @@
 #include <torch/torch.h>
 
 #include "agent/worker/device/streams.h"
+#include "tests/testing/simulated_streams.h"
 
 namespace itwin::worker {
 namespace {
 
 using testing::ComputeStream;
+using testing::NativeStream;
 using testing::SimulatedGpu;
+using testing::SimulatedMark;
+using testing::SimulatedStream;
+
+// Nothing that the stream is given from now on is done before the gate is set.
+std::shared_ptr<SimulatedMark> Gate(const c10::Stream& stream) {
+  auto gate = std::make_shared<SimulatedMark>();
+  static_cast<SimulatedStream*>(NativeStream(stream))->WaitFor(gate);
+  return gate;
+}
 
 at::TensorOptions OnGpu() { return at::TensorOptions().dtype(at::kFloat).device(SimulatedGpu(0)); }
 
@@ -58,13 +69,18 @@ TEST(SimulatedGpu, OperatorsWaitForTheirOwnStreamOnly) {
   for (const bool waits : {true, false}) {
     at::Tensor there = at::zeros({3}, OnGpu());
     StreamMark(mine).HoldBack(beside);
+    const auto gate = Gate(beside);
     {
       const StreamScope scope(beside);
       there.copy_(host, /*non_blocking=*/true);
     }
-    if (waits) StreamMark(beside).HoldBack(mine);
+    if (waits) {
+      StreamMark(beside).HoldBack(mine);
+      gate->Set();
+    }
     const float seen = there.sum().item<float>();
     EXPECT_EQ(seen, waits ? 15 : 0);
+    gate->Set();
     StreamMark(beside).Wait();
   }
 }
@@ -89,24 +105,27 @@ TEST(SimulatedGpuDeathTest, MemoryThatIsGoneIsNoticed) {
       {
         at::Tensor there = at::ones({3}, OnGpu());
         at::Tensor host = at::zeros({3});
+        const auto gate = Gate(beside);
         {
           const StreamScope scope(beside);
-          host.copy_(there, /*non_blocking=*/true);
           host.copy_(there, /*non_blocking=*/true);
         }
         there.reset();
         StreamMark(CurrentStream(SimulatedGpu(0))).Wait();
+        gate->Set();
         StreamMark(beside).Wait();
       },
       "not, or no longer, its memory");
   // Recorded on the stream, it stays until that gets there.
   at::Tensor there = at::ones({3}, OnGpu()), host = at::zeros({3});
   there.record_stream(beside);
+  const auto gate = Gate(beside);
   {
     const StreamScope scope(beside);
     host.copy_(there, /*non_blocking=*/true);
   }
   there.reset();
+  gate->Set();
   StreamMark(beside).Wait();
   EXPECT_TRUE(host.equal(at::ones({3})));
 }
