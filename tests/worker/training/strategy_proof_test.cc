@@ -69,6 +69,36 @@ TEST_F(Proof, EveryMeshEqualsOneProcess) {
   }
 }
 
+TEST_F(Proof, WhatATensorGroupHoldsAlikeIsCompared) {
+  const TrainSpec spec = ParseSpec(JobOf(MeshFamilies()[1], SettingsOf(MeshCase{1, 2, 1})));
+  const testing::TokenDataset dataset;
+  std::mutex one_at_a_time;  // models draw their weights from one generator
+  for (const bool differs : {false, true}) {
+    std::vector<std::vector<int>> found(2);
+    const auto errors = RunRanks(2, [&](Communicator& gradients, Communicator& control) {
+      MeshGroups groups(MeshOf(spec, "mesh", 2), gradients, control, control);
+      std::unique_ptr<Model> model;
+      {
+        std::lock_guard lock(one_at_a_time);
+        at::manual_seed(1);
+        model = MakeMeshModel(spec, dataset, scratch_->path(), groups);
+      }
+      FlatParameters parameters = LayOut(spec, "mesh", model->parameters(), 2);
+      Mesh mesh("mesh", parameters, groups, *model, spec.ddp);
+      for (const auto& [name, tensor] : model->parameters()) {
+        if (model->parts().contains(name)) continue;
+        if (differs && control.rank() == 1) tensor.detach().view({-1})[0] += 1e-3;
+        break;
+      }
+      found[static_cast<size_t>(control.rank())] = mesh.FindDifferingRanks(control);
+    });
+    for (const auto& error : errors) ASSERT_FALSE(error);
+    const std::vector<int> expected = differs ? std::vector<int>{1} : std::vector<int>{};
+    EXPECT_EQ(found[0], expected);
+    EXPECT_EQ(found[1], expected);
+  }
+}
+
 TEST_F(Proof, AMeshGoesOnAsAnotherOneAndAsOneProcess) {
   Family mlp = Families("net.pt")[0];
   mlp.model["options"]["hidden"] = {24, 12, 6};
