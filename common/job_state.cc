@@ -60,6 +60,10 @@ std::optional<JobState> Next(JobState from, EventKind kind) {
                      S::kCancelled);
     case EventKind::kCancelRequested:
       return IsFinal(from) ? std::nullopt : std::optional<JobState>(from);
+    case EventKind::kTraceRequested:
+      return if_from({S::kRunning}, from);
+    case EventKind::kTraced:
+      return if_from({S::kRunning, S::kSuspended, S::kStateUnknown}, from);
     case EventKind::kNote:
       return from;
   }
@@ -141,6 +145,8 @@ absl::string_view Name(EventKind kind) {
     case EventKind::kCancelled: return "cancelled";
     case EventKind::kCancelRequested: return "cancel_requested";
     case EventKind::kNote: return "note";
+    case EventKind::kTraceRequested: return "trace_requested";
+    case EventKind::kTraced: return "traced";
   }
   return "?";
 }
@@ -159,6 +165,8 @@ absl::string_view Name(FailureClass failure) {
   return "?";
 }
 
+std::string TraceName(int number) { return absl::StrCat("trace-", number, ".json"); }
+
 const std::vector<JobState>& AllJobStates() {
   static const auto* const kAll = new std::vector<JobState>{
       S::kQueued, S::kStaging, S::kSubmitting, S::kSubmitUnknown, S::kPending, S::kHeld, S::kRunning,
@@ -169,7 +177,7 @@ const std::vector<JobState>& AllJobStates() {
 const std::vector<EventKind>& AllEventKinds() {
   static const auto* const kAll = [] {
     auto* all = new std::vector<EventKind>;
-    for (int i = 1; i <= static_cast<int>(EventKind::kNote); ++i) all->push_back(static_cast<EventKind>(i));
+    for (int i = 1; i <= static_cast<int>(EventKind::kTraced); ++i) all->push_back(static_cast<EventKind>(i));
     return all;
   }();
   return *kAll;
@@ -203,7 +211,21 @@ absl::Status Apply(const JobEvent& event, JobRecord* record) {
     return refuse(" without a cancel request");
   }
 
+  if (event.kind == EventKind::kTraceRequested && (record->trace_steps != 0 || event.steps <= 0)) {
+    return refuse(event.steps <= 0 ? ": it names no steps" : " while another trace is wanted");
+  }
+  if (event.kind == EventKind::kTraced && record->trace_steps == 0) return refuse(": no trace is wanted");
+
   if (event.kind == EventKind::kNote) return absl::OkStatus();
+  if (event.kind == EventKind::kTraceRequested) {
+    record->trace_steps = event.steps;
+    ++record->traces;
+    return absl::OkStatus();
+  }
+  if (event.kind == EventKind::kTraced) {
+    record->trace_steps = 0;
+    return absl::OkStatus();
+  }
   if (event.kind == EventKind::kCancelRequested) {
     record->cancel_requested = true;
     return absl::OkStatus();
@@ -219,6 +241,7 @@ absl::Status Apply(const JobEvent& event, JobRecord* record) {
     record->not_before = event.not_before;
     CountRetry(event, record);
   }
+  if (event.kind == EventKind::kEnded) record->trace_steps = 0;
   if (event.kind == EventKind::kFailed) record->failure = event.failure;
   return absl::OkStatus();
 }

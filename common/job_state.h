@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -31,7 +32,11 @@
 //   cancelled        QUEUED STAGING SUBMITTING SUBMIT_UNKNOWN
 //                    COLLECTING                                        CANCELLED      final; needs cancel_requested
 //   cancel_requested every state that is not final                     unchanged      sets cancel_requested
+//   trace_requested  RUNNING                                           unchanged      traces += 1; not while one is wanted
+//   traced           RUNNING SUSPENDED STATE_UNKNOWN                   unchanged      none is wanted any more
 //   note             every state                                       unchanged      something worth telling
+//
+// A trace that is wanted when its attempt ends is not waited for: what the program has written of it comes with the outputs.
 //
 // Budgets: a requeue counts by its failure class. A continuation (class limit) counts nowhere; one that made progress gives
 // the infra budget back, so that a chain of a hundred attempts may meet more than a handful of bad nodes.
@@ -85,6 +90,8 @@ enum class EventKind {  // stored; never renumbered
   kCancelled = 15,
   kCancelRequested = 16,
   kNote = 17,
+  kTraceRequested = 18,
+  kTraced = 19,
 };
 
 // What happened, as it is stored.
@@ -98,6 +105,7 @@ struct JobEvent {
   std::string site;                            // placed
   absl::Time not_before = absl::InfinitePast();  // requeued: back-off
   bool progress = false;                         // requeued: this attempt got further than the one before
+  int64_t steps = 0;                             // trace_requested: how many to trace
 };
 
 // Everything that decisions about a job depend on.
@@ -114,6 +122,8 @@ struct JobRecord {
   int retries_app = 0;
   int retries_other = 0;      // all but continuations
   int attempts_without_progress = 0;  // in a row, of continuations
+  int64_t trace_steps = 0;    // of the trace that is wanted now; 0: none is
+  int traces = 0;             // asked for so far
 
   friend bool operator==(const JobRecord&, const JobRecord&) = default;
 };
@@ -129,6 +139,9 @@ absl::string_view Name(FailureClass failure);  // "infra"; "" for kNone
 absl::Status ApplyFirst(const JobEvent& event, JobRecord* record);
 // Moves `record`; on error (kFailedPrecondition, naming state and event) it is unchanged.
 absl::Status Apply(const JobEvent& event, JobRecord* record);
+
+// Output file of the job's `number`-th trace that was asked for: "trace-1.json".
+std::string TraceName(int number);
 
 // All values, for tests and prompts.
 const std::vector<JobState>& AllJobStates();

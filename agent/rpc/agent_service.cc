@@ -1,5 +1,6 @@
 #include "agent/rpc/agent_service.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,7 +12,9 @@
 #include <optional>
 #include <thread>
 
+#include "absl/algorithm/container.h"
 #include "absl/cleanup/cleanup.h"
+#include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
@@ -35,6 +38,7 @@ namespace {
 constexpr int kMaxTransfers = 16;
 constexpr int kMaxNamedAttempts = 100'000;
 constexpr int kMaxNamedInputs = 10'000;
+constexpr int64_t kMaxTraceSteps = 10'000;
 // For callers without a deadline of their own.
 constexpr absl::Duration kLongestWait = absl::Minutes(5);
 constexpr absl::Duration kToTravel = absl::Seconds(1);  // so that why we give up arrives before the caller does
@@ -59,6 +63,16 @@ std::string OwnProgram() {
   constexpr absl::string_view kDeleted = " (deleted)";  // replaced by another file since we started
   if (absl::EndsWith(path, kDeleted)) path.resize(path.size() - kDeleted.size());
   return path;
+}
+
+absl::StatusOr<std::string> Sha256OfOpen(const FileDescriptor& file) {
+  return Sha256OfFile(absl::StrCat("/proc/self/fd/", file.get()));
+}
+
+bool IsTraceName(const std::string& name) {
+  return !name.empty() && name.size() <= 100 && name.front() != '.' && absl::c_all_of(name, [](unsigned char c) {
+    return absl::ascii_isalnum(c) || c == '-' || c == '_' || c == '.';
+  });
 }
 
 // Runs `task` in the loop and waits for what it returns. The task runs to its end even when nobody waits any more.
@@ -253,6 +267,44 @@ grpc::Status AgentService::CancelAttempt(grpc::ServerContext* context, const v1:
   return grpc::Status::OK;
 }
 
+absl::StatusOr<v1::TraceAttemptResponse> AgentService::Trace(const v1::TraceAttemptRequest& request, absl::Time deadline) {
+  ITWIN_ASSIGN_OR_RETURN(const AttemptKey key, AttemptKey::Parse(request.attempt()));
+  if (request.steps() < 1 || request.steps() > kMaxTraceSteps) {
+    return absl::InvalidArgumentError(absl::StrCat("steps is ", request.steps(), "; use 1 to ", kMaxTraceSteps));
+  }
+  if (!IsTraceName(request.name())) return absl::InvalidArgumentError("name: use letters, digits, '-', '_' and '.', no dot first");
+  ITWIN_ASSIGN_OR_RETURN(const v1::AttemptStatus status, StatusOf(key, deadline));
+  if (status.phase() != v1::ATTEMPT_PHASE_RUNNING) {
+    return absl::FailedPreconditionError(absl::StrCat("attempt ", request.attempt(), " does not run"));
+  }
+  const AttemptDirectory paths(options_.root, key);
+  v1::TraceAttemptResponse response;
+  const absl::StatusOr<FileDescriptor> trace = OpenBeneath(paths.outputs_path(), request.name());
+  if (trace.ok()) {  // the worker gives the file its name when it is whole
+    struct stat info;
+    if (fstat(trace->get(), &info) != 0) return ErrnoStatus(errno, request.name());
+    response.mutable_file()->set_path(request.name());
+    response.mutable_file()->set_size_bytes(info.st_size);
+    ITWIN_ASSIGN_OR_RETURN(*response.mutable_file()->mutable_sha256(), Sha256OfOpen(*trace));
+    return response;
+  }
+  if (!absl::IsNotFound(trace.status())) return trace.status();
+  // Taken away by the worker, which does what it has done once not again.
+  if (!FileExists(paths.trace_request_path())) {
+    ITWIN_RETURN_IF_ERROR(
+        WriteFileAtomically(paths.trace_request_path(), absl::StrCat(request.steps(), " ", request.name(), "\n")));
+  }
+  return response;
+}
+
+grpc::Status AgentService::TraceAttempt(grpc::ServerContext* context, const v1::TraceAttemptRequest* request,
+                                        v1::TraceAttemptResponse* response) {
+  absl::StatusOr<v1::TraceAttemptResponse> trace = Trace(*request, DeadlineOf(*context));
+  if (!trace.ok()) return ToGrpc(trace.status());
+  *response = *std::move(trace);
+  return grpc::Status::OK;
+}
+
 grpc::Status AgentService::ListAttempts(grpc::ServerContext* context, const v1::ListAttemptsRequest* request,
                                         v1::ListAttemptsResponse* response) {
   if (request->attempts_size() > kMaxNamedAttempts) {
@@ -291,8 +343,8 @@ grpc::Status AgentService::RemoveAttempt(grpc::ServerContext* context, const v1:
   return grpc::Status::OK;
 }
 
-absl::StatusOr<std::string> AgentService::EndedDirectory(const std::string& attempt, const std::string& directory,
-                                                         absl::Time deadline) {
+absl::StatusOr<std::string> AgentService::DirectoryToRead(const std::string& attempt, const std::string& directory,
+                                                          Reads reads, absl::Time deadline) {
   ITWIN_ASSIGN_OR_RETURN(const AttemptKey key, AttemptKey::Parse(attempt));
   const AttemptDirectory paths(options_.root, key);
   if (directory != "outputs" && directory != "checkpoints") {
@@ -302,7 +354,8 @@ absl::StatusOr<std::string> AgentService::EndedDirectory(const std::string& atte
   if (status.phase() == v1::ATTEMPT_PHASE_ABSENT) {
     return absl::NotFoundError(absl::StrCat("attempt ", attempt, " is not known at this site"));
   }
-  if (status.phase() != v1::ATTEMPT_PHASE_ENDED) {
+  const bool runs = status.phase() == v1::ATTEMPT_PHASE_RUNNING && reads == Reads::kRunningToo;
+  if (status.phase() != v1::ATTEMPT_PHASE_ENDED && !runs) {
     return absl::FailedPreconditionError(
         absl::StrCat("attempt ", attempt, " has not ended; its files can be read afterwards"));
   }
@@ -311,7 +364,8 @@ absl::StatusOr<std::string> AgentService::EndedDirectory(const std::string& atte
 
 absl::StatusOr<v1::ListFilesResponse> AgentService::ListBelow(const v1::ListFilesRequest& request,
                                                               absl::Time deadline) {
-  ITWIN_ASSIGN_OR_RETURN(const std::string directory, EndedDirectory(request.attempt(), request.directory(), deadline));
+  ITWIN_ASSIGN_OR_RETURN(const std::string directory,
+                         DirectoryToRead(request.attempt(), request.directory(), Reads::kEnded, deadline));
   ITWIN_ASSIGN_OR_RETURN(const std::vector<SpoolFileEntry> files, ListFilesBeneath(directory));
   // The result record has the sums of the outputs as the program left them: these are the ones to compare with.
   std::map<std::pair<std::string, int64_t>, std::string> known;
@@ -341,14 +395,8 @@ absl::StatusOr<v1::ListFilesResponse> AgentService::ListBelow(const v1::ListFile
       out->set_sha256(it->second);
       continue;
     }
-    ITWIN_ASSIGN_OR_RETURN(FileDescriptor opened, OpenBeneath(directory, file.path));
-    Sha256 sum;
-    ITWIN_RETURN_IF_ERROR(ReadFileChunks(absl::StrCat("/proc/self/fd/", opened.get()), 1 << 20,
-                                         [&](absl::string_view chunk) {
-                                           sum.Update(chunk);
-                                           return absl::OkStatus();
-                                         }));
-    out->set_sha256(sum.FinishHex());
+    ITWIN_ASSIGN_OR_RETURN(const FileDescriptor opened, OpenBeneath(directory, file.path));
+    ITWIN_ASSIGN_OR_RETURN(*out->mutable_sha256(), Sha256OfOpen(opened));
   }
   return response;
 }
@@ -368,7 +416,7 @@ grpc::Status AgentService::ReadFile(grpc::ServerContext* context, const v1::Read
     return ToGrpc(absl::ResourceExhaustedError(absl::StrCat("more than ", kMaxTransfers, " transfers at once; try later")));
   }
   const absl::StatusOr<std::string> directory =
-      EndedDirectory(request->attempt(), request->directory(), DeadlineOf(*context));
+      DirectoryToRead(request->attempt(), request->directory(), Reads::kRunningToo, DeadlineOf(*context));
   if (!directory.ok()) return ToGrpc(directory.status());
   const absl::StatusOr<FileDescriptor> file = OpenBeneath(*directory, request->path());
   if (!file.ok()) return ToGrpc(file.status());

@@ -39,6 +39,7 @@ class AgentService final : public v1::Agent::WithCallbackMethod_Follow<v1::Agent
                         v1::PutInputResponse*) override;
   grpc::Status StartAttempt(grpc::ServerContext*, const v1::StartAttemptRequest*, v1::AttemptStatus*) override;
   grpc::Status CancelAttempt(grpc::ServerContext*, const v1::CancelAttemptRequest*, v1::AttemptStatus*) override;
+  grpc::Status TraceAttempt(grpc::ServerContext*, const v1::TraceAttemptRequest*, v1::TraceAttemptResponse*) override;
   grpc::Status ListAttempts(grpc::ServerContext*, const v1::ListAttemptsRequest*, v1::ListAttemptsResponse*) override;
   grpc::Status RemoveAttempt(grpc::ServerContext*, const v1::RemoveAttemptRequest*, v1::RemoveAttemptResponse*) override;
   grpc::Status Diagnose(grpc::ServerContext*, const v1::DiagnoseRequest*, grpc::ServerWriter<v1::CheckResult>*) override;
@@ -51,8 +52,10 @@ class AgentService final : public v1::Agent::WithCallbackMethod_Follow<v1::Agent
 
  private:
   absl::StatusOr<v1::AttemptStatus> StatusOf(const AttemptKey& key, absl::Time deadline);
-  absl::StatusOr<std::string> EndedDirectory(const std::string& attempt, const std::string& directory,
-                                             absl::Time deadline);
+  enum class Reads { kEnded, kRunningToo };
+  absl::StatusOr<std::string> DirectoryToRead(const std::string& attempt, const std::string& directory, Reads reads,
+                                              absl::Time deadline);
+  absl::StatusOr<v1::TraceAttemptResponse> Trace(const v1::TraceAttemptRequest& request, absl::Time deadline);
   absl::StatusOr<v1::ListFilesResponse> ListBelow(const v1::ListFilesRequest& request, absl::Time deadline);
 
   const Options options_;

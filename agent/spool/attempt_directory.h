@@ -44,6 +44,7 @@ class AttemptDirectory {
   std::string outputs_path() const { return path_ + "/outputs"; }
   std::string result_path() const { return path_ + "/result.json"; }
   std::string stop_path() const { return path_ + "/stop"; }
+  std::string trace_request_path() const { return path_ + "/profile"; }
   std::string cancelled_path() const { return path_ + "/cancelled"; }
   std::string launch_error_path() const { return path_ + "/launch_error"; }
   std::string ended_path() const { return path_ + "/ended.pb"; }

@@ -39,6 +39,7 @@
 #include "agent/worker/model/archive.h"
 #include "agent/worker/model/model.h"
 #include "agent/worker/model/operators.h"
+#include "agent/worker/model/torchscript_export.h"
 #include "agent/worker/monitor/node_monitor.h"
 #include "agent/worker/predict/predict.h"
 #include "agent/worker/profile/hang_detector.h"
@@ -628,7 +629,7 @@ int Train(World& world, RunState& state) {
       ExportOptimizer({contract.checkpoints, went_on_from}, outcome.steps,
                       contract.outputs / "optimizer.safetensors");
     }
-    if (!device.is_cpu()) model->MoveTo(at::kCPU);  // for all that is written from here on
+    if (!device.is_cpu() && !outcome.in_pieces) model->MoveTo(at::kCPU);  // for all that is written from here on
     metrics->Flush();
     energy = EnergyJson(SumEnergy(monitor, control), outcome.samples);
     int64_t parameter_bytes = 0;
@@ -654,12 +655,14 @@ int Train(World& world, RunState& state) {
   if (first) {
     if (!outcome.saved) {
       std::unique_ptr<Model> put_together;  // here alone, where each rank holds a part
-      if (mesh) {
+      if (outcome.in_pieces) {
         put_together = MakeModel(spec, *on_host, contract.work);
         LoadWeights(*put_together, outcome.weights);
       }
-      Model& whole = mesh ? *put_together : *model;
+      Model& whole = put_together ? *put_together : *model;
       whole.Save(contract.outputs);
+      if (const std::string why = ExportTorchScript(whole, *on_host, contract.outputs / "model.pt"); !why.empty())
+        print("note: the model is not among the outputs as TorchScript (model.pt), only its weights: " + why);
       for (const auto& [name, report] : outcome.reports)
         WriteFileDurably(contract.outputs / name, report.dump(2) + "\n");
       if (!outcome.best.empty())

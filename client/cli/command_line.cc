@@ -67,6 +67,7 @@ class CommandLine {
     AddCancel();
     AddRetry();
     AddGet();
+    AddTrace();
     AddVerb("sites", "The clusters the gateway can run jobs on; the same as: site list", [](Session& s) { return Sites(s); });
     AddSite();
     AddVerb("version", "Versions of this program and of the gateway", [](Session& s) { return Version(s); });
@@ -94,7 +95,7 @@ class CommandLine {
           if (std::find(words.options.begin(), words.options.end(), "--" + name) == words.options.end()) words.options.push_back("--" + name);
         }
         words.takes_job |= option->get_positional() && absl::StartsWith(option->get_name(true), "JOB");
-        words.takes_file |= option->get_positional() && option->get_name(true) == "FILE" && verb->get_name() != "get";
+        words.takes_file |= option->get_positional() && option->get_name(true) == "FILE" && verb->get_name() != "get" && verb->get_name() != "trace";
       }
       out.push_back(std::move(words));
     }
@@ -193,6 +194,13 @@ class CommandLine {
     verb->add_option("DIR", get_.directory, "Where to put them (default: a directory named by the job's id)");
     verb->add_option("FILE", get_.files, "Only these outputs (default: all)");
   }
+  void AddTrace() {
+    CLI::App* verb = AddVerb("trace", "Trace the next training steps of a running job, for ui.perfetto.dev",
+                             [this](Session& s) { return Trace(s, trace_); });
+    verb->add_option("JOB", trace_.job, "Id of the job, or a unique beginning of it")->required();
+    verb->add_option("FILE", trace_.file, "Where to put it (default: <job>-trace-<n>.json)");
+    verb->add_option("--steps", trace_.steps, "How many steps (default 20)")->check(CLI::Range(1, 10'000));
+  }
   void AddSite() {
     CLI::App* site = app_.add_subcommand("site", "Add, examine, pause and remove clusters (administrators)");
     site->require_subcommand(1);
@@ -245,6 +253,7 @@ class CommandLine {
   CancelArguments cancel_;
   RetryArguments retry_;
   GetArguments get_;
+  TraceArguments trace_;
 };
 
 // CLI11's words, with the verb that was probably meant.

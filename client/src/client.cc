@@ -153,6 +153,30 @@ absl::StatusOr<v1::Job> Client::Watch(const std::string& job, const WatchOptions
   }
 }
 
+absl::StatusOr<v1::OutputFile> Client::Trace(const std::string& job, int64_t steps, WatchOptions options) {
+  v1::TraceJobRequest request;
+  request.set_job(job);
+  request.set_steps(steps);
+  ITWIN_ASSIGN_OR_RETURN(const v1::TraceJobResponse asked, connection_->TraceJob(request));
+  options.points = false;
+  options.logs = false;
+  options.cursor = {};
+  options.cursor.set_event_sequence(asked.job().version());
+  std::string said;
+  ITWIN_ASSIGN_OR_RETURN(const v1::Job seen, Watch(asked.job().id(), options, [&](const v1::JobUpdate& update) {
+                           for (const v1::JobEvent& event : update.events()) {
+                             if (event.kind() == "traced") said = event.message();
+                           }
+                           return said.empty();
+                         }));
+  ITWIN_ASSIGN_OR_RETURN(const std::vector<v1::OutputFile> outputs, Outputs(asked.job().id()));
+  for (const v1::OutputFile& file : outputs) {
+    if (file.path() == asked.output()) return file;
+  }
+  if (!said.empty()) return absl::FailedPreconditionError(said);
+  return absl::FailedPreconditionError(absl::StrCat("job ", seen.id(), " ended before ", asked.output(), " was taken"));
+}
+
 absl::StatusOr<std::vector<v1::JobEvent>> Client::Events(const std::string& job) {
   v1::ListEventsRequest request;
   request.set_job(job);

@@ -60,6 +60,9 @@ class GrpcConnection : public Connection {
   absl::StatusOr<v1::Job> CancelJob(const v1::CancelJobRequest& request) override {
     return Unary<v1::Job>(jobs_.get(), &v1::Jobs::Stub::CancelJob, request);
   }
+  absl::StatusOr<v1::TraceJobResponse> TraceJob(const v1::TraceJobRequest& request) override {
+    return Unary<v1::TraceJobResponse>(jobs_.get(), &v1::Jobs::Stub::TraceJob, request);
+  }
   absl::StatusOr<v1::SubmitJobResponse> RetryJob(const v1::RetryJobRequest& request) override {
     return Unary<v1::SubmitJobResponse>(jobs_.get(), &v1::Jobs::Stub::RetryJob, request, HasId(request));
   }

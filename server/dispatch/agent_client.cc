@@ -233,6 +233,18 @@ class GrpcAgentClient : public AgentClient {
     return Unary<agent::v1::AttemptStatus>(deadline, request, &agent::v1::Agent::Stub::CancelAttempt);
   }
 
+  absl::StatusOr<std::optional<agent::v1::FileEntry>> TraceAttempt(const std::string& attempt, int64_t steps,
+                                                                   const std::string& name, absl::Time deadline) override {
+    agent::v1::TraceAttemptRequest request;
+    request.set_attempt(attempt);
+    request.set_steps(steps);
+    request.set_name(name);
+    auto response = Unary<agent::v1::TraceAttemptResponse>(deadline, request, &agent::v1::Agent::Stub::TraceAttempt);
+    if (!response.ok()) return response.status();
+    if (!response->has_file()) return std::nullopt;
+    return std::move(*response->mutable_file());
+  }
+
   absl::StatusOr<std::vector<agent::v1::AttemptStatus>> ListAttempts(const std::vector<std::string>& attempts,
                                                                      absl::Time deadline) override {
     agent::v1::ListAttemptsRequest request;

@@ -2,6 +2,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -48,6 +49,9 @@ class AgentClient {
                                                                 absl::Time deadline) = 0;
   virtual absl::StatusOr<agent::v1::AttemptStatus> CancelAttempt(const std::string& attempt, const std::string& reason,
                                                                  absl::Time deadline) = 0;
+  // The whole trace, once it is there; nothing before. kUnimplemented: the agent is too old.
+  virtual absl::StatusOr<std::optional<agent::v1::FileEntry>> TraceAttempt(const std::string& attempt, int64_t steps,
+                                                                           const std::string& name, absl::Time deadline) = 0;
   virtual absl::StatusOr<std::vector<agent::v1::AttemptStatus>> ListAttempts(const std::vector<std::string>& attempts,
                                                                              absl::Time deadline) = 0;
   virtual absl::Status RemoveAttempt(const std::string& attempt, absl::Time deadline) = 0;

@@ -169,40 +169,43 @@ void AvoidBadNodes(JobStore* store, const agent::v1::SlurmFacts& facts, agent::v
   slurm->mutable_exclude_nodes()->Assign(all.begin(), all.end());
 }
 
+absl::StatusOr<v1::OutputFile> BringOutput(const ErrandContext& context, const AttemptKey& attempt,
+                                           const agent::v1::FileEntry& file) {
+  const auto name = [&](const absl::Status& status) { return Annotate(status, absl::StrCat("output '", file.path(), "'")); };
+  if (!CheckRelativePath(file.path()).ok() || !IsSha256Hex(file.sha256()) || file.size_bytes() < 0) {
+    return absl::DataLossError(absl::StrCat("an output has an unacceptable name, hash or size: '", file.path(), "'"));
+  }
+  absl::StatusOr<BlobStore::Stat> stat = context.blobs->StatBlob(file.sha256());
+  if (!stat.ok()) return name(stat.status());
+  if (!stat->complete) {
+    absl::StatusOr<std::unique_ptr<BlobStore::Writer>> writer = context.blobs->ResumeWriter(file.sha256(), file.size_bytes());
+    if (!writer.ok()) return name(writer.status());
+    if (!(*writer)->complete()) {
+      const absl::Status read = context.agent->ReadFile(
+          attempt.text(), "outputs", file.path(), (*writer)->offset(),
+          [&](absl::string_view bytes) { return (*writer)->Append(bytes); }, context.transfer_stall);
+      if (!read.ok()) return name(read);
+      if (const absl::Status status = (*writer)->Commit(); !status.ok()) return name(status);
+    }
+  }
+  v1::OutputFile output;
+  output.set_path(file.path());
+  output.set_sha256(file.sha256());
+  output.set_size_bytes(file.size_bytes());
+  return output;
+}
+
 absl::StatusOr<Collected> BringOutputs(const ErrandContext& context, const AttemptKey& attempt) {
-  const std::string key = attempt.text();
   ITWIN_ASSIGN_OR_RETURN(const std::vector<agent::v1::FileEntry> files,
-                         context.agent->ListFiles(key, "outputs", absl::Now() + kHashingTime));
+                         context.agent->ListFiles(attempt.text(), "outputs", absl::Now() + kHashingTime));
   if (files.size() > kMaxOutputFiles) {
     return absl::FailedPreconditionError(absl::StrCat("there are ", files.size(), " output files, more than ",
                                                       kMaxOutputFiles, "; pack them into an archive"));
   }
   Collected out;
   for (const agent::v1::FileEntry& file : files) {
-    const auto name = [&](const absl::Status& status) {
-      return Annotate(status, absl::StrCat("output '", file.path(), "'"));
-    };
-    if (!CheckRelativePath(file.path()).ok() || !IsSha256Hex(file.sha256()) || file.size_bytes() < 0) {
-      return absl::DataLossError(absl::StrCat("an output has an unacceptable name, hash or size: '", file.path(), "'"));
-    }
-    absl::StatusOr<BlobStore::Stat> stat = context.blobs->StatBlob(file.sha256());
-    if (!stat.ok()) return name(stat.status());
-    if (!stat->complete) {
-      absl::StatusOr<std::unique_ptr<BlobStore::Writer>> writer =
-          context.blobs->ResumeWriter(file.sha256(), file.size_bytes());
-      if (!writer.ok()) return name(writer.status());
-      if (!(*writer)->complete()) {
-        const absl::Status read = context.agent->ReadFile(
-            key, "outputs", file.path(), (*writer)->offset(),
-            [&](absl::string_view bytes) { return (*writer)->Append(bytes); }, context.transfer_stall);
-        if (!read.ok()) return name(read);
-        if (const absl::Status status = (*writer)->Commit(); !status.ok()) return name(status);
-      }
-    }
-    v1::OutputFile& output = out.outputs.emplace_back();
-    output.set_path(file.path());
-    output.set_sha256(file.sha256());
-    output.set_size_bytes(file.size_bytes());
+    ITWIN_ASSIGN_OR_RETURN(v1::OutputFile output, BringOutput(context, attempt, file));
+    out.outputs.push_back(std::move(output));
   }
   const absl::StatusOr<LogSlice> errors = context.store->ReadLog(attempt.job(), attempt.number(), v1::LOG_STREAM_STDERR,
                                                                  -kStderrTailBytes, kStderrTailBytes);

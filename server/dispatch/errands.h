@@ -66,6 +66,11 @@ absl::StatusOr<agent::v1::StartAttemptRequest> StartRequestOf(const v1::JobSpec&
 // asks for has others.
 void AvoidBadNodes(JobStore* store, const agent::v1::SlurmFacts& facts, agent::v1::StartAttemptRequest* request);
 
+// One file below outputs/ is in the blob store afterwards, its hash checked. kDataLoss: it is damaged or its name is not
+// acceptable.
+absl::StatusOr<v1::OutputFile> BringOutput(const ErrandContext& context, const AttemptKey& attempt,
+                                           const agent::v1::FileEntry& file);
+
 // All output files are in the blob store afterwards, hashes checked. kDataLoss: one is damaged or its name is not
 // acceptable; kFailedPrecondition: too many.
 absl::StatusOr<Collected> BringOutputs(const ErrandContext& context, const AttemptKey& attempt);

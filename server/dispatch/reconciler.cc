@@ -519,6 +519,24 @@ std::vector<Action> InSubmitting(const JobSnapshot& job, absl::Time now) {
   return Errands(job, job.start, StartTheAttempt{}, now);
 }
 
+// Nothing depends on it: what does not work is tried again, and forgotten when the attempt ends.
+std::vector<Action> InTracing(const JobSnapshot& job, absl::Time now) {
+  if (job.trace) {
+    Record out = SiteEvent(EventKind::kTraced, job,
+                           absl::StrCat("the trace is among the outputs: ", job.trace->path(), "; open it at ui.perfetto.dev"), now);
+    out.update.early_output = *job.trace;
+    return {out};
+  }
+  const absl::StatusCode problem = job.tracing.failures > 0 ? job.tracing.last.code() : absl::StatusCode::kOk;
+  if (problem == absl::StatusCode::kUnimplemented || problem == absl::StatusCode::kInvalidArgument) {
+    return {SiteEvent(EventKind::kTraced, job,
+                      absl::StrCat("the site's agent takes no traces (", job.tracing.last.message(),
+                                   "); it may be older than the gateway: itwin site doctor ", job.record.site),
+                      now)};
+  }
+  return Errands(job, job.tracing, TakeTrace{}, now);
+}
+
 std::vector<Action> AtSite(const JobSnapshot& job, absl::Time now) {
   if (KnownAtSite(job)) {
     std::vector<Action> events = Follow(job, now);
@@ -528,6 +546,7 @@ std::vector<Action> AtSite(const JobSnapshot& job, absl::Time now) {
     return {Event(EventKind::kEnded, job, "the site does not know it any more", now, kGateway)};
   }
   if (job.record.cancel_requested) return Errands(job, job.cancel, CancelTheAttempt{}, now);
+  if (job.record.trace_steps > 0 && job.record.state == JobState::kRunning) return InTracing(job, now);
   return {};
 }
 

@@ -29,6 +29,8 @@
 //   at the site      ENDED                    -        record (started,) ended
 //   at the site      ABSENT, twice            -        record ended: lost
 //   at the site      any but ENDED            yes      cancel, again every kCancelInterval
+//   RUNNING          RUNNING                  no       a trace is wanted: ask for it, again every kTraceInterval, until it
+//                                                      is here: traced
 //   COLLECTING       ENDED                    -        collect; then by the verdict: succeeded, failed, requeued, cancelled
 //   COLLECTING       ABSENT, twice            -        verdict "lost"
 //   any              not connected            -        nothing changes
@@ -53,6 +55,7 @@ namespace itwin::server {
 inline constexpr int kAbsencesNeeded = 2;
 inline constexpr absl::Duration kAbsencesApart = absl::Seconds(2);
 inline constexpr absl::Duration kCancelInterval = absl::Seconds(10);
+inline constexpr absl::Duration kTraceInterval = absl::Seconds(1);
 inline constexpr int kDefaultInfraRetries = 3;
 inline constexpr int kDefaultPreemptedRetries = 100;
 inline constexpr int kDefaultAppRetries = 0;
@@ -94,7 +97,8 @@ struct JobSnapshot {
   bool drained = false;  // ENDED, and its files are stored up to their final sizes
   bool barred = false;   // CancelAttempt has answered ABSENT
   std::optional<Collected> collected;
-  Errand staging, start, cancel, collect;
+  std::optional<v1::OutputFile> trace;  // the one that is wanted, when it is here
+  Errand staging, start, cancel, collect, tracing;
   double jitter = 0.5;  // 0..1, drawn by the caller: spreads retries
 };
 
@@ -107,7 +111,8 @@ struct StageInputs {};
 struct StartTheAttempt {};
 struct CancelTheAttempt {};
 struct CollectOutputs {};
-using Action = std::variant<Record, StageInputs, StartTheAttempt, CancelTheAttempt, CollectOutputs>;
+struct TakeTrace {};
+using Action = std::variant<Record, StageInputs, StartTheAttempt, CancelTheAttempt, CollectOutputs, TakeTrace>;
 
 // Records come alone (apply them in order, then ask again), errands otherwise.
 std::vector<Action> Reconcile(const JobSnapshot& job, absl::Time now);

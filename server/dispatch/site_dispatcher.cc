@@ -425,7 +425,7 @@ void SiteDispatcher::Disconnect(const absl::Status& why) {
     job->first_absence = absl::InfiniteFuture();
     job->last_absence = absl::InfinitePast();
     // What failed for want of a connection is tried at once on the next.
-    for (Errand* errand : {&job->staging, &job->start, &job->cancel, &job->collect}) {
+    for (Errand* errand : {&job->staging, &job->start, &job->cancel, &job->collect, &job->tracing}) {
       errand->not_before = absl::InfinitePast();
     }
   }
@@ -891,6 +891,8 @@ JobSnapshot SiteDispatcher::Snapshot(const LiveJob& job) {
   out.start = job.start;
   out.cancel = job.cancel;
   out.collect = job.collect;
+  out.tracing = job.tracing;
+  if (job.trace && job.trace->path() == TraceName(job.row.record.traces)) out.trace = job.trace;
   out.jitter = std::uniform_real_distribution<>(0, 1)(random_);
   return out;
 }
@@ -950,7 +952,7 @@ void SiteDispatcher::Step(const JobId& id) {
     job = jobs_.find(id)->second.get();
     const std::vector<Action> actions = Reconcile(Snapshot(*job), now);
     if (actions.empty()) {
-      for (const Errand* errand : {&job->staging, &job->start, &job->cancel, &job->collect}) {
+      for (const Errand* errand : {&job->staging, &job->start, &job->cancel, &job->collect, &job->tracing}) {
         if (!errand->under_way && !errand->done && errand->not_before > now) WakeAt(job, errand->not_before);
       }
       return;
@@ -1051,6 +1053,32 @@ void SiteDispatcher::RunErrand(LiveJob* job, const Action& action) {
         of->cancel.not_before = clock_->Now() + kCancelInterval;
         if (status->phase() == agent::v1::ATTEMPT_PHASE_ABSENT) of->barred = true;
         OnStatus(*status, asked);
+      });
+    });
+  } else if (std::holds_alternative<TakeTrace>(action)) {
+    job->tracing.under_way = true;
+    const auto done = [this, key](const absl::StatusOr<std::optional<v1::OutputFile>>& trace) {
+      Post([this, key, trace] {
+        LiveJob* of = Find(key);
+        if (of == nullptr) return;
+        FinishErrand(&of->tracing, of, trace.status());
+        if (!trace.ok()) {
+          log::Warn("attempt {}: trace: {}", key.text(), std::string(trace.status().message()));
+        } else if (*trace) {
+          of->trace = **trace;
+        } else {
+          of->tracing.not_before = clock_->Now() + kTraceInterval;
+        }
+      });
+    };
+    calls_->Submit([this, context, key, client = client_, done, steps = job->row.record.trace_steps,
+                    name = TraceName(job->row.record.traces)] {
+      const auto file = client->TraceAttempt(key.text(), steps, name, absl::Now() + options_.call_timeout);
+      if (!file.ok()) return done(file.status());
+      if (!*file) return done(std::nullopt);
+      transfers_->Submit([context, key, client, done, file = **file] {
+        const absl::StatusOr<v1::OutputFile> trace = BringOutput(context(client.get()), key, file);
+        trace.ok() ? done(std::optional(*trace)) : done(trace.status());
       });
     });
   } else if (std::holds_alternative<CollectOutputs>(action)) {

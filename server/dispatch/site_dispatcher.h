@@ -208,7 +208,8 @@ class SiteDispatcher : public CommitListener {
     std::string told_waiting;  // the scheduler's reason and estimate that its row shows
     int64_t told_start_us = 0;
     std::optional<Collected> collected;
-    Errand staging, start, cancel, collect;
+    std::optional<v1::OutputFile> trace;  // the newest that was fetched
+    Errand staging, start, cancel, collect, tracing;
     absl::Time wake_at = absl::InfiniteFuture();
     std::string queue_owner;  // where it stands in queue_, if it does
     bool queued = false;

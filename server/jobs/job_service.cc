@@ -22,6 +22,8 @@ namespace {
 
 constexpr size_t kMaxRequestIdBytes = 128;
 constexpr size_t kMaxReasonBytes = 1000;     // of a cancel request
+constexpr int64_t kDefaultTraceSteps = 20;
+constexpr int64_t kMaxTraceSteps = 10'000;
 constexpr int kDefaultEvents = 1000;
 constexpr int kMaxEvents = 10'000;
 constexpr int kDefaultPoints = 10'000;
@@ -218,6 +220,47 @@ absl::StatusOr<v1::Job> JobService::Cancel(const Caller& caller, const v1::Cance
     }
   }
   return ToProto(row);
+}
+
+absl::StatusOr<v1::TraceJobResponse> JobService::Trace(const Caller& caller, const v1::TraceJobRequest& request) {
+  if (request.steps() < 0 || request.steps() > kMaxTraceSteps) {
+    return absl::InvalidArgumentError(absl::StrCat("steps: ", request.steps(), " is not 1 to ", kMaxTraceSteps));
+  }
+  const int64_t steps = request.steps() == 0 ? kDefaultTraceSteps : request.steps();
+  ITWIN_ASSIGN_OR_RETURN(JobRow row, Find(caller, request.job()));
+  ITWIN_ASSIGN_OR_RETURN(const v1::JobSpec spec, store_.GetSpec(row.id));
+  const auto refuse = [&](const auto&... why) {
+    return absl::FailedPreconditionError(absl::StrCat("job ", row.id.text(), " ", why...));
+  };
+  if (!spec.has_train() || spec.train().has_predict()) return refuse("does not train: there are no steps to trace");
+  JobEvent event;
+  event.kind = EventKind::kTraceRequested;
+  event.actor = absl::StrCat("user:", caller.name);
+  event.steps = steps;
+  event.message = absl::StrCat("a trace of the next ", steps, steps == 1 ? " step" : " steps", " is asked for");
+  for (int round = 0; row.record.trace_steps == 0; ++round) {
+    if (row.record.state != JobState::kRunning) {
+      return refuse("is ", Name(row.record.state), IsFinal(row.record.state)
+                                                       ? ": there are no more steps to trace"
+                                                       : ": only a RUNNING job can be traced; to trace from its first steps on, submit "
+                                                         "with train.profile.trace_steps");
+    }
+    event.attempt = row.record.attempt;
+    absl::StatusOr<JobRow> asked = store_.AppendEvent(row.id, event);
+    if (asked.ok()) {
+      row = *std::move(asked);
+      break;
+    }
+    if (!absl::IsFailedPrecondition(asked.status()) || round > 0) return asked.status();
+    ITWIN_ASSIGN_OR_RETURN(row, store_.GetJob(row.id));  // it moved meanwhile, or somebody else asked
+  }
+  if (row.record.trace_steps != steps) {
+    return refuse("is being traced for ", row.record.trace_steps, " steps; ask again when that has ended, or for as many");
+  }
+  v1::TraceJobResponse response;
+  *response.mutable_job() = ToProto(row);
+  response.set_output(TraceName(row.record.traces));
+  return response;
 }
 
 absl::StatusOr<v1::SubmitJobResponse> JobService::Retry(const Caller& caller, const v1::RetryJobRequest& request) {

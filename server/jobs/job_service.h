@@ -30,6 +30,7 @@ class JobService {
   absl::StatusOr<v1::Job> Get(const Caller& caller, const v1::GetJobRequest& request);
   absl::StatusOr<v1::ListJobsResponse> List(const Caller& caller, const v1::ListJobsRequest& request);
   absl::StatusOr<v1::Job> Cancel(const Caller& caller, const v1::CancelJobRequest& request);
+  absl::StatusOr<v1::TraceJobResponse> Trace(const Caller& caller, const v1::TraceJobRequest& request);
   absl::StatusOr<v1::SubmitJobResponse> Retry(const Caller& caller, const v1::RetryJobRequest& request);
   absl::StatusOr<v1::ListEventsResponse> ListEvents(const Caller& caller, const v1::ListEventsRequest& request);
   absl::StatusOr<v1::ListPointsResponse> ListPoints(const Caller& caller, const v1::ListPointsRequest& request);

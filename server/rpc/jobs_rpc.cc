@@ -138,6 +138,10 @@ grpc::Status JobsRpc::ListJobs(grpc::ServerContext* context, const v1::ListJobsR
                                v1::ListJobsResponse* response) {
   return Answer(parts_, *context, *request, response, &JobService::List);
 }
+grpc::Status JobsRpc::TraceJob(grpc::ServerContext* context, const v1::TraceJobRequest* request,
+                               v1::TraceJobResponse* response) {
+  return Answer(parts_, *context, *request, response, &JobService::Trace);
+}
 grpc::Status JobsRpc::CancelJob(grpc::ServerContext* context, const v1::CancelJobRequest* request,
                                 v1::Job* response) {
   return Answer(parts_, *context, *request, response, &JobService::Cancel);

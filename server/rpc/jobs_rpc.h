@@ -29,6 +29,8 @@ class JobsRpc : public v1::Jobs::WithRawCallbackMethod_WatchJob<v1::Jobs::Servic
   grpc::Status GetJob(grpc::ServerContext* context, const v1::GetJobRequest* request, v1::Job* response) override;
   grpc::Status ListJobs(grpc::ServerContext* context, const v1::ListJobsRequest* request,
                         v1::ListJobsResponse* response) override;
+  grpc::Status TraceJob(grpc::ServerContext* context, const v1::TraceJobRequest* request,
+                        v1::TraceJobResponse* response) override;
   grpc::Status CancelJob(grpc::ServerContext* context, const v1::CancelJobRequest* request,
                          v1::Job* response) override;
   grpc::Status RetryJob(grpc::ServerContext* context, const v1::RetryJobRequest* request,

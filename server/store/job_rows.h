@@ -102,7 +102,8 @@ struct AttemptUpdate {
   std::optional<agent::v1::SpoolSizes> final_sizes;
   std::optional<std::vector<std::string>> bad_nodes;
   std::optional<std::map<std::string, double>> summary;      // becomes the job's
-  std::optional<std::vector<v1::OutputFile>> outputs;        // become the job's; replace earlier ones
+  std::optional<std::vector<v1::OutputFile>> outputs;        // become the job's; replace earlier ones, but for early outputs
+  std::optional<v1::OutputFile> early_output;                // becomes the job's, while the attempt runs, and stays
   std::optional<v1::Progress> progress;                      // becomes the job's
   std::optional<std::string> waiting;                        // becomes the job's, until its next event
 

@@ -28,7 +28,8 @@ constexpr int kNewestChecked = 100;  // jobs that the cheap Verify reads beside 
 #define JOB_COLUMNS                                                                                              \
   "num, id, owner, name, requested_site, ranks, labels, retry_of, resume, created_us, started_us, finished_us, " \
   "version, state, attempt, cancel_requested, site, reason, failure, not_before_us, retries_infra, "             \
-  "retries_preempted, retries_app, retries_other, attempts_without_progress, progress, summary, waiting"
+  "retries_preempted, retries_app, retries_other, attempts_without_progress, trace_steps, traces, progress, "      \
+  "summary, waiting"
 
 constexpr char kGetJob[] = "SELECT " JOB_COLUMNS " FROM jobs WHERE id = ?";
 constexpr char kGetJobByNumber[] = "SELECT " JOB_COLUMNS " FROM jobs WHERE num = ?";
@@ -70,16 +71,17 @@ constexpr char kInsertSpec[] = "INSERT INTO specs (job, spec) VALUES (?, ?)";
 constexpr char kInsertLabel[] = "INSERT INTO labels (key, value, job) VALUES (?, ?, ?)";
 constexpr char kInsertEvent[] =
     "INSERT INTO events (job, time_us, kind, state, attempt, message, actor, failure, site, not_before_us, progress, "
-    "sequence) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+    "steps, sequence) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
 constexpr char kUpdateRecord[] =
     "UPDATE jobs SET version = ?, state = ?, attempt = ?, cancel_requested = ?, site = ?, reason = ?, failure = ?, "
     "not_before_us = ?, retries_infra = ?, retries_preempted = ?, retries_app = ?, retries_other = ?, "
-    "attempts_without_progress = ?, started_us = ?, finished_us = ?, progress = ?, summary = ?, waiting = ? WHERE num = ?";
+    "attempts_without_progress = ?, trace_steps = ?, traces = ?, started_us = ?, finished_us = ?, progress = ?, "
+    "summary = ?, waiting = ? WHERE num = ?";
 constexpr char kUpdateFacts[] =
     "UPDATE jobs SET started_us = ?, progress = ?, summary = ?, waiting = ? WHERE num = ?";
 constexpr char kSetProgress[] = "UPDATE jobs SET progress = ? WHERE num = ? AND attempt = ?";
 constexpr char kListEvents[] =
-    "SELECT sequence, time_us, kind, state, attempt, message, actor, failure, site, not_before_us, progress FROM events "
+    "SELECT sequence, time_us, kind, state, attempt, message, actor, failure, site, not_before_us, progress, steps FROM events "
     "INDEXED BY events_job WHERE job = ? AND sequence > ? ORDER BY sequence LIMIT ?";
 
 #define ATTEMPT_COLUMNS                                                                                          \
@@ -97,7 +99,8 @@ constexpr char kGetPosition[] = "SELECT cursor, max_step, bad_lines FROM attempt
 constexpr char kSetPosition[] = "UPDATE attempts SET cursor = ?, max_step = ?, bad_lines = ? WHERE id = ?";
 
 constexpr char kDeleteOutputs[] = "DELETE FROM outputs WHERE job = ?";
-constexpr char kInsertOutput[] = "INSERT OR REPLACE INTO outputs (job, path, sha256, size_bytes) VALUES (?, ?, ?, ?)";
+constexpr char kDeleteCollected[] = "DELETE FROM outputs WHERE job = ? AND early = 0";
+constexpr char kInsertOutput[] = "INSERT OR REPLACE INTO outputs (job, path, sha256, size_bytes, early) VALUES (?, ?, ?, ?, ?)";
 constexpr char kListOutputs[] = "SELECT path, sha256, size_bytes FROM outputs WHERE job = ? ORDER BY path";
 
 constexpr char kFindFinished[] =
@@ -182,6 +185,8 @@ NumberedJob ReadJob(const Query& q) {
   record.retries_app = static_cast<int>(q.Int(i++));
   record.retries_other = static_cast<int>(q.Int(i++));
   record.attempts_without_progress = static_cast<int>(q.Int(i++));
+  record.trace_steps = q.Int(i++);
+  record.traces = static_cast<int>(q.Int(i++));
   if (const absl::string_view progress = q.Bytes(i++); !progress.empty()) row.progress = Parsed<v1::Progress>(progress);
   if (const absl::string_view summary = q.Bytes(i++); !summary.empty()) {
     const auto holder = Parsed<v1::Job>(summary);
@@ -235,13 +240,14 @@ StoredEvent ReadEvent(const Query& q) {
   out.event.site = q.Text(i++);
   out.event.not_before = FromMicros(q.Int(i++));
   out.event.progress = q.Int(i++) != 0;
+  out.event.steps = q.Int(i++);
   return out;
 }
 
 int64_t InsertEvent(SqliteConnection& c, int64_t num, const JobEvent& event, JobState after, int64_t sequence) {
   Query(c, kInsertEvent, num, Micros(event.time), static_cast<int>(event.kind), static_cast<int>(after), event.attempt,
         event.message, event.actor, static_cast<int>(event.failure), event.site, Micros(event.not_before),
-        event.progress, sequence)
+        event.progress, event.steps, sequence)
       .Run();
   return sequence;
 }
@@ -310,11 +316,15 @@ void StoreAttempt(SqliteConnection& c, int64_t id, const AttemptRow& row) {
   q.Run();
 }
 
-void ReplaceOutputs(SqliteConnection& c, int64_t num, const std::vector<v1::OutputFile>& outputs) {
-  Query(c, kDeleteOutputs, num).Run();
-  for (const v1::OutputFile& file : outputs) {
-    Query(c, kInsertOutput, num, file.path(), file.sha256(), file.size_bytes()).Run();
+void StoreOutputs(SqliteConnection& c, int64_t num, const AttemptUpdate& update) {
+  const auto insert = [&](const v1::OutputFile& file, bool early) {
+    Query(c, kInsertOutput, num, file.path(), file.sha256(), file.size_bytes(), early).Run();
+  };
+  if (update.outputs) {
+    Query(c, kDeleteCollected, num).Run();
+    for (const v1::OutputFile& file : *update.outputs) insert(file, /*early=*/false);
   }
+  if (update.early_output) insert(*update.early_output, /*early=*/true);
 }
 
 // What an update says about the job itself.
@@ -576,7 +586,9 @@ absl::StatusOr<JobRow> AppendEvent(SqliteConnection& c, const JobId& job, JobEve
   const int64_t attempt_row = AttemptRowId(num, attempt);
 
   // What it waited for is over once it moves on.
-  if (event.kind != EventKind::kNote && event.kind != EventKind::kCancelRequested) row.waiting.clear();
+  const bool moves = event.kind != EventKind::kNote && event.kind != EventKind::kCancelRequested &&
+                     event.kind != EventKind::kTraceRequested && event.kind != EventKind::kTraced;
+  if (moves) row.waiting.clear();
   AttemptUpdate merged = update;
   switch (event.kind) {
     case EventKind::kPlaced:
@@ -609,6 +621,8 @@ absl::StatusOr<JobRow> AppendEvent(SqliteConnection& c, const JobId& job, JobEve
     case EventKind::kCancelled:
     case EventKind::kCancelRequested:
     case EventKind::kNote:
+    case EventKind::kTraceRequested:
+    case EventKind::kTraced:
       break;
   }
   if (merged.waiting) row.waiting = *std::exchange(merged.waiting, std::nullopt);  // also before the first attempt
@@ -622,7 +636,7 @@ absl::StatusOr<JobRow> AppendEvent(SqliteConnection& c, const JobId& job, JobEve
     if (!update.submitted && stored->submitted != absl::InfinitePast()) merged.submitted.reset();
     Merge(merged, &*stored);
     StoreAttempt(c, attempt_row, *stored);
-    if (merged.outputs) ReplaceOutputs(c, num, *merged.outputs);
+    StoreOutputs(c, num, merged);
     MergeIntoJob(merged, attempt == row.record.attempt, &row);
   }
   if (!was_final && IsFinal(row.record.state)) {
@@ -635,7 +649,7 @@ absl::StatusOr<JobRow> AppendEvent(SqliteConnection& c, const JobId& job, JobEve
   const std::string summary = SerializedSummary(row.summary);
   Query(c, kUpdateRecord, row.version, static_cast<int>(r.state), r.attempt, r.cancel_requested, r.site, r.reason,
         static_cast<int>(r.failure), Micros(r.not_before), r.retries_infra, r.retries_preempted, r.retries_app,
-        r.retries_other, r.attempts_without_progress, Micros(row.started), Micros(row.finished), Borrowed{progress},
+        r.retries_other, r.attempts_without_progress, r.trace_steps, r.traces, Micros(row.started), Micros(row.finished), Borrowed{progress},
         Borrowed{summary}, row.waiting, num)
       .Run();
   return std::move(row);
@@ -648,7 +662,7 @@ absl::Status UpdateAttempt(SqliteConnection& c, const AttemptKey& attempt, const
   if (!stored) return absl::NotFoundError(absl::StrCat("there is no attempt ", attempt.text()));
   Merge(update, &*stored);
   StoreAttempt(c, id, *stored);
-  if (update.outputs) ReplaceOutputs(c, numbered.num, *update.outputs);
+  StoreOutputs(c, numbered.num, update);
   JobRow& row = numbered.row;
   if (attempt.number() == row.record.attempt &&
       (update.started || update.progress || update.summary || update.waiting)) {
@@ -763,7 +777,7 @@ namespace itwin::server {
 bool AttemptUpdate::empty() const {
   return !scheduler_id && !submitted && !started && !ended && !host && !exit_code && !signal && !cause && !failure &&
          !reason && !cpu_seconds && !max_rss_bytes && !max_step && !checkpoint && !resume_attempt && !result_json &&
-         !final_sizes && !bad_nodes && !summary && !outputs && !progress && !waiting;
+         !final_sizes && !bad_nodes && !summary && !outputs && !early_output && !progress && !waiting;
 }
 
 }  // namespace itwin::server

@@ -227,7 +227,7 @@ class ChannelPump {
   }
 
   // Everything has been said and taken, or never will be.
-  bool done() const { return link_->lost() || (closed_ && ToLocalEmpty() && drained_) || !failure_.ok(); }
+  bool done() const { return link_->lost() || (closed_ && ToLocalEmpty() && drained_ && stderr_drained_) || !failure_.ok(); }
   const absl::Status& failure() const { return failure_; }
 
   void AddPoll(std::vector<pollfd>* entries) {
@@ -350,6 +350,7 @@ class ChannelPump {
   // True: there is more.
   bool TakeStderr() {
     std::array<char, 8192> text;
+    stderr_drained_ = true;
     for (int i = 0; i < kPacketsInARow; ++i) {
       const int there = ssh_channel_poll(channel_, 1);
       if (there > kMaxBuffered) failure_ = absl::UnavailableError("the far side sends more than it was allowed to");
@@ -359,6 +360,7 @@ class ChannelPump {
       unannounced_ += static_cast<uint32_t>(got);
       if (events_.on_stderr) events_.on_stderr(absl::string_view(text.data(), static_cast<size_t>(got)));
     }
+    stderr_drained_ = false;
     return true;
   }
 
@@ -375,6 +377,7 @@ class ChannelPump {
   absl::Status failure_;
   SshExit exit_;
   bool drained_ = false;  // nothing of its output is left in the library
+  bool stderr_drained_ = false;
   bool local_ended_ = false;
   bool local_gone_ = false;
   bool end_sent_ = false;

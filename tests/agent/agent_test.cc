@@ -165,6 +165,50 @@ TEST_F(AgentTest, AKilledScriptIsALostAttempt) {
   EXPECT_TRUE(harness_.Processes().empty());
 }
 
+TEST_F(AgentTest, AsksForATraceAndGivesItWhileTheAttemptRuns) {
+  const auto trace = [&](const std::string& attempt, int64_t steps, const std::string& name) {
+    v1::TraceAttemptRequest request;
+    request.set_attempt(attempt);
+    request.set_steps(steps);
+    request.set_name(name);
+    return harness_.Call(request, &v1::Agent::Stub::TraceAttempt, v1::TraceAttemptResponse());
+  };
+  EXPECT_THAT(trace(kKey, 5, "trace-1.json"), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("does not run")));
+  // Does what a worker does: takes the request away, writes the trace, gives it its name when it is whole.
+  ASSERT_OK(harness_.Start(AgentHarness::Shell(
+      kKey, "spool=${ITWIN_OUTPUTS%/outputs}; ln -s /etc/passwd \"$ITWIN_OUTPUTS/link\"; "
+            "until read -r steps name < \"$spool/profile\"; do :; done 2>/dev/null; rm \"$spool/profile\"; "
+            "echo \"$steps steps\" > \"$ITWIN_OUTPUTS/.part\"; mv \"$ITWIN_OUTPUTS/.part\" \"$ITWIN_OUTPUTS/$name\"; "
+            "exec tail -f /dev/null")));
+  ASSERT_TRUE(harness_.Reaches(kKey, v1::ATTEMPT_PHASE_RUNNING));
+  EXPECT_THAT(trace(kKey, 0, "trace-1.json"), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("steps is 0")));
+  for (const char* name : {"", ".hidden", "../up", "a/b", "a b"}) {
+    EXPECT_THAT(trace(kKey, 5, name), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("name"))) << name;
+  }
+  v1::FileEntry file;
+  ASSERT_TRUE(WaitUntil([&] {
+    const auto answer = trace(kKey, 5, "trace-1.json");
+    if (answer.ok() && answer->has_file()) file = answer->file();
+    return !file.path().empty();
+  }));
+  EXPECT_EQ(file.sha256(), Sha256Hex("5 steps\n"));
+  EXPECT_EQ(file.size_bytes(), 8);
+  EXPECT_FALSE(FileExists(harness_.DirectoryOf(kKey).trace_request_path())) << "it is not asked for again";
+  EXPECT_FALSE(trace(kKey, 5, "link")->has_file()) << "never out of the spool";
+  v1::ReadFileRequest request;
+  request.set_attempt(kKey);
+  request.set_directory("outputs");
+  request.set_path("trace-1.json");
+  grpc::ClientContext context;
+  AgentHarness::Limit(&context);
+  auto reader = harness_.stub().ReadFile(&context, request);
+  v1::ReadFileResponse response;
+  ASSERT_TRUE(reader->Read(&response));
+  EXPECT_EQ(response.data(), "5 steps\n");
+  EXPECT_FALSE(reader->Read(&response));
+  ASSERT_OK(FromGrpc(reader->Finish()));
+}
+
 TEST_F(AgentTest, ReadsFilesOfEndedAttemptsOnlyAndNothingElse) {
   const auto directory = harness_.DirectoryOf(kKey);
   ASSERT_OK(harness_.Start(AgentHarness::Shell(

@@ -34,6 +34,7 @@ class FakeGateway : public client::Connection {
   std::vector<v1::AddSiteRequest> added;
   v1::SubmitJobRequest last_submit;
   v1::ListJobsRequest last_list;
+  v1::TraceJobRequest last_trace;
   std::vector<v1::WatchJobRequest> watches;
   std::vector<int64_t> upload_offsets;    // of each upload stream
   std::vector<int64_t> download_offsets;  // of each download stream
@@ -114,6 +115,17 @@ class FakeGateway : public client::Connection {
     if (job->finished_us() != 0) return absl::FailedPreconditionError("the job has ended");
     jobs[job->id()].set_cancel_requested(true);
     return jobs[job->id()];
+  }
+  absl::StatusOr<v1::TraceJobResponse> TraceJob(const v1::TraceJobRequest& request) override {
+    absl::MutexLock lock(&mu_);
+    absl::StatusOr<v1::Job> job = Find(request.job());
+    if (!job.ok()) return job.status();
+    if (job->state() != v1::JOB_STATE_RUNNING) return absl::FailedPreconditionError("only a RUNNING job can be traced");
+    last_trace = request;
+    v1::TraceJobResponse response;
+    *response.mutable_job() = *job;
+    response.set_output("trace-1.json");
+    return response;
   }
   absl::StatusOr<v1::SubmitJobResponse> RetryJob(const v1::RetryJobRequest& request) override {
     absl::MutexLock lock(&mu_);

@@ -90,8 +90,11 @@ TEST(JobState, FollowsTheTableOfItsHeader) {
     for (JobState state : AllJobStates()) {
       JobRecord record = In(state);
       record.cancel_requested = kind == EventKind::kCancelled;
+      record.trace_steps = kind == EventKind::kTraced ? 5 : 0;
       const JobRecord before = record;
-      const absl::Status status = Apply(Event(kind, kind == EventKind::kPlaced ? 2 : 1), &record);
+      JobEvent event = Event(kind, kind == EventKind::kPlaced ? 2 : 1);
+      event.steps = kind == EventKind::kTraceRequested ? 5 : 0;
+      const absl::Status status = Apply(event, &record);
       SCOPED_TRACE(absl::StrCat(name, " in ", Name(state)));
       if (row.from.count(std::string(Name(state)))) {
         ASSERT_OK(status);
@@ -166,6 +169,27 @@ TEST(JobState, CancelWinsOverRetryAndAResultOverCancel) {
   EXPECT_OK(Apply(Event(EventKind::kSucceeded, 1), &record));
 }
 
+TEST(JobState, OneTraceIsWantedAtATime) {
+  JobRecord record = In(JobState::kRunning);
+  const auto ask = [&](int64_t steps) {
+    JobEvent event = Event(EventKind::kTraceRequested, 1);
+    event.steps = steps;
+    return Apply(event, &record);
+  };
+  EXPECT_THAT(Apply(Event(EventKind::kTraced, 1), &record),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("no trace is wanted")));
+  EXPECT_THAT(ask(0), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("names no steps")));
+  ASSERT_OK(ask(7));
+  EXPECT_EQ(record.trace_steps, 7);
+  EXPECT_THAT(ask(7), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("another trace")));
+  ASSERT_OK(Apply(Event(EventKind::kTraced, 1), &record));
+  ASSERT_OK(ask(3));
+  EXPECT_EQ(record.traces, 2);
+  EXPECT_EQ(TraceName(record.traces), "trace-2.json");
+  ASSERT_OK(Apply(Event(EventKind::kEnded, 1), &record));
+  EXPECT_EQ(record.trace_steps, 0) << "the attempt that was asked is over";
+}
+
 TEST(JobState, CountsRetriesByClassAndProgress) {
   JobRecord record = In(JobState::kCollecting);
   const auto requeue = [&](FailureClass failure, bool progress) {
@@ -204,6 +228,7 @@ TEST(JobState, AnyOrderOfEventsStaysInsideTheTable) {
       const EventKind kind = AllEventKinds()[random() % AllEventKinds().size()];
       JobEvent event = Event(kind, static_cast<int>(random() % 4) + record.attempt - 1);
       event.failure = static_cast<FailureClass>(random() % 8);
+      event.steps = static_cast<int64_t>(random() % 3);
       const JobRecord before = record;
       if (!Apply(event, &record).ok()) {
         ASSERT_EQ(record, before);
@@ -224,12 +249,13 @@ TEST(JobState, NamesAreUniqueAndStable) {
   EXPECT_EQ(names.size(), 13u);
   std::set<std::string> kinds;
   for (EventKind kind : AllEventKinds()) kinds.insert(std::string(Name(kind)));
-  EXPECT_EQ(kinds.size(), 17u);
+  EXPECT_EQ(kinds.size(), 19u);
   // stored numbers
   EXPECT_EQ(static_cast<int>(JobState::kQueued), 1);
   EXPECT_EQ(static_cast<int>(JobState::kCancelled), 13);
   EXPECT_EQ(static_cast<int>(EventKind::kSubmitted), 1);
   EXPECT_EQ(static_cast<int>(EventKind::kNote), 17);
+  EXPECT_EQ(static_cast<int>(EventKind::kTraced), 19);
   EXPECT_EQ(static_cast<int>(FailureClass::kUnknown), 7);
 }
 

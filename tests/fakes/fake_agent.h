@@ -4,6 +4,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
@@ -29,6 +30,7 @@ class FakeSite {
     bool barred = false;
     bool cancel = false;
     std::map<std::string, std::string> outputs;
+    std::vector<std::pair<std::string, int64_t>> traces;  // asked for: name and steps, each call
   };
 
   // -- what a test does --
@@ -276,6 +278,17 @@ class FakeAgentClient : public server::AgentClient {
     attempt.cancel = true;
     return site_.StatusOf(key);
   }
+  absl::StatusOr<std::optional<agent::v1::FileEntry>> TraceAttempt(const std::string& key, int64_t steps, const std::string& name,
+                                                                   absl::Time) override {
+    if (absl::Status gone = Gone(); !gone.ok()) return gone;
+    absl::MutexLock lock(&site_.mu_);
+    FakeSite::Attempt& attempt = site_.attempts_[key];
+    if (attempt.status.phase() != agent::v1::ATTEMPT_PHASE_RUNNING) return absl::FailedPreconditionError("it does not run");
+    attempt.traces.emplace_back(name, steps);
+    const auto found = attempt.outputs.find(name);
+    if (found == attempt.outputs.end()) return std::nullopt;
+    return EntryOf(found->first, found->second);
+  }
   absl::StatusOr<std::vector<agent::v1::AttemptStatus>> ListAttempts(const std::vector<std::string>& keys, absl::Time) override {
     if (absl::Status gone = Gone(); !gone.ok()) return gone;
     absl::MutexLock lock(&site_.mu_);
@@ -311,12 +324,7 @@ class FakeAgentClient : public server::AgentClient {
     if (absl::Status gone = Gone(); !gone.ok()) return gone;
     absl::MutexLock lock(&site_.mu_);
     std::vector<agent::v1::FileEntry> out;
-    for (const auto& [path, bytes] : site_.attempts_[key].outputs) {
-      agent::v1::FileEntry& file = out.emplace_back();
-      file.set_path(path);
-      file.set_size_bytes(static_cast<int64_t>(bytes.size()));
-      file.set_sha256(Sha256Hex(bytes));
-    }
+    for (const auto& [path, bytes] : site_.attempts_[key].outputs) out.push_back(EntryOf(path, bytes));
     return out;
   }
   absl::Status ReadFile(const std::string& key, const std::string&, const std::string& path, int64_t offset,
@@ -333,6 +341,13 @@ class FakeAgentClient : public server::AgentClient {
   std::string Diagnostics() const override { return ""; }
 
  private:
+  static agent::v1::FileEntry EntryOf(const std::string& path, const std::string& bytes) {
+    agent::v1::FileEntry file;
+    file.set_path(path);
+    file.set_size_bytes(static_cast<int64_t>(bytes.size()));
+    file.set_sha256(Sha256Hex(bytes));
+    return file;
+  }
   absl::Status Gone() const {
     absl::MutexLock lock(&site_.mu_);
     return closed_ || !site_.reachable_ || generation_ != site_.generation_ ? absl::UnavailableError("the site is away")

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import pathlib
+import subprocess
 import threading
 
 import numpy as np
@@ -68,6 +70,29 @@ def test_a_module_goes_out_and_comes_back_trained(gateway, gw):
     assert result.metrics and all(math.isfinite(value) for value in result.metrics.values())
     assert len(job.plot()) >= 1 and not job.events().empty
     assert job.id in [found.id for found in gw.jobs(name="linear")] and gw.job(job.id[:6]).id == job.id
+
+
+def test_a_running_job_is_traced(binaries, gateway, gw, tmp_path):
+    x, y = linear_task(100)
+    job = gw.submit(model="mlp", loss="mse", data=(x, y), epochs=1_000_000, batch=10, ranks=2)
+    wait_until(lambda: job.refresh().state == "RUNNING", 60, "the job to run")
+    trace = json.loads(job.trace(steps=4, file=tmp_path / "here.json").read_text())
+    steps = [event["pid"] for event in trace["traceEvents"] if event["ph"] == "X" and event["name"] == "step"]
+    assert sorted(steps) == [0] * 4 + [1] * 4  # of both ranks
+    assert job.refresh().state == "RUNNING" and [file.path for file in itwin.result.Result(gw._connection, job).files] == ["trace-1.json"]
+    # The same from a shell.
+    environment = dict(os.environ, ITWIN_CONFIG=str(gateway.write_config(tmp_path / "config.yaml")))
+    shell = subprocess.run([binaries / "itwin", "trace", job.id, "--steps", "2"], env=environment, cwd=tmp_path, capture_output=True,
+                           text=True, timeout=60, check=True)
+    assert "ui.perfetto.dev" in shell.stdout
+    assert json.loads((tmp_path / f"{job.id}-trace-2.json").read_text())["traceEvents"]
+    assert list(job.events().kind).count("traced") == 2
+    job.cancel()
+    assert job.wait(60).state == "CANCELLED"
+    kept = {file.path for file in job.result(partial=True).files}
+    assert {"trace-1.json", "trace-2.json"} <= kept
+    with pytest.raises(StateError, match="only|no more steps"):
+        job.trace()
 
 
 def test_a_training_step_of_its_own(gw):

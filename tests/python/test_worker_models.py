@@ -79,6 +79,14 @@ def test_the_losses_are_those_of_pytorch(name, form, tmp_path):
     weights = safetensors.read(tmp_path / "spool" / "outputs" / "weights.safetensors")
     for key, tensor in net.state_dict().items():
         np.testing.assert_allclose(weights[key].numpy(), tensor.numpy(), rtol=1e-4, atol=2e-5, err_msg=key)
+    # The trained model without the code that it was made from, for any number of samples.
+    script = torch.jit.load(str(tmp_path / "spool" / "outputs" / "model.pt"))
+    net.load_state_dict(weights)
+    net.eval(), script.eval()
+    with torch.no_grad():
+        for count in (1, 5, SAMPLES):
+            torch.testing.assert_close(script(x[:count]), net(x[:count]), rtol=1e-4, atol=1e-5)
+    assert script.state_dict().keys() == net.state_dict().keys()
 
 
 @pytest.mark.parametrize("kind, options", [("Adam", {"lr": LR}), ("SGD", {"lr": LR, "momentum": 0.9}), ("Adagrad", {"lr": LR}),
@@ -118,6 +126,9 @@ def test_evaluation_is_that_of_eval_mode(tmp_path):
         expected = torch.nn.functional.mse_loss(net(x[20:]), y[20:]).item()
     assert result["metrics"]["test/mse"] == pytest.approx(expected, rel=1e-5)
     assert int(net.norm.num_batches_tracked) == 9  # 3 epochs of 3 batches; evaluations and the handshake do not count
+    script = torch.jit.load(str(tmp_path / "spool" / "outputs" / "model.pt"))
+    with torch.no_grad():
+        torch.testing.assert_close(script(x), net(x))
 
 
 def test_a_step_of_its_own_is_exported(tmp_path):
@@ -128,6 +139,15 @@ def test_a_step_of_its_own_is_exported(tmp_path):
     result, losses = run(tmp_path, {"model": {"archive": "net.itw"}, "data": {"npz": "data.npz", "split": {"test_fraction": 0.25}},
                                     "batch": 9, "epochs": 2}, {"input": x, "target": y})
     assert len(losses) == 4 and {"test/loss", "test/mae"} <= result["metrics"].keys()
+    # A step of its own gives loss and metrics, as TorchScript too.
+    net.load_state_dict(safetensors.read(tmp_path / "spool" / "outputs" / "weights.safetensors"))
+    script = torch.jit.load(str(tmp_path / "spool" / "outputs" / "model.pt"))
+    net.eval()
+    with torch.no_grad():
+        loss, metrics = net.training_step({"input": x, "target": y})
+        found = script(x, y)
+    torch.testing.assert_close(found[0], loss)
+    torch.testing.assert_close(found[1], metrics["mae"])
 
 
 def test_what_the_archive_says_about_training_counts_unless_the_job_says_otherwise(tmp_path):

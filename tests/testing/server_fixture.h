@@ -52,9 +52,8 @@ inline JobEvent Event(EventKind kind, int attempt = 0, const std::string& messag
 }
 
 // Submits a job and brings its first attempt to RUNNING.
-inline JobRow RunningJob(JobStore& store, const std::string& request_id, const std::string& owner = "ada",
-                         const std::string& name = "job") {
-  absl::StatusOr<Submitted> submitted = store.Submit(MakeJob(request_id, owner, name));
+inline JobRow RunningJob(JobStore& store, const NewJob& job) {
+  absl::StatusOr<Submitted> submitted = store.Submit(job);
   ITWIN_CHECK(submitted.ok());
   absl::StatusOr<JobRow> row = submitted->job;
   for (const EventKind kind : {EventKind::kPlaced, EventKind::kStaged, EventKind::kAccepted, EventKind::kStarted}) {
@@ -62,6 +61,10 @@ inline JobRow RunningJob(JobStore& store, const std::string& request_id, const s
     ITWIN_CHECK(row.ok());
   }
   return *row;
+}
+inline JobRow RunningJob(JobStore& store, const std::string& request_id, const std::string& owner = "ada",
+                         const std::string& name = "job") {
+  return RunningJob(store, MakeJob(request_id, owner, name));
 }
 
 inline SpoolBatch MetricsBatch(const AttemptKey& attempt, int64_t begin, int64_t end) {

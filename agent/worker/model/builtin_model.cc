@@ -2,15 +2,16 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <torch/csrc/jit/api/module.h>
 
 #include <optional>
 #include <utility>
 
 #include "agent/worker/checkpoint/durable_file.h"
 #include "agent/worker/checkpoint/safetensors.h"
-#include "agent/worker/checkpoint/state_dict.h"
 #include "agent/worker/model/loss.h"
 #include "agent/worker/model/network.h"
+#include "agent/worker/model/torchscript_export.h"
 
 namespace itwin::worker {
 namespace {
@@ -58,7 +59,6 @@ class BuiltinModel : public Model, public StagedModel {
     for (auto& buffer : buffers()) weights.push_back(std::move(buffer));
     for (auto& [name, tensor] : weights) tensor = tensor.detach().to(at::kCPU);
     WriteSafetensors(dir / "weights.safetensors", weights, {{"format", "pt"}, {"builtin", name_}});
-    WriteStateDict(dir / "weights.pt", weights);
     const nlohmann::json description = {{"format", 1},
                                         {"builtin", name_},
                                         {"options", network_->options()},
@@ -69,6 +69,15 @@ class BuiltinModel : public Model, public StagedModel {
                                         {"classes", form_.classes}};
     WriteFileDurably(dir / "model.json", description.dump(2) + "\n");
     WriteFileDurably(dir / "preprocessing.json", preprocessing_.dump(2) + "\n");
+  }
+
+  std::shared_ptr<torch::jit::Module> Script(const Batch& samples) override {
+    auto module = std::make_shared<torch::jit::Module>(ModuleWith(parameters(), buffers()));
+    const at::Tensor& inputs = samples.at("input");
+    RecordForward(*module, [this](const at::Tensor& input) { return Forward(input); },
+                  inputs.narrow(0, 0, 2));
+    CheckForward(*module, {inputs}, {Predict(inputs)});
+    return module;
   }
 
   std::string description() override {

@@ -8,8 +8,8 @@
 
 namespace itwin::worker {
 
-// See MakeModel. Saves weights.safetensors, weights.pt (a plain dictionary for Python's
-// torch.load), model.json (the architecture with every option) and preprocessing.json.
+// See MakeModel. Saves weights.safetensors, model.json (the architecture with every option) and
+// preprocessing.json.
 std::unique_ptr<Model> MakeBuiltinModel(const TrainSpec& spec, const Dataset& dataset,
                                         const MeshPlace& place = {});
 

@@ -1,8 +1,5 @@
 #include "agent/worker/model/graph.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/ivalue.h>
-#include <ATen/core/jit_type.h>
 #include <ATen/core/List.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -15,8 +12,8 @@
 
 #include "agent/worker/data/nearest_name.h"
 #include "agent/worker/error.h"
+#include "agent/worker/model/graph_nodes.h"
 #include "agent/worker/model/operators.h"
-#include "agent/worker/model/training_flags.h"
 
 namespace itwin::worker {
 namespace {
@@ -27,28 +24,7 @@ using c10::TypeKind;
 
 constexpr size_t kMaxNodes = 1'000'000;
 constexpr int kMaxDepth = 8;  // of lists in arguments
-constexpr int kUndefinedSlot = -1;
 
-// Calls that are no operator of the dispatcher: arithmetic on sizes, and taking lists apart.
-enum class Builtin {
-  kNone,
-  kSize,      // size of a tensor's dimension
-  kItem,      // of a list or tuple
-  kUnpack,    // all of them
-  kToTensor,  // a number as a tensor of no dimension
-  kToInt,
-  kToFloat,
-  kAdd,
-  kSub,
-  kMul,
-  kFloorDiv,
-  kTrueDiv,
-  kMod,
-  kNeg,
-  kPow,
-  kMax,
-  kMin,
-};
 const std::map<std::string, Builtin>& Builtins() {
   static const auto* const kNames = new std::map<std::string, Builtin>{
       {"size", Builtin::kSize},         {"item", Builtin::kItem},
@@ -93,12 +69,6 @@ at::Tensor NumberAsTensor(const IValue& number) {
 }
 
 bool IsNumber(const IValue& value) { return value.isInt() || value.isDouble() || value.isBool(); }
-
-const c10::Type& Inner(const c10::Type& type) {
-  const c10::Type* at = &type;
-  while (at->kind() == TypeKind::OptionalType) at = at->castRaw<c10::OptionalType>()->getElementType().get();
-  return *at;
-}
 
 // A value as the operator's argument wants it. Nothing when it cannot be that.
 std::optional<IValue> Fit(const IValue& value, const c10::Type& wanted) {
@@ -153,70 +123,52 @@ std::string KindOf(const IValue& value) {
 
 }  // namespace
 
-struct Graph::Value {
-  IValue value;
-};
+const c10::Type& Inner(const c10::Type& type) {
+  const c10::Type* at = &type;
+  while (at->kind() == TypeKind::OptionalType) at = at->castRaw<c10::OptionalType>()->getElementType().get();
+  return *at;
+}
 
-// A constant, a slot, or a list of such.
-struct Graph::Argument {
-  IValue constant{};
-  int slot = kUndefinedSlot;
-  bool is_list = false;
-  std::vector<Argument> list{};
-  c10::TypePtr type{};  // of the argument, or of the list's elements
-
-  std::optional<IValue> Get(const std::vector<Value>& values) const {
-    if (is_list) {
-      const c10::Type& element = Inner(*type);
-      const auto collect = [&](auto result, auto unwrap) -> std::optional<IValue> {
-        result.reserve(list.size());
-        for (const Argument& entry : list) {
-          std::optional<IValue> value = entry.Get(values);
-          if (!value) return std::nullopt;
-          result.push_back(unwrap(*value));
-        }
-        return IValue(std::move(result));
-      };
-      if (element.kind() == TypeKind::TensorType) {
-        if (type->kind() == TypeKind::OptionalType) {
-          return collect(c10::List<c10::optional<at::Tensor>>(), [](const IValue& v) {
-            return v.isTensor() ? c10::optional<at::Tensor>(v.toTensor()) : c10::nullopt;
-          });
-        }
-        return collect(c10::List<at::Tensor>(), [](const IValue& v) { return v.toTensor(); });
+std::optional<IValue> Graph::Argument::Get(const std::vector<Value>& values) const {
+  if (is_list) {
+    const c10::Type& element = Inner(*type);
+    const auto collect = [&](auto result, auto unwrap) -> std::optional<IValue> {
+      result.reserve(list.size());
+      for (const Argument& entry : list) {
+        std::optional<IValue> value = entry.Get(values);
+        if (!value) return std::nullopt;
+        result.push_back(unwrap(*value));
       }
-      if (element.kind() == TypeKind::FloatType)
-        return collect(c10::List<double>(), [](const IValue& v) { return v.toDouble(); });
-      if (element.kind() == TypeKind::BoolType)
-        return collect(c10::List<bool>(), [](const IValue& v) { return v.toBool(); });
-      return collect(c10::List<int64_t>(), [](const IValue& v) { return v.toInt(); });
+      return IValue(std::move(result));
+    };
+    if (element.kind() == TypeKind::TensorType) {
+      if (type->kind() == TypeKind::OptionalType) {
+        return collect(c10::List<c10::optional<at::Tensor>>(), [](const IValue& v) {
+          return v.isTensor() ? c10::optional<at::Tensor>(v.toTensor()) : c10::nullopt;
+        });
+      }
+      return collect(c10::List<at::Tensor>(), [](const IValue& v) { return v.toTensor(); });
     }
-    if (slot == kUndefinedSlot) return constant;
-    return type == nullptr ? std::optional(values[static_cast<size_t>(slot)].value)
-                           : Fit(values[static_cast<size_t>(slot)].value, *type);
+    if (element.kind() == TypeKind::FloatType)
+      return collect(c10::List<double>(), [](const IValue& v) { return v.toDouble(); });
+    if (element.kind() == TypeKind::BoolType)
+      return collect(c10::List<bool>(), [](const IValue& v) { return v.toBool(); });
+    return collect(c10::List<int64_t>(), [](const IValue& v) { return v.toInt(); });
   }
+  if (slot == kUndefinedSlot) return constant;
+  return type == nullptr ? std::optional(values[static_cast<size_t>(slot)].value)
+                         : Fit(values[static_cast<size_t>(slot)].value, *type);
+}
 
-  void MoveTo(at::Device device) {
-    if (constant.isDevice()) constant = IValue(device);
-    for (Argument& entry : list) entry.MoveTo(device);
-  }
+void Graph::Argument::MoveTo(at::Device device) {
+  if (constant.isDevice()) constant = IValue(device);
+  for (Argument& entry : list) entry.MoveTo(device);
+}
 
-  void Slots(std::vector<int>* slots) const {
-    if (slot != kUndefinedSlot) slots->push_back(slot);
-    for (const Argument& entry : list) entry.Slots(slots);
-  }
-};
-
-struct Graph::Node {
-  std::string name;  // as in the graph, for messages
-  Builtin builtin = Builtin::kNone;
-  std::optional<c10::OperatorHandle> op{};
-  std::vector<Argument> arguments{};
-  std::vector<int> outputs{};
-  std::optional<TrainingFlag> training_flag{};  // what evaluation sets
-  bool changes_buffer = false;  // in place; left out in evaluation
-  bool from_batch_size = false; // a number that follows from the number of samples alone
-};
+void Graph::Argument::Slots(std::vector<int>* slots) const {
+  if (slot != kUndefinedSlot) slots->push_back(slot);
+  for (const Argument& entry : list) entry.Slots(slots);
+}
 
 // Reads the JSON into a Graph.
 class Graph::Reader {

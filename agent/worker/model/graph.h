@@ -15,6 +15,10 @@
 
 #include "agent/worker/checkpoint/safetensors.h"
 
+namespace torch::jit {
+struct Module;
+}
+
 namespace itwin::worker {
 
 // Part of a graph that takes one tensor (the input, or what the part before puts out) and gives
@@ -52,6 +56,11 @@ class Graph {
   // One tensor per output. Values are freed after their last use. Missing inputs are a UserError.
   std::vector<at::Tensor> Run(const std::map<std::string, at::Tensor>& batch);
 
+  // As a module that takes the inputs in their order and gives the output, or a tuple of them, as
+  // evaluation does; operators are called by their names, so that a later LibTorch may choose another
+  // overload of the same. Throws for what TorchScript cannot say.
+  torch::jit::Module Script() const;
+
   // Cuts the graph, where one tensor alone crosses, into at most `count` units of about equal numbers
   // of parameters, each with some. Fewer where there are not enough places to cut; sizes that follow
   // from the batch's size alone are computed anew in each unit and do not count as crossing. For
@@ -67,6 +76,7 @@ class Graph {
   struct Argument;
   struct Node;
   class Reader;
+  class Writer;
 
   void RunNode(const Node& node, std::vector<Value>& values);
   static void RefuseOneSample(const Node& node, const std::vector<c10::IValue>& arguments);

@@ -1,6 +1,7 @@
 #include "agent/worker/model/graph_model.h"
 
 #include <ATen/core/grad_mode.h>
+#include <torch/csrc/jit/api/module.h>
 
 #include <algorithm>
 #include <optional>
@@ -12,6 +13,7 @@
 #include "agent/worker/error.h"
 #include "agent/worker/model/graph.h"
 #include "agent/worker/model/loss.h"
+#include "agent/worker/model/torchscript_export.h"
 
 namespace itwin::worker {
 namespace {
@@ -62,6 +64,21 @@ class GraphModel : public Model {
     WriteSafetensors(dir / "weights.safetensors", weights, {{"format", "pt"}});
     WriteFileDurably(dir / "graph.json", json_.dump() + "\n");
     WriteFileDurably(dir / "preprocessing.json", preprocessing_.dump(2) + "\n");
+  }
+
+  std::shared_ptr<torch::jit::Module> Script(const Batch& samples) override {
+    auto module = std::make_shared<torch::jit::Module>(graph_->Script());
+    for (const int64_t count : {int64_t{2}, samples.begin()->second.size(0)}) {
+      Batch batch;
+      std::vector<c10::IValue> inputs;
+      for (const std::string& name : graph_->inputs()) {
+        batch[name] = samples.at(name).narrow(0, 0, count);
+        inputs.emplace_back(batch[name]);
+      }
+      const at::NoGradGuard no_grad;
+      CheckForward(*module, inputs, graph_->Run(batch));
+    }
+    return module;
   }
 
   std::string description() override {

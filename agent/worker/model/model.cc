@@ -8,6 +8,7 @@
 #include "agent/worker/model/archive.h"
 #include "agent/worker/model/builtin_model.h"
 #include "agent/worker/model/graph_model.h"
+#include "agent/worker/model/torch_reason.h"
 #include "agent/worker/model/torchscript_model.h"
 
 namespace itwin::worker {
@@ -21,22 +22,19 @@ void TrySamples(Model& model, const Dataset& dataset) {
   } catch (const WorkerError&) {
     throw;
   } catch (const std::exception& error) {
-    const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
-    std::string reason =
-        torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
-    constexpr size_t kMaxReasonBytes = 1500;
-    if (reason.size() > kMaxReasonBytes) {  // the end of a TorchScript error says what happened
-      reason = "… " + reason.substr(reason.size() - kMaxReasonBytes);
-    }
     std::string shapes;
     for (const auto& [name, tensor] : batch) {
       shapes +=
           (shapes.empty() ? "" : ", ") + name + " " + ShapeText(tensor.sizes().slice(1).vec());
     }
     throw UserError("train.model: " + model.description() +
-                    " does not run on a sample of the data (" + shapes + "): " + reason);
+                    " does not run on a sample of the data (" + shapes + "): " + ReasonOf(error));
   }
   model.Train(true);
+}
+
+std::shared_ptr<torch::jit::Module> Model::Script(const Batch& /*samples*/) {
+  throw AppError(description() + " is not a whole model");
 }
 
 void Model::MoveTo(at::Device device) {

@@ -16,6 +16,10 @@
 #include "agent/worker/model/tensor_parallel.h"
 #include "agent/worker/spec/train_spec.h"
 
+namespace torch::jit {
+struct Module;
+}
+
 namespace itwin::worker {
 
 struct StepOutput {
@@ -67,11 +71,14 @@ class Model {
 
   virtual void Train(bool training) = 0;
 
-  // Writes model.pt (TorchScript, where the source was TorchScript) and weights.safetensors into
-  // `dir`, which exists. Throws ResourceError when the disk is full. The parameters are views into
-  // large flat buffers by then, and TorchScript's writer stores the whole buffer behind each view:
-  // save a copy with compact tensors.
+  // Writes weights.safetensors, and what else describes the model, into `dir`, which exists. Throws
+  // ResourceError when the disk is full.
   virtual void Save(const std::filesystem::path& dir) = 0;
+
+  // The prediction as TorchScript: a module in evaluation mode whose tensors are the model's, tried
+  // out with `samples`, some more than two, and with two of them. Train(false) is the caller's to
+  // call, and the model is on the host. Throws what says why there is none.
+  virtual std::shared_ptr<torch::jit::Module> Script(const Batch& samples);
 
   // Moves the parameters, buffers and whatever else the model keeps; parameters stay the same tensors.
   virtual void MoveTo(at::Device device);

@@ -95,7 +95,7 @@ struct VectorOutput {
   at::Tensor Shaped(const at::Tensor& output) const {
     if (shape.size() < 2) return output;
     std::vector<int64_t> full = shape;
-    full.insert(full.begin(), output.size(0));
+    full.insert(full.begin(), -1);
     return output.view(full);
   }
 };
@@ -414,7 +414,13 @@ class Lstm : public Net {
   }
   at::Tensor Forward(const at::Tensor& input) override {
     const at::Tensor series = input.dim() == 2 ? input.unsqueeze(2) : input.flatten(2);
-    const at::Tensor outputs = std::get<0>(lstm_->forward(series));
+    // Of zeros, made from the input: as a tensor of so many samples they would be a constant of a
+    // recorded model.
+    const at::Tensor state = at::zeros_like(series.select(1, 0).select(1, 0))
+                                 .view({1, -1, 1})
+                                 .expand({lstm_->options.num_layers(), -1, lstm_->options.hidden_size()})
+                                 .contiguous();
+    const at::Tensor outputs = std::get<0>(lstm_->forward(series, std::make_tuple(state, state)));
     return output_.Shaped(head_(outputs.select(1, -1)));
   }
 
@@ -558,14 +564,14 @@ class TransformerBlockImpl : public nn::Module {
     return dropout_ > 0 ? at::dropout(x, dropout_, is_training()) : x;
   }
   at::Tensor Attend(const at::Tensor& x, const at::Tensor& mask) {
-    const int64_t samples = x.size(0), steps = x.size(1), width = query_->weight.size(0);
+    const int64_t steps = x.size(1), width = query_->weight.size(0);
     const auto split = [&](const at::Tensor& y) {
-      return y.view({samples, steps, heads_, width / heads_}).transpose(1, 2);
+      return y.view({-1, steps, heads_, width / heads_}).transpose(1, 2);
     };
     const at::Tensor scores = at::matmul(split(query_(x)), split(key_(x)).transpose(2, 3))
                                   .mul(1 / std::sqrt(static_cast<double>(width / heads_)));
     const at::Tensor shares = Drop(at::softmax(scores + mask, -1));
-    return at::matmul(shares, split(value_(x))).transpose(1, 2).reshape({samples, steps, width});
+    return at::matmul(shares, split(value_(x))).transpose(1, 2).reshape({-1, steps, width});
   }
 
   Communicator* const tensor_;

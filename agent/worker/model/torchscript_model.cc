@@ -4,7 +4,6 @@
 #include <caffe2/serialize/istream_adapter.h>
 #include <torch/csrc/jit/passes/inliner.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
-#include <torch/csrc/jit/serialization/export.h>
 #include <torch/script.h>
 #include <torch/version.h>
 
@@ -19,6 +18,7 @@
 #include "agent/worker/error.h"
 #include "agent/worker/model/loss.h"
 #include "agent/worker/model/operators.h"
+#include "agent/worker/model/torch_reason.h"
 #include "agent/worker/model/torchscript_import.h"
 #include "agent/worker/model/training_flags.h"
 
@@ -27,22 +27,6 @@ namespace {
 
 using caffe2::serialize::FileAdapter;
 using caffe2::serialize::IStreamAdapter;
-
-constexpr size_t kMaxReasonBytes = 1000;  // of a message of LibTorch that is handed on
-
-// LibTorch's message without its backtrace.
-std::string ReasonOf(const std::exception& error) {
-  std::string reason;
-  if (const auto* torch_error = dynamic_cast<const c10::Error*>(&error)) {
-    reason = torch_error->what_without_backtrace();
-  } else {
-    reason = error.what();
-  }
-  while (!reason.empty() && (reason.back() == '\n' || reason.back() == ' ')) reason.pop_back();
-  while (!reason.empty() && reason.front() == '\n') reason.erase(0, 1);
-  if (reason.size() > kMaxReasonBytes) reason = reason.substr(0, kMaxReasonBytes) + " …";
-  return reason;
-}
 
 template <typename MakeReader>
 torch::jit::Module Load(const MakeReader& reader, const std::string& field,
@@ -180,32 +164,17 @@ class TorchScriptModel : public Model {
 
   void Save(const std::filesystem::path& dir) override {
     NamedTensors weights;
-    std::vector<std::pair<at::Tensor, at::Tensor>> originals;  // tensor, what it held
-    const at::NoGradGuard no_grad;
     const auto add = [&](const std::string& name, const at::Tensor& tensor) {
-      if (!tensor.defined()) return;
-      // A tensor of the loop's one big storage would be written with all of it.
-      if (tensor.storage().nbytes() > tensor.nbytes()) {
-        originals.emplace_back(tensor, tensor.detach());
-        tensor.set_data(tensor.detach().clone());
-      }
-      weights.emplace_back(name, tensor.detach().to(at::kCPU).contiguous());
+      if (tensor.defined()) weights.emplace_back(name, tensor.detach().to(at::kCPU).contiguous());
     };
-    const auto restore = [&] {
-      for (auto& [tensor, original] : originals) tensor.set_data(original);
-    };
-    for (const auto& parameter : module_.named_parameters(true))
-      add(parameter.name, parameter.value);
+    for (const auto& parameter : module_.named_parameters(true)) add(parameter.name, parameter.value);
     for (const auto& buffer : module_.named_buffers(true)) add(buffer.name, buffer.value);
-    try {
-      WriteScript(dir / "model.pt");
-      restore();
-    } catch (...) {
-      restore();
-      throw;
-    }
     WriteSafetensors(dir / "weights.safetensors", weights, {{"format", "pt"}});
     WriteFileDurably(dir / "preprocessing.json", preprocessing_.dump(2) + "\n");
+  }
+  // The user's own, with all its methods.
+  std::shared_ptr<torch::jit::Module> Script(const Batch& /*samples*/) override {
+    return std::make_shared<torch::jit::Module>(module_);
   }
 
   std::string description() override {
@@ -263,29 +232,6 @@ class TorchScriptModel : public Model {
                       " elements; it must be one number, the mean over the batch's samples");
     }
     return tensor.dim() == 0 ? tensor : tensor.reshape({});
-  }
-
-  void WriteScript(const std::filesystem::path& path) {
-    OutputFile file(path);
-    std::exception_ptr failure;
-    try {
-      // LibTorch hides why a write fails, so the writing is ours and the first failure is kept.
-      module_.train(false);
-      torch::jit::ExportModule(module_, [&](const void* data, size_t size) -> size_t {
-        try {
-          file.Write(data, size);
-          return size;
-        } catch (...) {
-          failure = std::current_exception();
-          return 0;
-        }
-      });
-    } catch (const c10::Error&) {
-      if (failure) std::rethrow_exception(failure);
-      throw;
-    }
-    if (failure) std::rethrow_exception(failure);
-    file.SyncAndClose();
   }
 
   const std::string file_;

@@ -1,5 +1,7 @@
-// When to trace: the steps that the spec names, or the next ones once a file appears in the spool. All
-// ranks trace the same steps and then gather the trace together.
+// When to trace: the steps that the spec names, or the next ones once a file appears in the spool. It may
+// hold their number and, after a space, the name that the trace is to have ("20 trace-1.json"); the same
+// name again is asked for by somebody who has not seen the answer yet, and changes nothing. All ranks
+// trace the same steps and then gather the trace together.
 #pragma once
 
 #include <cstdint>
@@ -47,6 +49,7 @@ class TraceSession {
   bool running_ = false, of_spec_ = false;
   double next_look_ = 0;
   int64_t asked_ = 0;
+  std::string name_, taken_name_;  // that the trace is to have, and that of the last one; rank 0
 };
 
 }  // namespace itwin::worker

@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include "agent/worker/error.h"
+#include "agent/worker/model/torch_reason.h"
 
 namespace itwin::worker {
 namespace {
@@ -58,9 +59,8 @@ void RequirePrecision(Precision precision, at::Device device) {
     }
     sum.to(at::kFloat).backward();
   } catch (const c10::Error& error) {
-    const std::string reason = error.what_without_backtrace();
     throw UserError("train.precision: LibTorch " TORCH_VERSION " cannot train in " + name +
-                    " on this " + (device.is_cpu() ? "processor" : "GPU") + " (" + reason.substr(0, reason.find('\n')) + "); use " +
+                    " on this " + (device.is_cpu() ? "processor" : "GPU") + " (" + FirstLineOf(error) + "); use " +
                     (precision != Precision::kFloat16 ? "fp32" : device.is_cpu() ? "bf16, fp32 or a GPU" : "bf16 or fp32"));
   }
 }

@@ -3,9 +3,8 @@
 #include <exception>
 #include <utility>
 
-#include <c10/util/Exception.h>
-
 #include "agent/worker/error.h"
+#include "agent/worker/model/torch_reason.h"
 
 namespace itwin::worker {
 
@@ -14,11 +13,6 @@ namespace {
 // last is watched.
 constexpr int kWarmUp = 3;
 
-std::string FirstLine(const std::exception& error) {
-  const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
-  const std::string reason = torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
-  return reason.substr(0, reason.find('\n'));
-}
 }  // namespace
 
 StepGraph::StepGraph(Passes passes, Make make, Remember remember, std::function<void()> quiet,
@@ -69,7 +63,7 @@ at::Tensor StepGraph::Rehearse(const Batch& batch) {
   } catch (const std::exception& error) {
     off_ = true;
     batch_.clear();
-    say_("note: this model's step cannot be recorded as a CUDA graph (" + FirstLine(error) +
+    say_("note: this model's step cannot be recorded as a CUDA graph (" + FirstLineOf(error) +
          "); its operators are launched one by one");
   }
   undo();
@@ -86,7 +80,7 @@ void StepGraph::Record(const Batch& batch) {
   } catch (const WorkerError&) {
     throw;
   } catch (const std::exception& error) {
-    throw AppError("train.gpu.graphs: the step broke while it was recorded (" + FirstLine(error) +
+    throw AppError("train.gpu.graphs: the step broke while it was recorded (" + FirstLineOf(error) +
                    "); set train.gpu.graphs: false");
   }
 }

@@ -162,37 +162,19 @@ std::vector<StateSlice> PartOf(const std::vector<StateSlice>& slices, int rank, 
   return part;
 }
 
-NamedTensors GatherSlices(const std::vector<StateSlice>& owned, Communicator& communicator) {
-  struct Whole {
-    at::Tensor tensor;
-    int64_t missing = 0;
-  };
-  std::vector<std::string> order;
-  std::map<std::string, Whole> wholes;
-  const auto take = [&](const StateSlice& s) {
-    auto [found, is_new] = wholes.try_emplace(s.name);
-    Whole& whole = found->second;
-    if (is_new) {
-      order.push_back(s.name);
-      whole.tensor = at::empty(s.shape, s.view.options().device(at::kCPU));
-      whole.missing = whole.tensor.numel();
-    }
-    whole.tensor.view({-1}).narrow(0, s.offset, s.count).copy_(s.view);
-    whole.missing -= s.count;
-  };
-  // What a rank is about to send, as lines: name, type, offset, count, shape.
-  const auto describe = [](const std::vector<StateSlice>& slices) {
+void VisitSlices(std::vector<StateSlice> owned, Communicator& communicator, const VisitTensor& visit) {
+  // Everybody goes through its slices by name, so that rank 0 needs no more than one tensor at a time.
+  std::stable_sort(owned.begin(), owned.end(),
+                   [](const StateSlice& a, const StateSlice& b) { return a.name < b.name; });
+  if (communicator.rank() != 0) {
+    // What it will send, as lines: name, type, offset, count, shape.
     std::string text;
-    for (const StateSlice& s : slices) {
+    for (const StateSlice& s : owned) {
       text += s.name + '\t' + std::to_string(static_cast<int>(s.view.scalar_type())) + '\t' +
               std::to_string(s.offset) + '\t' + std::to_string(s.count);
       for (const int64_t size : s.shape) text += '\t' + std::to_string(size);
       text += '\n';
     }
-    return text;
-  };
-  if (communicator.rank() != 0) {
-    std::string text = describe(owned);
     auto size = static_cast<int64_t>(text.size());
     communicator.Send(BufferOf(std::span(&size, 1)), 0)->Wait();
     communicator.Send(BufferOf(std::span(text.data(), text.size())), 0)->Wait();
@@ -200,9 +182,14 @@ NamedTensors GatherSlices(const std::vector<StateSlice>& owned, Communicator& co
       const at::Tensor bytes = s.view.cpu().contiguous();
       communicator.Send({bytes.data_ptr(), static_cast<int64_t>(bytes.nbytes())}, 0)->Wait();
     }
-    return {};
+    return;
   }
-  for (const StateSlice& s : owned) take(s);
+  struct Piece {
+    int rank = 0;
+    StateSlice slice{};  // of rank 0: with its view
+  };
+  std::map<std::string, std::vector<Piece>> pieces;
+  for (const StateSlice& s : owned) pieces[s.name].push_back({0, s});
   for (int r = 1; r < communicator.size(); ++r) {
     int64_t size = 0;
     communicator.Recv(BufferOf(std::span(&size, 1)), r)->Wait();
@@ -222,20 +209,34 @@ NamedTensors GatherSlices(const std::vector<StateSlice>& owned, Communicator& co
                    .offset = std::stoll(fields[2]),
                    .count = std::stoll(fields[3])};
       for (size_t f = 4; f < fields.size(); ++f) s.shape.push_back(std::stoll(fields[f]));
-      s.view = at::empty(
-          {s.count}, at::TensorOptions().dtype(static_cast<at::ScalarType>(std::stoi(fields[1]))));
-      communicator.Recv({s.view.data_ptr(), static_cast<int64_t>(s.view.nbytes())}, r)->Wait();
-      take(s);
+      s.view = at::empty({0}, at::TensorOptions().dtype(static_cast<at::ScalarType>(std::stoi(fields[1]))));
+      pieces[s.name].push_back({r, std::move(s)});
     }
   }
+  for (const auto& [name, of_name] : pieces) {
+    const StateSlice& first = of_name.front().slice;
+    const at::Tensor whole = at::empty(first.shape, first.view.options().device(at::kCPU));
+    int64_t missing = whole.numel();
+    for (const Piece& piece : of_name) {
+      const at::Tensor there = whole.view({-1}).narrow(0, piece.slice.offset, piece.slice.count);
+      if (piece.rank == 0) {
+        there.copy_(piece.slice.view);
+      } else {
+        communicator.Recv({there.data_ptr(), static_cast<int64_t>(there.nbytes())}, piece.rank)->Wait();
+      }
+      missing -= piece.slice.count;
+    }
+    if (missing != 0) {
+      throw AppError("no rank holds " + std::to_string(missing) + " elements of " + name);
+    }
+    visit(name, whole);
+  }
+}
+
+NamedTensors GatherSlices(const std::vector<StateSlice>& owned, Communicator& communicator) {
   NamedTensors named;
-  for (const std::string& name : order) {
-    const Whole& whole = wholes.at(name);
-    if (whole.missing != 0) {
-      throw AppError("no rank holds " + std::to_string(whole.missing) + " elements of " + name);
-    }
-    named.emplace_back(name, whole.tensor);
-  }
+  VisitSlices(owned, communicator,
+              [&named](const std::string& name, const at::Tensor& tensor) { named.emplace_back(name, tensor); });
   return named;
 }
 

@@ -103,6 +103,9 @@ class Strategy {
   virtual void ReleaseParameters() {}
   // Whether the model of a rank is the whole model (if need be gathered).
   virtual bool holds_model() const { return true; }
+  // Whether a rank has a part of the parameters alone while nothing is gathered: then nobody should ask
+  // for all of them at once.
+  virtual bool spread() const { return !holds_model(); }
   // Where `held`, slices of a rank's tensors, lie in those of the whole model.
   virtual std::vector<StateSlice> InWhole(std::vector<StateSlice> held) const { return held; }
   // The part of `held` (what this rank holds) that is this rank's to save. Over all ranks: each
@@ -168,8 +171,11 @@ void AppendSlices(const FlatParameters& parameters, const FlatRange& range, cons
                   const std::string& prefix, std::vector<StateSlice>* slices);
 // This rank's equal part of slices that every rank holds alike.
 std::vector<StateSlice> PartOf(const std::vector<StateSlice>& slices, int rank, int ranks);
-// Whole tensors of every rank's owned slices, in the order in which they first appear over the
-// ranks, on rank 0; empty on the others. Throws AppError when elements are missing.
+// Calls `visit` on rank 0 with the whole of each tensor of which the ranks own slices, on the host, in
+// the order of the names, one at a time. Throws AppError when elements are missing.
+using VisitTensor = std::function<void(const std::string& name, const at::Tensor& tensor)>;
+void VisitSlices(std::vector<StateSlice> owned, Communicator& communicator, const VisitTensor& visit);
+// All of them, on rank 0; empty on the others.
 NamedTensors GatherSlices(const std::vector<StateSlice>& owned, Communicator& communicator);
 // Copies into the slices their parts of the whole tensors of the same names. Throws AppError saying
 // what is missing or does not fit; `whose` begins the sentence ("the checkpoint's optimiser state").

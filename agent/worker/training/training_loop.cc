@@ -326,15 +326,10 @@ void TrainingLoop::RequireSameRun(const CheckpointHead& checkpoint) const {
 
 void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
   RequireSameRun(checkpoint);
-  {
-    const FullParameters full(*strategy_);
-    if (strategy_->holds_model()) {
-      LoadWeights(model_, checkpoint.weights);
-    } else {
-      ScatterSlices(checkpoint.weights,
-                    strategy_->InWhole(ParameterSlices(parameters_, strategy_->ranges())),
-                    "the checkpoint");
-    }
+  if (strategy_->spread()) {
+    LoadInPieces(checkpoint.weights);
+  } else {
+    LoadWeights(model_, checkpoint.weights);
   }
   for (Phase& phase : phases_) phase.optimizer.LoadState(checkpoint.optimizer, strategy_.get());
   features_.LoadState(checkpoint.optimizer);
@@ -354,9 +349,7 @@ void TrainingLoop::Resume(const CheckpointContents& checkpoint) {
                                                       static_cast<uint64_t>(rank_) + 1)));
   }
   saved_step_ = position_.step;
-  if (!strategy_->holds_model()) return;
-  const FullParameters full(*strategy_);
-  if (HashWeights(model_) != checkpoint.weights_sha256) {
+  if (HashAllWeights() != checkpoint.weights_sha256) {
     throw AppError(
         "the weights read from the checkpoint do not have the hash they were saved with");
   }
@@ -887,7 +880,8 @@ void TrainingLoop::Validate() {
   if (setup_.dataset.size(Split::kValidation) == 0) return EvaluateSplit(Split::kTest);
   const AveragedWeights averaged(features_.average());
   EvaluateSplit(Split::kValidation);
-  const FullParameters full(*strategy_);
+  std::optional<FullParameters> full;
+  if (spec_.best) full.emplace(*strategy_);  // rank 0 may keep them
   for (const std::string& line :
        features_.Observe(epoch_metrics_, position_.step, model_, /*keep_weights=*/rank_ == 0)) {
     setup_.print(line);
@@ -940,7 +934,8 @@ void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
   if (features_.average() != nullptr) features_.average()->Swap();
   EvaluateSplit(Split::kValidation);
   if (setup_.dataset.size(Split::kValidation) > 0) {
-    const FullParameters full(*strategy_);
+    std::optional<FullParameters> full;
+    if (spec_.best) full.emplace(*strategy_);
     features_.Observe(epoch_metrics_, position_.step, model_, /*keep_weights=*/rank_ == 0);
     const int64_t best = features_.ExportBest(model_, setup_.control);
     if (best >= 0) {
@@ -967,8 +962,13 @@ void TrainingLoop::FinishRun(TrainingOutcome& outcome) {
   }
   FinishSaving();
   outcome.message = "";
-  strategy_->GatherParameters();  // for good: the model is whole from here on
-  if (!strategy_->holds_model()) outcome.weights = GatherWeights();
+  if (!strategy_->spread()) return;
+  outcome.in_pieces = true;
+  VisitWeights([&outcome](const std::string& name, const at::Tensor& tensor) {
+    outcome.weights.emplace_back(name, tensor.detach().to(at::kCPU));
+  });
+  if (rank_ != 0 || !strategy_->holds_model()) return;
+  for (const auto& [name, buffer] : model_.buffers()) outcome.weights.emplace_back(name, buffer.detach().to(at::kCPU));
 }
 
 void TrainingLoop::Save() {
@@ -1008,17 +1008,9 @@ void TrainingLoop::Save() {
         {name, tensor.sizes().vec(), 0, at::empty({0}, tensor.options().requires_grad(false))});
   }
   AppendParts(strategy_->Owned(ParameterSlices(parameters_, strategy_->ranges())), &parts.weights);
-  // What the strategy does not have is rank 0's to write: parameters that are not trained, second
-  // names of tensors, buffers.
-  std::set<std::string> trained;
-  for (const auto& parameter : parameters_.parameters()) trained.insert(parameter.name);
-  NamedTensors only_first;
-  for (const auto& [name, tensor] : whole) {
-    if (!trained.contains(name)) only_first.emplace_back(name, tensor);
-  }
-  std::optional<FullParameters> full;
-  if (!only_first.empty()) full.emplace(*strategy_);
+  // What the strategy does not have is rank 0's to write: parameters that are not trained, buffers.
   if (rank_ == 0) {
+    NamedTensors only_first = Untrained();
     only_first.insert(only_first.end(), buffers.begin(), buffers.end());
     AppendParts(WholeParts(only_first), &parts.weights);
     for (const Phase& phase : phases_) {
@@ -1058,21 +1050,60 @@ void TrainingLoop::HashNow() {
 
 // Compares on the way: throws where ranks that hold the same do not.
 std::string TrainingLoop::HashAllWeights() {
-  const FullParameters full(*strategy_);
-  if (strategy_->holds_model()) {
+  if (!strategy_->spread()) {
     const std::string hash = HashWeights(model_);
     RequireNone(FindDiffering(std::stoull(hash.substr(0, 16), nullptr, 16), setup_.control));
     return hash;
   }
   RequireNone(strategy_->FindDifferingRanks(setup_.control));
-  const NamedTensors weights = GatherWeights();
-  return BroadcastText(setup_.control, rank_ == 0 ? HashTensors(weights) : "", 0);
+  WeightsHash hash;
+  VisitWeights([&hash](const std::string& name, const at::Tensor& tensor) { hash.Add(name, tensor); });
+  return BroadcastText(setup_.control, rank_ == 0 ? hash.Hex() : "", 0);
 }
 
-// On rank 0.
-NamedTensors TrainingLoop::GatherWeights() {
-  return GatherSlices(strategy_->Owned(ParameterSlices(parameters_, strategy_->ranges())),
-                      setup_.control);
+// Of a model that is spread over the ranks, one tensor after another on rank 0, by name.
+void TrainingLoop::VisitWeights(const VisitTensor& visit) {
+  std::map<std::string, at::Tensor> others;
+  if (rank_ == 0) {
+    const NamedTensors untrained = Untrained();
+    others.insert(untrained.begin(), untrained.end());
+  }
+  const auto visit_others = [&](const std::string* before) {
+    while (!others.empty() && (before == nullptr || others.begin()->first < *before)) {
+      visit(others.begin()->first, others.begin()->second);
+      others.erase(others.begin());
+    }
+  };
+  VisitSlices(strategy_->Owned(ParameterSlices(parameters_, strategy_->ranges())), setup_.control,
+              [&](const std::string& name, const at::Tensor& tensor) {
+                visit_others(&name);
+                visit(name, tensor);
+              });
+  visit_others(nullptr);
+}
+
+// Parameters of this rank's model that no optimizer has; none where a rank has not the whole model.
+NamedTensors TrainingLoop::Untrained() const {
+  if (!strategy_->holds_model()) return {};
+  std::set<std::string> trained;
+  for (const auto& parameter : parameters_.parameters()) trained.insert(parameter.name);
+  NamedTensors untrained;
+  for (const auto& [name, tensor] : model_.parameters()) {
+    if (!trained.contains(name)) untrained.emplace_back(name, tensor);
+  }
+  return untrained;
+}
+
+void TrainingLoop::LoadInPieces(const NamedTensors& weights) {
+  ScatterSlices(weights, strategy_->InWhole(ParameterSlices(parameters_, strategy_->ranges())), "the checkpoint");
+  if (!strategy_->holds_model()) return;
+  NamedTensors others = Untrained();
+  for (auto& buffer : model_.buffers()) others.push_back(std::move(buffer));
+  std::set<std::string> trained;
+  for (const auto& parameter : parameters_.parameters()) trained.insert(parameter.name);
+  NamedTensors rest = weights;
+  std::erase_if(rest, [&](const auto& tensor) { return trained.contains(tensor.first); });
+  LoadTensors(others, rest);
 }
 
 void TrainingLoop::ReportProgress(bool now) {

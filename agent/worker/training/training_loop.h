@@ -66,7 +66,10 @@ struct TrainingOutcome {
   std::string weights_sha256;
   std::map<std::string, nlohmann::json> reports;  // files for the outputs, by name
   NamedTensors best;  // on rank 0, where they were kept and are not the model
-  NamedTensors weights;  // on rank 0, where no rank holds the whole model
+  // Where no rank holds the whole model its weights are here on rank 0, on the host, and the ranks' models
+  // are not to be used any more.
+  bool in_pieces = false;
+  NamedTensors weights;
 };
 
 // Hash of what must be the same for a checkpoint to be gone on from: the `train` part of the spec
@@ -138,7 +141,9 @@ class TrainingLoop {
     if (setup_.beat) setup_.beat(position_.step);
   }
   std::string HashAllWeights();
-  NamedTensors GatherWeights();
+  void VisitWeights(const VisitTensor& visit);
+  NamedTensors Untrained() const;
+  void LoadInPieces(const NamedTensors& weights);
   [[noreturn]] void FailNotFinite(int64_t step);
   void ReportUnusedParameters();
   void ReportProgress(bool now);

@@ -353,8 +353,7 @@ Strategy::Memory Zero::memory() const {
 
 void Zero::CountMemory() {
   const Memory now = memory();
-  // Gathered as a whole for a moment (a hash, a save): not what training needs.
-  if (full_ == 0) memory_.peak_parameters = std::max(memory_.peak_parameters, now.parameters);
+  memory_.peak_parameters = std::max(memory_.peak_parameters, now.parameters);
   memory_.peak_gradients = std::max(memory_.peak_gradients, now.gradients);
 }
 

@@ -45,6 +45,7 @@ class Zero : public Strategy {
   void SumOverShards(std::span<double> figures) override;
   bool sharded() const override { return true; }
   bool lockstep() const override { return options_.stage == 3; }
+  bool spread() const override { return options_.stage == 3; }
   void GatherParameters() override;
   void ReleaseParameters() override;
   std::vector<StateSlice> Owned(std::vector<StateSlice> held) const override { return held; }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -80,6 +81,13 @@ struct GetArguments {
   std::vector<std::string> files;
 };
 absl::StatusOr<int> Get(Session& session, const GetArguments& arguments);
+
+struct TraceArguments {
+  std::string job;
+  int64_t steps = 20;
+  std::string file;  // empty: named after the job, here
+};
+absl::StatusOr<int> Trace(Session& session, const TraceArguments& arguments);
 
 absl::StatusOr<int> Sites(Session& session);
 

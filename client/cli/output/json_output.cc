@@ -100,6 +100,10 @@ Json ErrorJson(const absl::Status& status) {
   return {{"code", absl::StatusCodeToString(status.code())}, {"message", std::string(status.message())}};
 }
 
+Json ToJson(const DownloadedFile& file) {
+  return {{"output", file.file.path()}, {"path", file.path}, {"size_bytes", file.file.size_bytes()}, {"sha256", file.file.sha256()}};
+}
+
 Json ToJson(const v1::Site& site) {
   Json partitions = Json::array();
   for (const std::string& partition : site.partitions()) partitions.push_back(partition);
@@ -197,12 +201,10 @@ class JsonOutput : public Output {
   }
   void Downloaded(const std::vector<DownloadedFile>& files, const std::string& directory) override {
     Json list = Json::array();
-    for (const DownloadedFile& file : files) {
-      list.push_back({{"output", file.file.path()}, {"path", file.path}, {"size_bytes", file.file.size_bytes()},
-                      {"sha256", file.file.sha256()}});
-    }
+    for (const DownloadedFile& file : files) list.push_back(ToJson(file));
     Print({{"directory", directory}, {"files", list}});
   }
+  void Traced(const DownloadedFile& trace) override { Print(ToJson(trace)); }
   void Sites(const std::vector<v1::Site>& sites) override {
     Print(ListJson(sites));
   }

@@ -60,6 +60,7 @@ class Output {
   virtual void Events(const std::vector<v1::JobEvent>& events) = 0;
   virtual void Series(const std::vector<v1::SeriesBuckets>& series) = 0;
   virtual void Downloaded(const std::vector<DownloadedFile>& files, const std::string& directory) = 0;
+  virtual void Traced(const DownloadedFile& trace) = 0;
   virtual void Sites(const std::vector<v1::Site>& sites) = 0;
   virtual void Site(const v1::Site& site) = 0;
   virtual void SiteRemoved(const std::string& name) = 0;

@@ -216,6 +216,11 @@ class TableOutput : public Output {
     out_.flush();
   }
 
+  void Traced(const DownloadedFile& trace) override {
+    Downloaded({trace}, "");
+    out_ << "open it at https://ui.perfetto.dev or chrome://tracing\n" << std::flush;
+  }
+
   void Sites(const std::vector<v1::Site>& sites) override {
     if (sites.empty()) {
       out_ << "the gateway has no site\n" << std::flush;

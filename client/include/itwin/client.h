@@ -95,6 +95,11 @@ class Client {
   absl::StatusOr<v1::Job> Watch(const std::string& job, const WatchOptions& options,
                                 const std::function<bool(const v1::JobUpdate&)>& on_update);
 
+  // Has the next `steps` (0: 20) training steps of all ranks of a running job traced, and waits until that is among its outputs:
+  // a file for ui.perfetto.dev. Of `options` only `stop`, `give_up_after` and `on_reconnect` count. kFailedPrecondition: the job
+  // does not run or does not train, or it ended before.
+  absl::StatusOr<v1::OutputFile> Trace(const std::string& job, int64_t steps = 0, WatchOptions options = {});
+
   absl::StatusOr<std::vector<v1::JobEvent>> Events(const std::string& job);
   absl::StatusOr<v1::ReadLogResponse> ReadLog(const v1::ReadLogRequest& request);
   // All points there are at the moment after `cursor` (0: all), block by block; returns the cursor to go on from.

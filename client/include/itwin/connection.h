@@ -26,6 +26,7 @@ class Connection {
   virtual absl::StatusOr<v1::Job> GetJob(const v1::GetJobRequest& request) = 0;
   virtual absl::StatusOr<v1::ListJobsResponse> ListJobs(const v1::ListJobsRequest& request) = 0;
   virtual absl::StatusOr<v1::Job> CancelJob(const v1::CancelJobRequest& request) = 0;
+  virtual absl::StatusOr<v1::TraceJobResponse> TraceJob(const v1::TraceJobRequest& request) = 0;
   virtual absl::StatusOr<v1::SubmitJobResponse> RetryJob(const v1::RetryJobRequest& request) = 0;
   virtual absl::StatusOr<v1::ListEventsResponse> ListEvents(const v1::ListEventsRequest& request) = 0;
   virtual absl::StatusOr<v1::ListPointsResponse> ListPoints(const v1::ListPointsRequest& request) = 0;

@@ -1,9 +1,10 @@
 """One job: where it is, what it measures, how it ends."""
 
+import pathlib
 import uuid
 
-from itwin import render, states
-from itwin.errors import JobFailedError, SpecError, WaitTimeout, require
+from itwin import artifacts, render, states
+from itwin.errors import JobFailedError, SpecError, StateError, WaitTimeout, require
 from itwin.result import Result
 from itwin.updates import UpdateStream
 from itwin.v1 import jobs_pb2
@@ -199,6 +200,23 @@ class Job:
         request = jobs_pb2.CancelJobRequest(job=self.id, reason=reason)
         self._saw(self._connection.call("Jobs", "CancelJob", request, "cancel the job"))
         return self
+
+    def trace(self, steps=20, file=None, progress=None):
+        """Has the next `steps` training steps of all ranks of the running job traced, waits, and returns the path of the trace, which is
+        for https://ui.perfetto.dev or chrome://tracing. `file`: where to put it (default: <job>-trace-<n>.json here). StateError when
+        the job does not run or does not train, or when it ended before."""
+        asked = self._connection.call("Jobs", "TraceJob", jobs_pb2.TraceJobRequest(job=self.id, steps=steps), "trace the job")
+        self._saw(asked.job)
+        said = None
+        for update in self.stream(points=False, cursor=jobs_pb2.WatchCursor(event_sequence=asked.job.version)):
+            said = next((event.message for event in update.events if event.kind == "traced"), None)
+            if said is not None:
+                break
+        found = [output for output in Result(self._connection, self).files if output.path == asked.output]
+        if not found:
+            raise StateError(said or f"job {self.id[:8]} ended before {asked.output} was taken.")
+        path = pathlib.Path(file or f"{self.id}-{asked.output}")
+        return artifacts.download(self._connection, found[0]._replace(path=path.name), path.parent, progress)
 
     def retry(self, fresh=False):
         """Submits a failed or cancelled job again, from its newest checkpoint unless fresh=True; returns the new Job."""

@@ -394,6 +394,33 @@ TEST_F(CommandLineTest, CancelTriesAllAndReportsTheFirstError) {
   EXPECT_TRUE(Json()[1]["error"].is_null());
 }
 
+TEST_F(CommandLineTest, TraceWaitsForTheTraceAndFetchesIt) {
+  gateway_->AddJob(kJob).set_version(1);
+  gateway_->AddUpdate(kJob).add_events()->set_kind("traced");  // of one before: not waited for
+  gateway_->AddUpdate(kJob).add_events()->set_kind("note");
+  v1::JobEvent* traced = gateway_->AddUpdate(kJob).add_events();
+  traced->set_kind("traced");
+  traced->set_message("the agent takes no traces");
+  gateway_->AddOutput(kJob, "trace-1.json", "{}");
+  const std::string file = directory_ / "here.json";
+  EXPECT_EQ(Run({"trace", "0123", file, "--steps", "7"}), kOk);
+  EXPECT_EQ(gateway_->last_trace.steps(), 7);
+  EXPECT_EQ(gateway_->watches.back().cursor().event_sequence(), 1);
+  EXPECT_THAT(out_.str(), AllOf(HasSubstr(file), HasSubstr("ui.perfetto.dev")));
+  EXPECT_EQ(*ReadFile(file, 100), "{}");
+  EXPECT_EQ(Run({"trace", "0123", file, "--output", "json"}), kOk);
+  EXPECT_EQ(gateway_->last_trace.steps(), 20);
+  EXPECT_EQ(Json()["output"], "trace-1.json");
+  // The event says why there is none.
+  gateway_->outputs.clear();
+  EXPECT_EQ(Run({"trace", "0123", file}), kOther);
+  EXPECT_THAT(err_.str(), HasSubstr("the agent takes no traces"));
+  EXPECT_EQ(Run({"trace", "0123", "--steps", "0"}), kUsage);
+  gateway_->AddJob(kJob, v1::JOB_STATE_SUCCEEDED);
+  EXPECT_EQ(Run({"trace", "0123"}), kOther);
+  EXPECT_THAT(err_.str(), HasSubstr("only a RUNNING job"));
+}
+
 TEST_F(CommandLineTest, RetryMakesANewJob) {
   gateway_->AddJob(kJob, v1::JOB_STATE_FAILED);
   EXPECT_EQ(Run({"retry", "0123", "--fresh"}), kOk);

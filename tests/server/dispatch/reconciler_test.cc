@@ -89,6 +89,8 @@ std::string Describe(const std::vector<Action>& actions) {
       words.push_back("START");
     } else if (std::holds_alternative<CancelTheAttempt>(action)) {
       words.push_back("CANCEL");
+    } else if (std::holds_alternative<TakeTrace>(action)) {
+      words.push_back("TRACE");
     } else {
       words.push_back("COLLECT");
     }
@@ -116,6 +118,12 @@ struct Row {
   const char* expected;
 };
 
+JobSnapshot Traced(JobState state) {
+  return With(In(state, agent::v1::ATTEMPT_PHASE_RUNNING), [](auto& j) {
+    j.record.trace_steps = 20;
+    j.record.traces = 1;
+  });
+}
 void Cancel(JobSnapshot& job) { job.record.cancel_requested = true; }
 void Absent(JobSnapshot& job) {
   job.absences = 2;
@@ -128,6 +136,15 @@ TEST(Reconciler, Table) {
   const auto cancel = [](JobSnapshot job) { return With(std::move(job), Cancel); };
   const Row rows[] = {
       {"queued waits for placement", In(S::kQueued), ""},
+      {"a trace is wanted", Traced(S::kRunning), "TRACE"},
+      {"a trace is wanted, but so is the end", cancel(Traced(S::kRunning)), "CANCEL"},
+      {"a trace is being asked for", With(Traced(S::kRunning), [](auto& j) { j.tracing.under_way = true; }), ""},
+      {"a trace is asked for again later", With(Traced(S::kRunning), [](auto& j) { j.tracing.not_before = kNow + kTraceInterval; }), ""},
+      {"a trace waits for the connection", With(Traced(S::kRunning), [](auto& j) { j.connected = false; }), ""},
+      {"a trace is here", With(Traced(S::kRunning), [](auto& j) { j.trace.emplace().set_path("trace-1.json"); }), "traced"},
+      {"a trace failed for want of a connection", With(Traced(S::kRunning), [](auto& j) { j.tracing = Failed(absl::UnavailableError("x")); }), "TRACE"},
+      {"the agent knows no traces", With(Traced(S::kRunning), [](auto& j) { j.tracing = Failed(absl::UnimplementedError("x")); }), "traced"},
+      {"a trace of a job that ends", With(Traced(S::kRunning), [](auto& j) { j.seen->set_phase(ATTEMPT_PHASE_ENDED); }), "ended"},
       {"queued and cancelled", cancel(In(S::kQueued)), "cancelled"},
       {"staging begins", In(S::kStaging), "STAGE"},
       {"staging under way", With(In(S::kStaging), [](auto& j) { j.staging.under_way = true; }), ""},

@@ -26,10 +26,12 @@ using ::itwin::testing::FakeSite;
 using ::itwin::testing::WaitUntil;
 using ::testing::AllOf;
 using ::testing::Contains;
+using ::testing::Each;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::Not;
+using ::testing::Pair;
 
 // Runs what it is given at once: one thread, one order.
 class InlineExecutor : public Executor {
@@ -354,6 +356,46 @@ TEST_F(SiteDispatcherTest, CancelOfARunningJobWaitsForItsEnd) {
   EXPECT_EQ(State(id), JobState::kRunning);
   site_.Exit(Key(id), 143);
   ASSERT_TRUE(Reaches(id, JobState::kCancelled));
+}
+
+TEST_F(SiteDispatcherTest, ATraceIsFetchedWhileTheJobRuns) {
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  site_.Run(Key(id));
+  ASSERT_TRUE(Reaches(id, JobState::kRunning));
+  JobEvent event;
+  event.kind = EventKind::kTraceRequested;
+  event.attempt = 1;
+  event.steps = 7;
+  ASSERT_OK(store_->AppendEvent(id, event));
+  const auto asked = [&] { return site_.attempts().at(Key(id)).traces.size(); };
+  ASSERT_TRUE(WaitUntil([&] { Turns(1); return asked() == 1; }));
+  Turns();
+  EXPECT_EQ(asked(), 1u) << "again only after a while";
+  // Another gateway process goes on with it.
+  Restart();
+  ASSERT_TRUE(WaitUntil([&] { Turns(1); return asked() > 1; }));
+  EXPECT_THAT(site_.attempts().at(Key(id)).traces, Each(Pair("trace-1.json", 7)));
+  EXPECT_THAT(*store_->ListOutputs(id), IsEmpty());
+
+  site_.SetOutput(Key(id), "trace-1.json", "{}");
+  ASSERT_TRUE(WaitUntil([&] { Advance(kTraceInterval); return Row(id).record.trace_steps == 0; }));
+  EXPECT_EQ(State(id), JobState::kRunning);
+  EXPECT_EQ(Kinds(id).back(), "traced");
+  ASSERT_EQ(store_->ListOutputs(id)->size(), 1u);
+  EXPECT_TRUE(blobs_->StatBlob(store_->ListOutputs(id)->at(0).sha256())->complete);
+  const size_t calls = asked();
+  Advance(kTraceInterval * 3);
+  EXPECT_EQ(asked(), calls) << "nothing is wanted any more";
+
+  // What was fetched early is among the outputs once.
+  site_.SetOutput(Key(id), "model.pt", "weights");
+  site_.Exit(Key(id), 0);
+  ASSERT_TRUE(Reaches(id, JobState::kSucceeded));
+  std::vector<std::string> paths;
+  const auto outputs = store_->ListOutputs(id);
+  for (const v1::OutputFile& file : *outputs) paths.push_back(file.path());
+  EXPECT_THAT(paths, ElementsAre("model.pt", "trace-1.json"));
 }
 
 TEST_F(SiteDispatcherTest, BadLinesAreNotedOnceAndCounted) {

@@ -140,6 +140,37 @@ TEST_F(JobServiceTest, JobsAreTheirOwnersAndAdmins) {
   EXPECT_OK(service_.Get(ada_, Naming<v1::GetJobRequest>(id.substr(0, 8))));
 }
 
+TEST_F(JobServiceTest, TracesRunningTrainingJobsOneAtATime) {
+  const auto ask = [&](const std::string& id, int64_t steps) {
+    auto request = Naming<v1::TraceJobRequest>(id);
+    request.set_steps(steps);
+    return service_.Trace(ada_, request);
+  };
+  const JobRow command = RunningJob(*store_, "command");
+  EXPECT_THAT(ask(command.id.text(), 5), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("does not train")));
+  NewJob job = testing::MakeJob("train");
+  job.spec.mutable_train()->mutable_model()->set_builtin("mlp");
+  const JobRow running = RunningJob(*store_, job);
+  const std::string id = running.id.text();
+  EXPECT_THAT(ask(id, -1), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("steps: -1 is not 1 to 10000")));
+  EXPECT_THAT(service_.Trace(bob_, Naming<v1::TraceJobRequest>(id)), StatusIs(absl::StatusCode::kPermissionDenied, _));
+  const auto asked = ask(id, 0);
+  ASSERT_OK(asked);
+  EXPECT_EQ(asked->output(), "trace-1.json");
+  EXPECT_EQ(store_->GetJob(running.id)->record.trace_steps, 20);
+  EXPECT_EQ(store_->ListEvents(running.id, 0, 100)->back().event.actor, "user:ada");
+  // A call repeated for want of its answer asks for nothing more.
+  const auto again = ask(id, 20);
+  ASSERT_OK(again);
+  EXPECT_EQ(again->output(), "trace-1.json");
+  EXPECT_EQ(again->job().version(), asked->job().version());
+  EXPECT_THAT(ask(id, 7), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("is being traced for 20 steps")));
+  ASSERT_OK(store_->AppendEvent(running.id, Event(EventKind::kTraced, 1)));
+  EXPECT_EQ(ask(id, 7)->output(), "trace-2.json");
+  ASSERT_OK(store_->AppendEvent(running.id, Event(EventKind::kEnded, 1)));
+  EXPECT_THAT(ask(id, 7), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("is COLLECTING: only a RUNNING job")));
+}
+
 TEST_F(JobServiceTest, CancelEndsAQueuedJobAtOnceAndAsksForOthers) {
   const std::string id = service_.Submit(ada_, Request("r"))->job().id();
   auto cancel = Naming<v1::CancelJobRequest>(id);

@@ -108,7 +108,12 @@ TEST_F(SqliteJobStoreTest, EventsMoveTheJobAndAttemptAndAreListed) {
   evidence.result_json = "{}";
   evidence.checkpoint = true;
   ASSERT_OK(store_->AppendEvent(running.id, Event(EventKind::kEnded, 1), evidence));
-  AttemptUpdate result;
+  AttemptUpdate early, of_before, result;
+  early.early_output.emplace().set_path("trace-1.json");
+  ASSERT_OK(store_->UpdateAttempt(AttemptKey(running.id, 1), early));
+  of_before.outputs.emplace().emplace_back().set_path("partial.pt");
+  ASSERT_OK(store_->UpdateAttempt(AttemptKey(running.id, 1), of_before));
+  ASSERT_EQ(store_->ListOutputs(running.id)->size(), 2u);
   result.summary.emplace()["test/rmse"] = 0.25;
   result.outputs.emplace().emplace_back().set_path("model.pt");
   result.outputs->back().set_size_bytes(7);
@@ -134,7 +139,10 @@ TEST_F(SqliteJobStoreTest, EventsMoveTheJobAndAttemptAndAreListed) {
   EXPECT_NE(attempt.submitted, absl::InfinitePast());
   EXPECT_NE(attempt.started, absl::InfinitePast());
   EXPECT_NE(attempt.ended, absl::InfinitePast());
-  EXPECT_EQ(store_->ListOutputs(running.id)->front().path(), "model.pt");
+  std::vector<std::string> outputs;
+  const auto stored = store_->ListOutputs(running.id);
+  for (const v1::OutputFile& file : *stored) outputs.push_back(file.path());
+  EXPECT_THAT(outputs, ElementsAre("model.pt", "trace-1.json"));  // what came early stays
 
   const auto events = store_->ListEvents(running.id, 0, 100);
   ASSERT_OK(events);

@@ -42,6 +42,7 @@ TEST(StoreModel, AgreesWithTheTable) {
     if (event.kind == EventKind::kPlaced && random() % 4 != 0) event.attempt = record.attempt + 1;
     event.failure = static_cast<FailureClass>(random() % 8);
     event.progress = random() % 2 == 0;
+    event.steps = static_cast<int64_t>(random() % 3);
     event.message = absl::StrCat("event ", i);
     if (random() % 3 == 0) event.not_before = absl::FromUnixMicros(static_cast<int64_t>(1 + random() % 1'000'000'000));
     AttemptUpdate update;

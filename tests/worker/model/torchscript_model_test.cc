@@ -6,6 +6,7 @@
 
 #include "agent/worker/checkpoint/safetensors.h"
 #include "agent/worker/model/archive.h"
+#include "agent/worker/model/torchscript_export.h"
 #include "tests/worker/data/scratch.h"
 #include "tests/worker/model/fixed_dataset.h"
 
@@ -305,6 +306,7 @@ TEST_F(TorchScriptModelTest, SavesTheTrainedModule) {
   Descend(model.get(), data_.all(), 3, 0.1);
   const Scratch out;
   model->Save(out.path());
+  EXPECT_EQ(ExportTorchScript(*model, data_, out / "model.pt"), "");
   EXPECT_LT(std::filesystem::file_size(out / "model.pt"), 100000u);
   // Parameters are still the loop's, and can be trained on.
   for (const auto& [name, parameter] : model->parameters()) {

@@ -512,10 +512,31 @@ TEST_F(WorkerProgram, TracesTheStepsOfAllRanksOnOneClock) {
     return {};
   };
   ASSERT_TRUE(PollUntil([&] { return !on_demand().empty(); })) << program->Output();
+  const fs::path on_demand_first = on_demand();
   EXPECT_FALSE(fs::exists(Spool("trace") / "profile"));
+  // With a name; and again by somebody who has not seen the answer: nothing more is traced.
+  const auto ask = [&](const std::string& text) {
+    scratch_.Write("trace/profile.new", text);
+    fs::rename(Spool("trace") / "profile.new", Spool("trace") / "profile");
+    return PollUntil([&] { return !fs::exists(Spool("trace") / "profile"); });
+  };
+  ASSERT_TRUE(ask("4 trace-1.json\n"));
+  ASSERT_TRUE(PollUntil([&] { return fs::exists(outputs / "trace-1.json"); })) << program->Output();
+  const fs::file_time_type first = fs::last_write_time(outputs / "trace-1.json");
+  ASSERT_TRUE(ask("4 trace-1.json\n"));
+  // No name leads out of the directory.
+  ASSERT_TRUE(ask("3 ../trace-2.json\n"));
+  const auto traces = [&] {
+    return std::count_if(fs::directory_iterator(outputs), fs::directory_iterator(), [](const fs::directory_entry& entry) {
+      return entry.path().filename().string().starts_with("trace-step-") && entry.path().extension() == ".json";
+    });
+  };
+  ASSERT_TRUE(PollUntil([&] { return traces() == 2; })) << program->Output();
+  EXPECT_EQ(fs::last_write_time(outputs / "trace-1.json"), first);
+  EXPECT_FALSE(fs::exists(Spool("trace") / "trace-2.json"));
   program->Signal(SIGUSR1);
   EXPECT_EQ(program->Wait(), 85) << program->Output();
-  for (const auto& [path, steps] : {std::pair{outputs / "trace.json", 5}, {on_demand(), 7}}) {
+  for (const auto& [path, steps] : {std::pair{outputs / "trace.json", 5}, {on_demand_first, 7}, {outputs / "trace-1.json", 4}}) {
     const Json trace = Json::parse(ReadWholeFile(path));
     std::map<int, int> found;
     std::map<int, double> begin, end;

@@ -170,6 +170,34 @@ class TokenDataset : public Dataset {
   int64_t classes() const override { return 11; }
 };
 
+// Counts how often each sample is taken for training, by all ranks.
+class CountedDataset : public Dataset {
+ public:
+  explicit CountedDataset(const Dataset& inner) : inner_(inner) {}
+  int64_t size(Split split) const override { return inner_.size(split); }
+  Batch Gather(Split split, const std::vector<int64_t>& indices) const override {
+    if (split == Split::kTrain) {
+      std::lock_guard lock(mutex_);
+      for (const int64_t i : indices) ++uses_[i];
+    }
+    return inner_.Gather(split, indices);
+  }
+  std::vector<std::string> baselines() const override { return inner_.baselines(); }
+  std::map<std::string, at::Tensor> BaselinePredictions(const Batch& batch) const override {
+    return inner_.BaselinePredictions(batch);
+  }
+  std::map<std::string, std::vector<int64_t>> sample_shapes() const override { return inner_.sample_shapes(); }
+  int64_t classes() const override { return inner_.classes(); }
+  nlohmann::json preprocessing() const override { return inner_.preprocessing(); }
+
+  const std::map<int64_t, int>& uses() const { return uses_; }  // when no rank runs
+
+ private:
+  const Dataset& inner_;
+  mutable std::mutex mutex_;
+  mutable std::map<int64_t, int> uses_;
+};
+
 inline Json JobOf(const Family& family, const Json& train) {
   Json job = {{"name", "proof"},
               {"train",
@@ -193,6 +221,7 @@ struct Outcome {
   NamedTensors parameters;
   std::map<std::string, double> metrics;
   std::vector<std::string> hashes;
+  std::map<int64_t, int> uses;  // of each sample for training, by all ranks
   std::string error;  // of the first rank that has one
   std::filesystem::path checkpoints;
 };
@@ -247,6 +276,7 @@ torch.jit.script(Net64()).save('net64.pt')
     Outcome outcome;
     outcome.hashes.resize(static_cast<size_t>(ranks));
     outcome.checkpoints = *scratch_ / std::to_string(count_++);
+    const CountedDataset counted(*dataset);
     InProcessGroup of_machines(ranks);
     const auto errors = RunRanks(ranks, [&](Communicator& plain, Communicator& control) {
       at::set_num_threads(1);
@@ -255,24 +285,25 @@ torch.jit.script(Net64()).save('net64.pt')
       const at::Device device = machine.device;
       Communicator& whole = machine.gradients ? *machine.gradients : plain;
       std::optional<DeviceDataset> on_device;
-      if (!device.is_cpu()) on_device.emplace(*dataset, device, /*channels_last=*/false);
+      if (!device.is_cpu()) on_device.emplace(counted, device, /*channels_last=*/false);
       std::string note;
       const std::string strategy = ChooseStrategy(spec, ranks, &note);
       std::optional<MeshGroups> mesh;
-      if (IsMesh(strategy)) mesh.emplace(MeshOf(spec, strategy, ranks), whole, device.is_cpu() ? control : whole, control, device);
+      const std::unique_ptr<Communicator> spoilt = spoil ? spoil(whole) : nullptr;
+      Communicator& gradients = spoilt ? *spoilt : whole;
+      if (IsMesh(strategy)) mesh.emplace(MeshOf(spec, strategy, ranks), gradients, device.is_cpu() && !spoilt ? control : gradients, control, device);
       const std::unique_ptr<Model> owned = MakeModelAlone(spec, *dataset, mesh ? &*mesh : nullptr);
       Model& model = *owned;
       // Ranks are threads here and share one generator, which the loop seeds: all draw their weights before.
       control.Barrier()->Wait();
       if (!device.is_cpu()) model.MoveTo(device);
-      const std::unique_ptr<Communicator> spoilt = spoil ? spoil(whole) : nullptr;
       NullMetricSink drop;
       CheckpointStore store(outcome.checkpoints, 1, control);
       StopRequest stop("", std::nullopt);
       TrainingLoop loop({.spec = spec,
-                         .dataset = on_device ? static_cast<const Dataset&>(*on_device) : *dataset,
+                         .dataset = on_device ? static_cast<const Dataset&>(*on_device) : counted,
                          .model = model,
-                         .gradients = spoilt ? *spoilt : whole,
+                         .gradients = gradients,
                          .control = control,
                          .metrics = drop,
                          .checkpoints = store,
@@ -284,13 +315,16 @@ torch.jit.script(Net64()).save('net64.pt')
       if (!resume.empty())
         loop.Resume(LoadNewestCheckpoint({resume}, control, [](const std::string&) {}));
       const TrainingOutcome result = loop.Run();
-      if (!device.is_cpu()) model.MoveTo(at::kCPU);
-      outcome.hashes[static_cast<size_t>(rank)] =
-          mesh ? result.weights_sha256 : HashWeights(model);
+      if (!device.is_cpu() && !result.in_pieces) model.MoveTo(at::kCPU);
+      outcome.hashes[static_cast<size_t>(rank)] = result.in_pieces ? result.weights_sha256 : HashWeights(model);
       if (rank != 0) return;
       outcome.metrics = result.metrics;
-      if (mesh) {
-        outcome.parameters = result.weights;
+      if (result.in_pieces) {
+        for (const auto& [name, tensor] : result.weights) {
+          const auto buffers = model.buffers();
+          if (std::none_of(buffers.begin(), buffers.end(), [&](const auto& b) { return b.first == name; }))
+            outcome.parameters.emplace_back(name, tensor);
+        }
         return;
       }
       for (const auto& [parameter, tensor] : model.parameters())
@@ -303,6 +337,7 @@ torch.jit.script(Net64()).save('net64.pt')
         if (outcome.error.empty()) outcome.error = std::string(e.what()).substr(0, 500);
       }
     }
+    outcome.uses = counted.uses();
     return outcome;
   }
 
@@ -342,6 +377,18 @@ inline void ExpectEqualRuns(const Outcome& one, const Outcome& many, double tole
     if (!name.starts_with("test/")) continue;
     EXPECT_NEAR(many.metrics.at(name), value, kMetricTolerance * (1 + std::abs(value))) << name;
   }
+}
+
+// Each sample once in each epoch, by `readers` ranks that share its work; but for so many that stand in where a
+// rank has none, and do not count.
+inline void ExpectEachSampleOnce(const Outcome& run, int readers = 1, int stand_ins = 0) {
+  EXPECT_EQ(run.uses.size(), static_cast<size_t>(kSamples));
+  int more = 0;
+  for (const auto& [sample, times] : run.uses) {
+    EXPECT_GE(times, kEpochs * readers) << "sample " << sample;
+    more += times - kEpochs * readers;
+  }
+  EXPECT_EQ(more, stand_ins);
 }
 
 }  // namespace itwin::worker::testing
