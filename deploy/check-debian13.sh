@@ -3,8 +3,10 @@
 # libssh, OpenSSH, absl.
 #   deploy/check-debian13.sh                 all of it, with the tests on a real SLURM cluster
 #   deploy/check-debian13.sh --worker        only the training worker, with its tests
-#   deploy/check-debian13.sh --root DIR      the root's place (default /var/tmp/itwin-debian13; about 8 GB); kept for the
-#                                            next time, delete it when you are done
+#   deploy/check-debian13.sh --cuda          the same against LibTorch with CUDA and NCCL (Debian's contrib and non-free), in a
+#                                            root of its own; this machine needs no GPU: it is told apart from one at run time
+#   deploy/check-debian13.sh --root DIR      the root's place (default /var/tmp/itwin-debian13, about 8 GB, with --cuda
+#                                            /var/tmp/itwin-debian13-cuda, about 14); kept for the next time, delete it when done
 #   deploy/check-debian13.sh --build         configure and build, run no tests
 #   deploy/check-debian13.sh -R REGEX        only the tests whose name matches; -E, -L and -LE as of ctest (-LE cluster)
 # Needs root (mounts, namespaces). The sources are seen read-only in the root; the build lies in DIR/build. Takes long: 19 is
@@ -13,11 +15,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source deploy/common.sh
 
-root=/var/tmp/itwin-debian13 worker=0 tests=1 jobs=$(build_jobs) ctest_arguments=()
+root="" worker=0 cuda=0 tests=1 jobs=$(build_jobs) ctest_arguments=()
 mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
 while (($#)); do
   case "$1" in
     --worker) worker=1 ;;
+    --cuda) worker=1 cuda=1 ;;
     --build) tests=0 ;;
     --root) root=$2; shift ;;
     --jobs) jobs=$2; shift ;;
@@ -27,6 +30,7 @@ while (($#)); do
   esac
   shift
 done
+: "${root:=/var/tmp/itwin-debian13$( ((cuda)) && echo -cuda || true)}"
 if ((EUID != 0)); then
   echo "check-debian13.sh: mounts and namespaces need root; run it as root (sudo deploy/check-debian13.sh)" >&2
   exit 1
@@ -71,7 +75,27 @@ inside() {
 step "packages"
 purposes="build test cluster"
 ((worker)) && purposes="worker"
-inside "cd /src && deploy/install-packages.sh $purposes"
+cuda_packages='
+  if [[ ! -e /usr/lib/x86_64-linux-gnu/libtorch_cuda.so ]]; then
+    deploy/install-packages.sh worker
+    sed -i "s/ main$/ main contrib non-free non-free-firmware/" /etc/apt/sources.list
+    apt-get update -q
+    # These take the place of the packages without CUDA. cuDNN is fetched from NVIDIA by its package, which may fail.
+    apt-get install -y -q --no-install-recommends libtorch-cuda-dev python3-torch-cuda libnccl-dev nvidia-cuda-toolkit ||
+      test -e /usr/lib/x86_64-linux-gnu/libtorch_cuda.so
+  fi
+  if ! ldconfig -p | grep -q libcudnn.so.9; then
+    echo "cuDNN cannot be fetched: a stand-in without any function of it lets programs link; without a GPU none is called"
+    cd /tmp
+    nm -D /usr/lib/x86_64-linux-gnu/libtorch_cuda.so | sed -n "s/.* U \(cudnn[A-Za-z0-9_]*\).*/void \1(void) { __builtin_trap(); }/p" >cudnn.c
+    echo "libcudnn.so.9 { global: cudnn*; };" >cudnn.map
+    gcc -shared -fPIC -Wl,-soname,libcudnn.so.9 -Wl,--version-script=cudnn.map -o /usr/lib/x86_64-linux-gnu/libcudnn.so.9 cudnn.c
+  fi'
+if ((cuda)); then
+  inside "cd /src; ($cuda_packages)"
+else
+  inside "cd /src && deploy/install-packages.sh $purposes"
+fi
 
 step "configure"
 options="-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g1 -DNDEBUG' -DITWIN_TEST_CLUSTER=$( ((worker)) && echo OFF || echo ON)"

@@ -163,18 +163,20 @@ absl::StatusOr<v1::OutputFile> Client::Trace(const std::string& job, int64_t ste
   options.cursor = {};
   options.cursor.set_event_sequence(asked.job().version());
   std::string said;
-  ITWIN_ASSIGN_OR_RETURN(const v1::Job seen, Watch(asked.job().id(), options, [&](const v1::JobUpdate& update) {
-                           for (const v1::JobEvent& event : update.events()) {
-                             if (event.kind() == "traced") said = event.message();
-                           }
-                           return said.empty();
-                         }));
+  const absl::StatusOr<v1::Job> watched = Watch(asked.job().id(), options, [&](const v1::JobUpdate& update) {
+    for (const v1::JobEvent& event : update.events()) {
+      // Whoever was asked is over once another attempt is to be made.
+      if (event.kind() == "traced" || event.kind() == "requeued") said = event.message();
+    }
+    return said.empty();
+  });
+  if (!watched.ok()) return watched.status();
   ITWIN_ASSIGN_OR_RETURN(const std::vector<v1::OutputFile> outputs, Outputs(asked.job().id()));
   for (const v1::OutputFile& file : outputs) {
     if (file.path() == asked.output()) return file;
   }
-  if (!said.empty()) return absl::FailedPreconditionError(said);
-  return absl::FailedPreconditionError(absl::StrCat("job ", seen.id(), " ended before ", asked.output(), " was taken"));
+  return absl::FailedPreconditionError(
+      absl::StrCat("there is no ", asked.output(), " of job ", asked.job().id(), ": ", said.empty() ? "it ended before" : said));
 }
 
 absl::StatusOr<std::vector<v1::JobEvent>> Client::Events(const std::string& job) {

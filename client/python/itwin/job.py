@@ -209,12 +209,13 @@ class Job:
         self._saw(asked.job)
         said = None
         for update in self.stream(points=False, cursor=jobs_pb2.WatchCursor(event_sequence=asked.job.version)):
-            said = next((event.message for event in update.events if event.kind == "traced"), None)
+            # Whoever was asked is over once another attempt is to be made.
+            said = next((event.message for event in update.events if event.kind in ("traced", "requeued")), None)
             if said is not None:
                 break
         found = [output for output in Result(self._connection, self).files if output.path == asked.output]
         if not found:
-            raise StateError(said or f"job {self.id[:8]} ended before {asked.output} was taken.")
+            raise StateError(f"there is no {asked.output} of job {self.id[:8]}: {said or 'it ended before.'}")
         path = pathlib.Path(file or f"{self.id}-{asked.output}")
         return artifacts.download(self._connection, found[0]._replace(path=path.name), path.parent, progress)
 

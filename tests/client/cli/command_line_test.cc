@@ -414,7 +414,11 @@ TEST_F(CommandLineTest, TraceWaitsForTheTraceAndFetchesIt) {
   // The event says why there is none.
   gateway_->outputs.clear();
   EXPECT_EQ(Run({"trace", "0123", file}), kOther);
-  EXPECT_THAT(err_.str(), HasSubstr("the agent takes no traces"));
+  EXPECT_THAT(err_.str(), HasSubstr("there is no trace-1.json of job 0123456789abcdef: the agent takes no traces"));
+  traced->set_kind("requeued");
+  traced->set_message("a node failed");
+  EXPECT_EQ(Run({"trace", "0123", file}), kOther);
+  EXPECT_THAT(err_.str(), HasSubstr("a node failed"));
   EXPECT_EQ(Run({"trace", "0123", "--steps", "0"}), kUsage);
   gateway_->AddJob(kJob, v1::JOB_STATE_SUCCEEDED);
   EXPECT_EQ(Run({"trace", "0123"}), kOther);
