@@ -84,10 +84,10 @@ cuda_packages='
     apt-get install -y -q --no-install-recommends libtorch-cuda-dev python3-torch-cuda libnccl-dev nvidia-cuda-toolkit ||
       test -e /usr/lib/x86_64-linux-gnu/libtorch_cuda.so
   fi
-  if ! ldconfig -p | grep -q libcudnn.so.9; then
+  if [[ ! -e /usr/lib/x86_64-linux-gnu/libcudnn.so.9 ]]; then
     echo "cuDNN cannot be fetched: a stand-in without any function of it lets programs link; without a GPU none is called"
     cd /tmp
-    nm -D /usr/lib/x86_64-linux-gnu/libtorch_cuda.so | sed -n "s/.* U \(cudnn[A-Za-z0-9_]*\).*/void \1(void) { __builtin_trap(); }/p" >cudnn.c
+    nm -D /usr/lib/x86_64-linux-gnu/libtorch*.so | sed -n "s/.* U \(cudnn[A-Za-z0-9_]*\).*/void \1(void) { __builtin_trap(); }/p" | sort -u >cudnn.c
     echo "libcudnn.so.9 { global: cudnn*; };" >cudnn.map
     gcc -shared -fPIC -Wl,-soname,libcudnn.so.9 -Wl,--version-script=cudnn.map -o /usr/lib/x86_64-linux-gnu/libcudnn.so.9 cudnn.c
   fi'

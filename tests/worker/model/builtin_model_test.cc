@@ -39,6 +39,37 @@ struct Task {
   double rate;
 };
 
+std::vector<Task> Tasks() {
+  return {
+      Task{"mlp", {{"hidden", {16, 16}}}, {3, 4}, {2, 5}, 0, 0.1},
+      Task{"mlp", {{"hidden", nlohmann::json::array()}}, {6}, {}, 0, 0.1},
+      Task{"mlp", {{"dropout", 0.2}}, {12}, {}, 4, 0.1},
+      Task{
+          "cnn", {{"channels", {4, 8}}, {"hidden", 16}, {"dropout", 0}}, {1, 12, 12}, {}, 5, 0.1},
+      Task{"cnn", {{"channels", {4}}, {"hidden", 16}}, {2, 6, 7}, {3}, 0, 0.05},
+      Task{"resnet18", {{"width", 4}}, {3, 16, 16}, {}, 3, 0.02},
+      Task{"resnet18",
+           {{"width", 4}, {"small_images", false}, {"channels", 2}, {"classes", 3}},
+           {2, 64, 64},
+           {},
+           3,
+           0.02},
+      Task{"unet", {{"base", 4}, {"depth", 2}}, {2, 8, 12}, {1, 8, 12}, 0, 0.1},
+      Task{"transformer", {{"width", 16}, {"heads", 2}, {"dropout", 0.1}}, {6}, {6}, 5, 0.5},
+      Task{"transformer", {{"layers", 1}, {"width", 16}, {"tied", false}}, {6}, {}, 5, 0.5},
+      Task{"unet", {{"base", 4}, {"depth", 1}}, {2, 8, 6}, {8, 6}, 3, 0.1},
+      Task{"lstm", {{"hidden", 8}, {"layers", 2}}, {5, 3}, {2}, 0, 0.3},
+      Task{"lstm", {{"hidden", 8}}, {5}, {}, 0, 0.3},
+      Task{"lstm", {{"hidden", 8}}, {5, 2, 3}, {2, 3}, 0, 0.3},
+      Task{"downscale", {{"hidden", {8, 8}}}, {2, 4, 6}, {2, 16, 24}, 0, 0.2},
+      Task{"downscale",
+           {{"hidden", {8}}, {"position_channels", 0}, {"conserve", false}, {"factor", 2}},
+           {1, 4, 6},
+           {1, 8, 12},
+           0,
+           0.05}};
+}
+
 FixedDataset DataFor(const Task& task, int64_t samples = 8) {
   at::manual_seed(11);
   std::vector<int64_t> input = task.input, target = task.target;
@@ -108,37 +139,9 @@ TEST_P(BuiltinNetworks, EveryParameterGetsAGradient) {
     EXPECT_TRUE(parameter.grad().defined()) << name;
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    All, BuiltinNetworks,
-    ::testing::Values(
-        Task{"mlp", {{"hidden", {16, 16}}}, {3, 4}, {2, 5}, 0, 0.1},
-        Task{"mlp", {{"hidden", nlohmann::json::array()}}, {6}, {}, 0, 0.1},
-        Task{"mlp", {{"dropout", 0.2}}, {12}, {}, 4, 0.1},
-        Task{
-            "cnn", {{"channels", {4, 8}}, {"hidden", 16}, {"dropout", 0}}, {1, 12, 12}, {}, 5, 0.1},
-        Task{"cnn", {{"channels", {4}}, {"hidden", 16}}, {2, 6, 7}, {3}, 0, 0.05},
-        Task{"resnet18", {{"width", 4}}, {3, 16, 16}, {}, 3, 0.02},
-        Task{"resnet18",
-             {{"width", 4}, {"small_images", false}, {"channels", 2}, {"classes", 3}},
-             {2, 64, 64},
-             {},
-             3,
-             0.02},
-        Task{"unet", {{"base", 4}, {"depth", 2}}, {2, 8, 12}, {1, 8, 12}, 0, 0.1},
-        Task{"transformer", {{"width", 16}, {"heads", 2}, {"dropout", 0.1}}, {6}, {6}, 5, 0.5},
-        Task{"transformer", {{"layers", 1}, {"width", 16}, {"tied", false}}, {6}, {}, 5, 0.5},
-        Task{"unet", {{"base", 4}, {"depth", 1}}, {2, 8, 6}, {8, 6}, 3, 0.1},
-        Task{"lstm", {{"hidden", 8}, {"layers", 2}}, {5, 3}, {2}, 0, 0.3},
-        Task{"lstm", {{"hidden", 8}}, {5}, {}, 0, 0.3},
-        Task{"lstm", {{"hidden", 8}}, {5, 2, 3}, {2, 3}, 0, 0.3},
-        Task{"downscale", {{"hidden", {8, 8}}}, {2, 4, 6}, {2, 16, 24}, 0, 0.2},
-        Task{"downscale",
-             {{"hidden", {8}}, {"position_channels", 0}, {"conserve", false}, {"factor", 2}},
-             {1, 4, 6},
-             {1, 8, 12},
-             0,
-             0.05}),
-    [](const auto& task) { return task.param.network + std::to_string(task.index); });
+INSTANTIATE_TEST_SUITE_P(All, BuiltinNetworks, ::testing::ValuesIn(Tasks()), [](const auto& task) {
+  return task.param.network + std::to_string(task.index);
+});
 
 TEST(BuiltinModel, NamesAreThoseOfAStateDictionary) {
   const FixedDataset data(at::zeros({2, 3, 16, 16}), at::zeros({2}, at::kLong));
@@ -231,32 +234,37 @@ assert json.load(open('preprocessing.json'))['transforms'] == ['known']
 }
 
 // What is recorded from two samples serves any number of them, in Python, without our code.
-TEST_P(BuiltinNetworks, IsTorchScriptForPython) {
-  const Task& task = GetParam();
-  const FixedDataset data = DataFor(task);
-  const auto model = MakeModel(SpecOf(task.network, task.classes > 0 ? "cross_entropy" : "mse", task.options), data, {});
-  Descend(model.get(), data.all(), 2, task.rate);  // running statistics are not what they were
+TEST(BuiltinModel, EveryNetworkIsTorchScriptForPython) {
   const Scratch scratch;
-  ASSERT_EQ(ExportTorchScript(*model, data, scratch / "model.pt"), "");
-  const at::Tensor input = data.all().at("input");
-  NamedTensors expected = {{"input", input}, {"prediction", model->Predict(input).contiguous()}};
-  for (const auto& tensors : {model->parameters(), model->buffers()}) {
-    for (const auto& [name, tensor] : tensors) expected.emplace_back("state/" + name, tensor.detach().contiguous());
+  int count = 0;
+  for (const Task& task : Tasks()) {
+    const FixedDataset data = DataFor(task);
+    const auto model = MakeModel(SpecOf(task.network, task.classes > 0 ? "cross_entropy" : "mse", task.options), data, {});
+    Descend(model.get(), data.all(), 2, task.rate);  // running statistics are not what they were
+    const std::string number = std::to_string(count++);
+    ASSERT_EQ(ExportTorchScript(*model, data, scratch / ("model" + number + ".pt")), "") << task.network;
+    const at::Tensor input = data.all().at("input");
+    NamedTensors expected = {{"input", input}, {"prediction", model->Predict(input).contiguous()}};
+    for (const auto& tensors : {model->parameters(), model->buffers()}) {
+      for (const auto& [name, tensor] : tensors) expected.emplace_back("state/" + name, tensor.detach().contiguous());
+    }
+    WriteStateDict(scratch / ("expected" + number + ".pt"), expected);
   }
-  WriteStateDict(scratch / "expected.pt", expected);
+  scratch.Write("count", std::to_string(count));
   scratch.Python(R"(
 import torch
-expected = torch.load('expected.pt')
-model = torch.jit.load('model.pt')
-assert not model.training
-state = {'state/' + name: tensor for name, tensor in model.state_dict().items()}
-assert state.keys() == expected.keys() - {'input', 'prediction'}, state.keys() ^ expected.keys()
-for name, tensor in state.items():
-    assert torch.equal(tensor, expected[name]), name
-with torch.no_grad():
-    for count in (1, 5, 8):
-        torch.testing.assert_close(model(expected['input'][:count]), expected['prediction'][:count], rtol=1e-4, atol=1e-5)
-assert {name for name, p in model.named_parameters() if p.requires_grad} == {name for name, _ in model.named_parameters()}
+for number in range(int(open('count').read())):
+    expected = torch.load(f'expected{number}.pt')
+    model = torch.jit.load(f'model{number}.pt')
+    assert not model.training
+    state = {'state/' + name: tensor for name, tensor in model.state_dict().items()}
+    assert state.keys() == expected.keys() - {'input', 'prediction'}, (number, state.keys() ^ expected.keys())
+    for name, tensor in state.items():
+        assert torch.equal(tensor, expected[name]), (number, name)
+    with torch.no_grad():
+        for count in (1, 5, 8):
+            torch.testing.assert_close(model(expected['input'][:count]), expected['prediction'][:count], rtol=1e-4, atol=1e-5)
+    assert all(p.requires_grad for p in model.parameters())
 )");
 }
 

@@ -523,41 +523,5 @@ TEST_F(Proof, AMistakeInTheExchangeTurnsTheComparisonRed) {
   }
 }
 
-TEST_F(Proof, EachSampleOncePerEpochWithUnevenSizes) {
-  for (const std::string& strategy : kStrategies) {
-    for (const int ranks : {2, 3}) {
-      const TinyDataset dataset(43, 0, 7);
-      TrainSpec spec;
-      spec.batch = 8;
-      spec.epochs = 2;
-      spec.optimizer = Sgd{.lr = 0.1};
-      spec.strategy = strategy;
-      Scratch scratch;
-      const auto errors = RunRanks(ranks, [&](Communicator& gradients, Communicator& control) {
-        TinyModel model;
-        NullMetricSink drop;
-        CheckpointStore store(scratch / "c", 1, control);
-        StopRequest stop("", std::nullopt);
-        TrainingLoop loop({.spec = spec,
-                           .dataset = dataset,
-                           .model = model,
-                           .gradients = gradients,
-                           .control = control,
-                           .metrics = drop,
-                           .checkpoints = store,
-                           .stop = stop,
-                           .print = [](const std::string&) {},
-                           .spec_sha256 = ""});
-        loop.Run();
-      });
-      for (const auto& error : errors) ASSERT_FALSE(error) << strategy;
-      std::map<int64_t, int> seen;
-      for (const int64_t i : dataset.Seen(Split::kTrain)) ++seen[i];
-      EXPECT_EQ(seen.size(), 43u);
-      for (const auto& [sample, times] : seen) EXPECT_EQ(times, 2) << strategy << " " << sample;
-    }
-  }
-}
-
 }  // namespace
 }  // namespace itwin::worker
