@@ -111,4 +111,4 @@ if ((tests)); then
   for argument in "${ctest_arguments[@]}"; do quoted+=" $(printf '%q' "$argument")"; done
   inside "ctest --test-dir /build --output-on-failure -j $jobs$quoted"
 fi
-step "done: $(cat "$root/etc/debian_version"), $(inside "dpkg-query -W -f='\${Package} \${Version}, ' libtorch-dev openmpi-bin libnetcdf-dev")"
+step "done: $(cat "$root/etc/debian_version"), $(inside "dpkg-query -W -f='\${Package} \${Version}, ' libtorch$( ((cuda)) && echo -cuda || true)-dev openmpi-bin libnetcdf-dev")"

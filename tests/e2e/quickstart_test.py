@@ -108,7 +108,7 @@ def test_ctrl_c_while_it_trains(quickstart, options):
 
 def test_what_is_kept_is_stopped_as_it_says(quickstart):
     one = quickstart("--keep")
-    assert one.process.wait(420) == 0, one.output()
+    assert one.process.wait(600) == 0, one.output()  # LibTorch 2.6 takes five minutes for it on two cores
     result = json.loads((one.data / "quickstart.json").read_text())
     assert result["state"] == "SUCCEEDED" and result["ranks"] == 2 and result["ratio_to_bilinear"] < 1
     # Both are left, and work.
