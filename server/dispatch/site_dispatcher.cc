@@ -906,6 +906,7 @@ bool SiteDispatcher::Append(LiveJob* job, const JobEvent& event, const AttemptUp
       job->told_waiting = job->seen->reason();  // the event says it
       job->told_start_us = job->seen->expected_start_us();
     }
+    if (event.kind == EventKind::kTraced) job->tracing = Errand{};  // the next trace is another errand
     SetRow(*row);
     return true;
   }
@@ -1077,8 +1078,7 @@ void SiteDispatcher::RunErrand(LiveJob* job, const Action& action) {
       if (!file.ok()) return done(file.status());
       if (!*file) return done(std::nullopt);
       transfers_->Submit([context, key, client, done, file = **file] {
-        const absl::StatusOr<v1::OutputFile> trace = BringOutput(context(client.get()), key, file);
-        trace.ok() ? done(std::optional(*trace)) : done(trace.status());
+        done(BringOutput(context(client.get()), key, file));
       });
     });
   } else if (std::holds_alternative<CollectOutputs>(action)) {

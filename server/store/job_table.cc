@@ -100,7 +100,10 @@ constexpr char kSetPosition[] = "UPDATE attempts SET cursor = ?, max_step = ?, b
 
 constexpr char kDeleteOutputs[] = "DELETE FROM outputs WHERE job = ?";
 constexpr char kDeleteCollected[] = "DELETE FROM outputs WHERE job = ? AND early = 0";
-constexpr char kInsertOutput[] = "INSERT OR REPLACE INTO outputs (job, path, sha256, size_bytes, early) VALUES (?, ?, ?, ?, ?)";
+// What came early stays so when it is collected, too.
+constexpr char kInsertOutput[] =
+    "INSERT INTO outputs (job, path, sha256, size_bytes, early) VALUES (?, ?, ?, ?, ?) ON CONFLICT (job, path) DO UPDATE SET "
+    "sha256 = excluded.sha256, size_bytes = excluded.size_bytes, early = max(early, excluded.early)";
 constexpr char kListOutputs[] = "SELECT path, sha256, size_bytes FROM outputs WHERE job = ? ORDER BY path";
 
 constexpr char kFindFinished[] =

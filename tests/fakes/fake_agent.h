@@ -79,6 +79,11 @@ class FakeSite {
     if (!reachable) ++generation_;
   }
   int slots = 4;
+  // As an agent of before there were traces.
+  void KnowTraces(bool knows) {
+    absl::MutexLock lock(&mu_);
+    knows_traces_ = knows;
+  }
   // What Hello answers; before the loop looks.
   void SetHello(const agent::v1::HelloResponse& hello) {
     absl::MutexLock lock(&mu_);
@@ -131,6 +136,7 @@ class FakeSite {
   mutable absl::Mutex mu_;
   bool reachable_ ABSL_GUARDED_BY(mu_) = true;
   bool lose_start_ ABSL_GUARDED_BY(mu_) = false;
+  bool knows_traces_ ABSL_GUARDED_BY(mu_) = true;
   std::string refusal_ ABSL_GUARDED_BY(mu_);
   agent::v1::HelloResponse hello_ ABSL_GUARDED_BY(mu_);
   absl::Status hello_refusal_ ABSL_GUARDED_BY(mu_);
@@ -284,6 +290,7 @@ class FakeAgentClient : public server::AgentClient {
     absl::MutexLock lock(&site_.mu_);
     FakeSite::Attempt& attempt = site_.attempts_[key];
     if (attempt.status.phase() != agent::v1::ATTEMPT_PHASE_RUNNING) return absl::FailedPreconditionError("it does not run");
+    if (!site_.knows_traces_) return absl::UnimplementedError("");
     attempt.traces.emplace_back(name, steps);
     const auto found = attempt.outputs.find(name);
     if (found == attempt.outputs.end()) return std::nullopt;

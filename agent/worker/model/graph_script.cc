@@ -142,7 +142,6 @@ class Graph::Writer {
     for (const Argument& argument : node.arguments) arguments.emplace_back(ValueOf(argument));
     const auto type = [&](size_t i) { return arguments[i].value(out_)->type(); };
     const auto call = [&](jit::Symbol symbol) { Set(node, 0, out_.insert(symbol, arguments)); };
-    const auto to_int = [&](jit::Value* value) { return out_.insert(jit::aten::Int, {value}); };
     switch (node.builtin) {
       case Builtin::kNone:
         return;
@@ -188,7 +187,7 @@ class Graph::Writer {
       case Builtin::kPow: {
         const bool whole = type(0)->kind() == c10::TypeKind::IntType && type(1)->kind() == c10::TypeKind::IntType;
         call(jit::aten::pow);
-        if (whole) Set(node, 0, to_int(At(node.outputs[0])));  // TorchScript's is a float
+        if (whole) Set(node, 0, out_.insert(jit::aten::Int, {At(node.outputs[0])}));  // TorchScript's is a float
         return;
       }
       case Builtin::kMax:
@@ -211,9 +210,7 @@ jit::Module Graph::Script() const {
   Writer(*this, out.get()).Write(module.type());
   jit::LowerSimpleTuples(out);
   jit::EliminateDeadCode(out);
-  auto* forward = module._ivalue()->compilation_unit()->create_function(
-      c10::QualifiedName(*module.type()->name(), "forward"), out);
-  module.type()->addMethod(forward);
+  SetForward(module, out);
   return module;
 }
 

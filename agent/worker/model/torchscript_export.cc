@@ -72,7 +72,7 @@ class Compaction {
 
 }  // namespace
 
-Module ModuleWith(const NamedTensorList& parameters, const NamedTensorList& buffers) {
+Module ModuleWith(const NamedTensors& parameters, const NamedTensors& buffers) {
   Module root("__torch__.itwin.Model", std::make_shared<torch::jit::CompilationUnit>());
   Nest nest(root);
   for (const auto& [name, tensor] : parameters) {
@@ -86,6 +86,11 @@ Module ModuleWith(const NamedTensorList& parameters, const NamedTensorList& buff
   return root;
 }
 
+void SetForward(Module& module, std::shared_ptr<torch::jit::Graph> graph) {
+  module.type()->addMethod(module._ivalue()->compilation_unit()->create_function(
+      c10::QualifiedName(*module.type()->name(), "forward"), std::move(graph)));
+}
+
 void RecordForward(Module& module, const std::function<at::Tensor(const at::Tensor&)>& predict,
                    const at::Tensor& sample) {
   const torch::NoGradGuard no_grad;
@@ -96,9 +101,7 @@ void RecordForward(Module& module, const std::function<at::Tensor(const at::Tens
       },
       [](const at::Tensor&) { return std::string(); }, /*strict=*/true, /*force_outplace=*/false,
       &module, {"input"});
-  auto* forward = module._ivalue()->compilation_unit()->create_function(
-      c10::QualifiedName(*module.type()->name(), "forward"), state->graph);
-  module.type()->addMethod(forward);
+  SetForward(module, state->graph);
 }
 
 void CheckForward(Module& module, const std::vector<c10::IValue>& inputs,

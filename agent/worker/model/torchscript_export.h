@@ -4,25 +4,27 @@
 
 #include <filesystem>
 #include <functional>
+#include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
 
+#include "agent/worker/checkpoint/safetensors.h"
 #include "agent/worker/model/model.h"
 
 namespace torch::jit {
+struct Graph;
 struct Module;
 }
 
 namespace itwin::worker {
 
-using NamedTensorList = std::vector<std::pair<std::string, at::Tensor>>;
-
 // Without methods. Modules are nested as the dots in the names say: "layers.0.weight".
-torch::jit::Module ModuleWith(const NamedTensorList& parameters, const NamedTensorList& buffers);
+torch::jit::Module ModuleWith(const NamedTensors& parameters, const NamedTensors& buffers);
+// `graph`, which takes the module and the inputs, becomes its forward.
+void SetForward(torch::jit::Module& module, std::shared_ptr<torch::jit::Graph> graph);
 
 // Makes what `predict` does with `sample` [samples, …] the module's forward(input). Every use of the
 // number of samples must go through operators; other tensors than the module's are constants.

@@ -30,6 +30,12 @@
 namespace itwin::worker {
 namespace {
 
+std::set<std::string> NamesOf(const FlatParameters& parameters) {
+  std::set<std::string> names;
+  for (const auto& parameter : parameters.parameters()) names.insert(parameter.name);
+  return names;
+}
+
 constexpr double kProgressSeconds = 0.25;  // between progress lines
 constexpr double kPrintSeconds = 0.25;     // between lines for people
 constexpr double kPerformanceSeconds = 30;  // between points of speed within an epoch
@@ -1085,8 +1091,7 @@ void TrainingLoop::VisitWeights(const VisitTensor& visit) {
 // Parameters of this rank's model that no optimizer has; none where a rank has not the whole model.
 NamedTensors TrainingLoop::Untrained() const {
   if (!strategy_->holds_model()) return {};
-  std::set<std::string> trained;
-  for (const auto& parameter : parameters_.parameters()) trained.insert(parameter.name);
+  const std::set<std::string> trained = NamesOf(parameters_);
   NamedTensors untrained;
   for (const auto& [name, tensor] : model_.parameters()) {
     if (!trained.contains(name)) untrained.emplace_back(name, tensor);
@@ -1099,8 +1104,7 @@ void TrainingLoop::LoadInPieces(const NamedTensors& weights) {
   if (!strategy_->holds_model()) return;
   NamedTensors others = Untrained();
   for (auto& buffer : model_.buffers()) others.push_back(std::move(buffer));
-  std::set<std::string> trained;
-  for (const auto& parameter : parameters_.parameters()) trained.insert(parameter.name);
+  const std::set<std::string> trained = NamesOf(parameters_);
   NamedTensors rest = weights;
   std::erase_if(rest, [&](const auto& tensor) { return trained.contains(tensor.first); });
   LoadTensors(others, rest);

@@ -398,6 +398,26 @@ TEST_F(SiteDispatcherTest, ATraceIsFetchedWhileTheJobRuns) {
   EXPECT_THAT(paths, ElementsAre("model.pt", "trace-1.json"));
 }
 
+TEST_F(SiteDispatcherTest, AnAgentThatTakesNoTracesIsAskedAgainForTheNext) {
+  site_.KnowTraces(false);
+  const JobId id = Submit();
+  ASSERT_TRUE(Reaches(id, JobState::kPending));
+  site_.Run(Key(id));
+  ASSERT_TRUE(Reaches(id, JobState::kRunning));
+  JobEvent event;
+  event.kind = EventKind::kTraceRequested;
+  event.attempt = 1;
+  event.steps = 7;
+  ASSERT_OK(store_->AppendEvent(id, event));
+  ASSERT_TRUE(WaitUntil([&] { Turns(1); return Row(id).record.trace_steps == 0; }));
+  EXPECT_THAT(Events(id).back().event.message, HasSubstr("takes no traces"));
+  EXPECT_THAT(*store_->ListOutputs(id), IsEmpty());
+  site_.KnowTraces(true);  // it was renewed
+  ASSERT_OK(store_->AppendEvent(id, event));
+  ASSERT_TRUE(WaitUntil([&] { Turns(1); return !site_.attempts().at(Key(id)).traces.empty(); }));
+  EXPECT_EQ(Row(id).record.trace_steps, 7);
+}
+
 TEST_F(SiteDispatcherTest, BadLinesAreNotedOnceAndCounted) {
   const JobId id = Submit();
   ASSERT_TRUE(Reaches(id, JobState::kPending));

@@ -112,6 +112,7 @@ TEST_F(SqliteJobStoreTest, EventsMoveTheJobAndAttemptAndAreListed) {
   early.early_output.emplace().set_path("trace-1.json");
   ASSERT_OK(store_->UpdateAttempt(AttemptKey(running.id, 1), early));
   of_before.outputs.emplace().emplace_back().set_path("partial.pt");
+  of_before.outputs->emplace_back().set_path("trace-1.json");  // its attempt had it among its outputs, too
   ASSERT_OK(store_->UpdateAttempt(AttemptKey(running.id, 1), of_before));
   ASSERT_EQ(store_->ListOutputs(running.id)->size(), 2u);
   result.summary.emplace()["test/rmse"] = 0.25;
